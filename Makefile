@@ -1,0 +1,75 @@
+# `make help` lists every target.
+.DEFAULT_GOAL := help
+.ONESHELL:
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# TORCH=auto: the CUDA build where an NVIDIA driver answers, else the CPU build.
+# TORCH=installed: use the torch of the Python that makes the environment.
+TORCH ?= auto
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+SOURCES := setup.py $(shell find csrc -type f)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	@if [ "$(TORCH)" = installed ]; then
+		echo "environment: $(VENV), with the installed torch"
+		$(PYTHON) -m venv --system-site-packages $(VENV)
+		$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+		sed '/^torch==/d; /^triton==/d' constraints.txt > $(VENV)/constraints.txt
+		CONSTRAINTS=$(VENV)/constraints.txt
+	else
+		echo "environment: $(VENV)"
+		[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+		TORCH_VERSION=$$(sed -n 's/^torch==//p' constraints.txt)
+		if nvidia-smi -L >/dev/null 2>&1; then
+			$(PIP) "torch==$$TORCH_VERSION"
+		else
+			$(PIP) "torch==$$TORCH_VERSION+cpu" numpy 2>/dev/null || \
+			$(PIP) "torch==$$TORCH_VERSION+cpu" numpy --extra-index-url https://download.pytorch.org/whl/cpu
+		fi
+		CONSTRAINTS=constraints.txt
+	fi
+	$(BIN)/python -m pip --disable-pip-version-check install -q -c $$CONSTRAINTS setuptools wheel
+	$(BIN)/python - <<-'PY' > $(VENV)/requirements.txt
+		import re, pathlib
+		extras = re.findall(r'^(?:train|dev) = \[(.*?)\]$$', pathlib.Path("pyproject.toml").read_text(), re.M | re.S)
+		print("\n".join(name for extra in extras for name in re.findall(r'"([^"]+)"', extra)))
+	PY
+	$(BIN)/python -m pip --disable-pip-version-check install -q -c $$CONSTRAINTS -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	@echo "building the extension"
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(VENV)/.built  ## make the environment and build the extension
+
+demo: build  ## train GFMN on handwritten digits; results in runs/gfmn-mnist
+	@$(BIN)/moment-ops train gfmn $(ARGS)
+
+test: build  ## run every test that needs no GPU
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: build  ## ruff and mypy
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: build  ## reformat the Python code
+	@$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: build  ## time the ops against eager PyTorch and torch.compile
+	@$(BIN)/python -m bench $(ARGS)
+
+clean:  ## remove the environment and everything built
+	@rm -rf $(VENV) build *.egg-info moment_ops/*.so
+
+.PHONY: help build demo test lint format bench clean

@@ -1,0 +1,69 @@
+// One column's step of the matching loss: the running average, the loss value and its derivatives with respect to the
+// batch's mean or variance. The same function serves means and variances, on host and device.
+#pragma once
+
+#include <cmath>
+
+#include "device/merge.h"
+
+namespace moment_ops {
+
+enum class Average : int { none = 0, moving = 1, adam = 2 };
+
+// Everything that is the same for all columns. Differences such as 1 - beta are formed in double by the caller.
+template <class Accumulate>
+struct MatchParameters {
+  Accumulate reduction;  // r: 1 for "sum", 1/F for "mean"
+  Accumulate decay, one_minus_decay;
+  Accumulate beta1_complement, beta2, beta2_complement, eps;
+  Accumulate step_size;              // lr / (1 - beta1^step)
+  Accumulate root_bias_correction2;  // sqrt(1 - beta2^step)
+  Accumulate gradient_scale;         // 2 or 2/F, of the mean squared error that Adam minimises
+  bool update;
+};
+
+// Each returns the column's share of the loss and sets its derivative.
+
+// No average: r w (value - target)^2.
+template <class Accumulate>
+MOMENT_OPS_HOST_DEVICE Accumulate match_none(Accumulate value, Accumulate target, Accumulate weight, Accumulate& grad,
+                                             const MatchParameters<Accumulate>& p) {
+  const Accumulate difference = value - target;
+  const Accumulate scaled = p.reduction * weight * difference;
+  grad = 2 * scaled;
+  return scaled * difference;
+}
+
+// Moving average of the batch's value, the gradient through the current batch only.
+template <class Accumulate>
+MOMENT_OPS_HOST_DEVICE Accumulate match_moving(Accumulate value, Accumulate target, Accumulate weight, bool started,
+                                               bool store, Accumulate& average, Accumulate& grad,
+                                               const MatchParameters<Accumulate>& p) {
+  const Accumulate estimate = started ? p.decay * average + p.one_minus_decay * value : value;
+  const Accumulate difference = estimate - target;
+  const Accumulate scaled = p.reduction * weight * difference;
+  average = store ? estimate : average;
+  grad = p.one_minus_decay * (2 * scaled);
+  return scaled * difference;
+}
+
+// ADAM moving average of target - value, in the order of operations of torch.optim.Adam.
+template <class Accumulate>
+MOMENT_OPS_HOST_DEVICE Accumulate match_adam(Accumulate value, Accumulate target, Accumulate weight, bool store,
+                                             Accumulate& average, Accumulate& exp_avg, Accumulate& exp_avg_sq,
+                                             Accumulate& grad, const MatchParameters<Accumulate>& p) {
+  const Accumulate difference = target - value;
+  const Accumulate step = p.gradient_scale * (average - difference);
+  const Accumulate next_exp_avg = exp_avg + p.beta1_complement * (step - exp_avg);
+  const Accumulate next_exp_avg_sq = exp_avg_sq * p.beta2 + p.beta2_complement * step * step;
+  const Accumulate denominator = std::sqrt(next_exp_avg_sq) / p.root_bias_correction2 + p.eps;
+  const Accumulate next_average = average - p.step_size * (next_exp_avg / denominator);
+  exp_avg = store ? next_exp_avg : exp_avg;
+  exp_avg_sq = store ? next_exp_avg_sq : exp_avg_sq;
+  average = store ? next_average : average;
+  const Accumulate weighted = weight * average;
+  grad = -weighted;
+  return weighted * difference;
+}
+
+}  // namespace moment_ops

@@ -1,0 +1,11 @@
+// Registers the kernels behind the schemas that moment_ops/ops defines.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/match.h"
+#include "cpu/moments.h"
+
+STABLE_TORCH_LIBRARY_IMPL(moment_ops, CPU, library) {
+  library.impl("moments.native", TORCH_BOX(&moment_ops::cpu::moments));
+  library.impl("moments_backward.native", TORCH_BOX(&moment_ops::cpu::moments_backward));
+  library.impl("match_.native", TORCH_BOX(&moment_ops::cpu::match_));
+}

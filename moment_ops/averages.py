@@ -1,0 +1,109 @@
+"""Running averages across steps: frozen configurations. Their state lives in the buffers of the loss that uses them."""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops import checks
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """Exponential moving average of the generated moments; the gradient flows through the current batch only.
+
+    Args:
+        decay: weight of the old average, in [0, 1). The average starts from the first batch.
+
+    Source: the released code of dos Santos et al. 2019, `--useRegularMovAvrg`, with decay = 1 - alpha.
+    """
+
+    decay: float
+    kind: ClassVar[str] = "moving"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay: got {self.decay}, expected a number in [0, 1)")
+
+    def options(self, columns: int) -> list[float]:
+        """The numbers that the operator `match_` wants for `columns` matched columns."""
+        return [self.decay]
+
+    def new_state(self, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
+        """Fresh state by name, in the order that the operator wants."""
+        state = {"mean_average": torch.zeros_like(target_mean)}
+        if has_var:
+            state["var_average"] = torch.zeros_like(target_mean)
+        # A column whose first batches were not finite starts from its first finite one.
+        state["started"] = torch.zeros_like(target_mean, dtype=torch.bool)
+        state["step"] = torch.zeros((), dtype=torch.int64, device=target_mean.device)
+        return state
+
+    @property
+    def curvature(self) -> float:
+        """Square of the derivative of the estimate with respect to the batch's moments."""
+        return (1 - self.decay) ** 2
+
+
+@dataclass(frozen=True)
+class AdamMovingAverage:
+    """ADAM moving average (AMA) of the differences between target and generated moments.
+
+    Every call makes one step of torch.optim.Adam on the mean squared error between the average v and (target - batch),
+    then the loss is <v, target - batch> with v constant.
+
+    Args:
+        lr, betas, eps: of Adam.
+        reduction: "mean" divides that error by F, the number of columns over all layers, as the published code does:
+            eps then acts like eps * F / 2 on the differences. "sum" does not.
+        init: "zeros", or "uniform" in +-1/sqrt(F) as the published code (an nn.Linear weight).
+
+    Source: dos Santos et al. 2019, section 3.2, and the released code.
+    """
+
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.5, 0.999)
+    eps: float = 1e-8
+    _: KW_ONLY
+    reduction: str = "mean"
+    init: str = "zeros"
+    kind: ClassVar[str] = "adam"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            raise ValueError(f"lr: got {self.lr}, expected a non-negative number")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {self.betas}, expected two numbers in [0, 1)")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps: got {self.eps}, expected a non-negative number")
+        checks.option(self.reduction, "reduction", ("mean", "sum"))
+        checks.option(self.init, "init", ("zeros", "uniform"))
+
+    def options(self, columns: int) -> list[float]:
+        """The numbers that the operator `match_` wants for `columns` matched columns."""
+        gradient_scale = 2 / columns if self.reduction == "mean" else 2.0
+        return [self.lr, *self.betas, self.eps, gradient_scale]
+
+    def new_state(self, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
+        """Fresh state by name, in the order that the operator wants."""
+        state = {}
+        for quantity in ("mean", "var") if has_var else ("mean",):
+            average = torch.zeros_like(target_mean)
+            if self.init == "uniform":
+                bound = 1 / math.sqrt(target_mean.numel())
+                average.uniform_(-bound, bound)
+            state[f"{quantity}_average"] = average
+            state[f"{quantity}_exp_avg"] = torch.zeros_like(target_mean)
+            state[f"{quantity}_exp_avg_sq"] = torch.zeros_like(target_mean)
+        state["step"] = torch.zeros((), dtype=torch.int64, device=target_mean.device)
+        return state
+
+    @property
+    def curvature(self) -> float:
+        """Zero: the average is a constant for the gradient."""
+        return 0.0
+
+
+Average = MovingAverage | AdamMovingAverage

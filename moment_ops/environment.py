@@ -1,0 +1,31 @@
+"""What this machine can run, and why something cannot: `moment-ops env`."""
+
+import platform
+
+import numpy
+import torch
+
+import moment_ops
+from moment_ops.ops import backends
+
+
+def report() -> str:
+    """Versions, devices and backends, one per line."""
+    lines = [
+        f"moment_ops  {moment_ops.__version__}",
+        f"python      {platform.python_version()} on {platform.platform()}",
+        f"torch       {torch.__version__}, {torch.get_num_threads()} threads",
+        f"numpy       {numpy.__version__}",
+        f"cpu         {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    if torch.cuda.is_available():
+        lines += [f"cuda:{i}      {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    else:
+        lines.append("gpu         none that torch can use")
+    lines.append("backends")
+    for name in backends.NAMES[1:]:
+        reason = backends.unavailable(name)
+        lines.append(f"  {name:<9} {'available' if reason is None else 'not available: ' + reason}")
+    for device in ("cpu", "cuda"):
+        lines.append(f"auto uses {backends.chosen(device)} for {device} tensors")
+    return "\n".join(lines)

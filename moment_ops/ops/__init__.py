@@ -1,0 +1,7 @@
+"""The operators: schemas, shape functions, derivatives and the choice of a backend. Users import `moment_ops`."""
+
+from moment_ops.ops import extension, match, moments
+
+extension.load()
+
+__all__ = ["extension", "match", "moments"]

@@ -1,0 +1,89 @@
+"""Argument checks from shapes, dtypes, devices and strides alone: nothing here reads from a device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def features(input: Any, name: str = "input") -> list[Tensor]:
+    """A tensor or a sequence of tensors as a list of layers, checked."""
+    layers = [input] if isinstance(input, Tensor) else input
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(f"{name}: got {type(input).__name__}, expected a Tensor or a sequence of Tensors")
+    if len(layers) == 0:
+        raise ValueError(f"{name}: got an empty sequence, expected at least one Tensor")
+    for i, x in enumerate(layers):
+        label = name if isinstance(input, Tensor) else f"{name}[{i}]"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{label}: got {type(x).__name__}, expected a Tensor")
+        if x.dtype not in FEATURE_DTYPES:
+            raise TypeError(f"{label}: got dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
+        if x.layout != torch.strided:
+            raise TypeError(f"{label}: got layout {x.layout}, expected a strided Tensor")
+        if x.dim() == 0:
+            raise ValueError(f"{label}: got a scalar Tensor, expected the batch on dimension 0")
+        if x.dtype != layers[0].dtype:
+            raise TypeError(f"{label}: got dtype {x.dtype}, expected {layers[0].dtype} as in {name}[0]")
+        if x.device != layers[0].device:
+            raise ValueError(f"{label}: got device {x.device}, expected {layers[0].device} as in {name}[0]")
+    _no_forward_mode(layers, name)
+    return list(layers)
+
+
+def batch(layers: Sequence[Tensor], dim: int, name: str = "input") -> None:
+    """Every layer has the same number of rows, at least one, and at least one column."""
+    rows = layers[0].shape[dim]
+    for i, x in enumerate(layers):
+        if x.shape[dim] == 0:
+            raise ValueError(f"{name}[{i}]: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
+        if x.shape[dim] != rows:
+            raise ValueError(f"{name}[{i}]: got batch size {x.shape[dim]}, expected {rows} as in {name}[0]")
+        if x.numel() == 0:
+            raise ValueError(f"{name}[{i}]: got shape {tuple(x.shape)} without elements")
+
+
+def dimensions(dim: Any, layers: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """The reduced dimensions of every layer: ascending, non-negative."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    if isinstance(dim, bool) or not isinstance(dims, (list, tuple)) or not all(isinstance(d, int) for d in dims):
+        raise TypeError(f"dim: got {dim!r}, expected an int or a sequence of ints")
+    if len(dims) == 0:
+        raise ValueError("dim: got an empty sequence, expected at least one dimension")
+    result = []
+    for x in layers:
+        for d in dims:
+            if not -x.dim() <= d < x.dim():
+                raise ValueError(f"dim: got {d}, out of range for a layer of shape {tuple(x.shape)}")
+        normalized = tuple(sorted(d % x.dim() for d in dims))
+        if len(set(normalized)) != len(normalized):
+            raise ValueError(f"dim: got {dim!r}, which names a dimension of shape {tuple(x.shape)} twice")
+        result.append(normalized)
+    return result
+
+
+def correction(value: Any) -> int:
+    """The degrees of freedom that are subtracted from N."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"correction: got {value!r}, expected an int")
+    if value < 0:
+        raise ValueError(f"correction: got {value}, expected a non-negative int")
+    return value
+
+
+def option(value: Any, name: str, options: Sequence[str]) -> str:
+    """One of several words."""
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, expected {' or '.join(map(repr, options))}")
+    return value
+
+
+def _no_forward_mode(layers: Sequence[Tensor], name: str) -> None:
+    """Forward-mode differentiation would silently give zero tangents."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in layers):
+        raise NotImplementedError(f"{name}: forward-mode differentiation is not supported, use reverse mode")

@@ -1,0 +1,55 @@
+"""Memory layouts: which features the kernels read as they are, and the gradients' strides.
+
+Native layouts have dense feature dimensions in any order, and rows any distance apart: contiguous, channels-last, every
+k-th row, a slice of the leading feature dimension. Other inputs are copied once.
+"""
+
+import torch
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 statistics for fp64 features, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def feature_shape(x: torch.Tensor, dim: int) -> tuple[int, ...]:
+    """The shape of `x` without the reduced dimension."""
+    dim %= x.dim()
+    return (*x.shape[:dim], *x.shape[dim + 1 :])
+
+
+def _has_dense_columns(x: torch.Tensor, dim: int) -> bool:
+    dim %= x.dim()
+    columns = [(stride, size) for i, (stride, size) in enumerate(zip(x.stride(), x.shape, strict=True)) if i != dim]
+    expected = 1
+    for stride, size in sorted(column for column in columns if column[1] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def with_dense_columns(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`x` itself where its layout is native, else a copy whose reduced dimension is outermost in memory."""
+    if dim == 0 and (x.is_contiguous() or is_channels_last(x)):
+        return x
+    if _has_dense_columns(x, dim):
+        return x
+    return x.movedim(dim, 0).contiguous().movedim(0, dim)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether a 4- or 5-dimensional tensor is stored with its channels innermost."""
+    return x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+
+
+def empty_gradient(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """An uninitialised gradient with the strides of `x`, whose columns are dense; rows that lie apart move together."""
+    columns = x.numel() // x.shape[dim]
+    if x.stride(dim) == columns:
+        return torch.empty_like(x)
+    strides = list(x.stride())
+    strides[dim] = columns
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)

@@ -1,0 +1,223 @@
+"""`moments` and `moments_backward`: schemas, kernels, shape functions and derivatives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops import backends, reference
+from moment_ops.ops.layout import empty_gradient, feature_shape, statistics_dtype, with_dense_columns
+from moment_ops.ops.library import LIBRARY, define, define_native
+
+define_native("moments.native(Tensor[] input, int dim, int correction, Tensor(a!) mean, Tensor(b!)? var) -> ()")
+define_native(
+    "moments_backward.native(Tensor[] grad, Tensor? grad_mean, Tensor? grad_var, Tensor[] input, Tensor mean,"
+    " Tensor count, int dim, int correction, Tensor? scale, Tensor(a!)[] out) -> ()"
+)
+
+
+def _new_count(input: Sequence[Tensor], dim: int) -> Tensor:
+    """Rows per layer, filled on the device: a tensor made from a list would be copied over with a host sync."""
+    rows = [x.shape[dim] for x in input]
+    if all(n == rows[0] for n in rows):
+        return input[0].new_full((len(rows),), rows[0], dtype=torch.int64)
+    return torch.cat([input[0].new_full((1,), n, dtype=torch.int64) for n in rows])
+
+
+def _columns(input: Sequence[Tensor], dim: int) -> int:
+    return sum(torch.Size(feature_shape(x, dim)).numel() for x in input)
+
+
+def _moments(input: list[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(input[0].dtype)
+    name = backends.select("moments", input[0])
+    if name == "reference":
+        mean, variance = reference.moments(input, dim, correction, var)
+    else:
+        mean = input[0].new_empty(_columns(input, dim), dtype=dtype)
+        variance = torch.empty_like(mean) if var else None
+        native = [with_dense_columns(x, dim) for x in input]
+        torch.ops.moment_ops.moments.native(native, dim, correction, mean, variance)
+    if variance is None:
+        variance = input[0].new_empty(0, dtype=dtype)
+    return mean, variance, _new_count(input, dim)
+
+
+def _moments_fake(input: list[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(input[0].dtype)
+    columns = _columns(input, dim)
+    mean = input[0].new_empty(columns, dtype=dtype)
+    variance = input[0].new_empty(columns if var else 0, dtype=dtype)
+    return mean, variance, input[0].new_empty(len(input), dtype=torch.int64)
+
+
+def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, ctx.dim, ctx.correction, ctx.var = inputs
+    mean, _, count = output
+    ctx.save_for_backward(mean, count, *input)
+    ctx.set_materialize_grads(False)
+
+
+def _moments_derivative(
+    ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None, grad_count: None
+) -> tuple[list[Tensor | None], None, None, None]:
+    mean, count, *input = ctx.saved_tensors
+    grad_var = grad_var if ctx.var else None
+    grads: list[Tensor | None] = [None] * len(input)
+    if grad_mean is not None or grad_var is not None:
+        grads = torch.ops.moment_ops.moments_backward(
+            [], grad_mean, grad_var, input, mean, count, ctx.dim, ctx.correction, None
+        )
+    return grads, None, None, None
+
+
+def _moments_backward(
+    grad: list[Tensor],
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    input: list[Tensor],
+    mean: Tensor,
+    count: Tensor,
+    dim: int,
+    correction: int,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    name = backends.select("moments_backward", input[0])
+    if name == "reference":
+        return reference.moments_backward(grad, grad_mean, grad_var, input, mean, count, dim, correction, scale)
+    native = [with_dense_columns(x, dim) for x in input]
+    out = [empty_gradient(x, dim) for x in native]
+    # A gradient whose strides differ from the output's is copied into the output and added there.
+    added = [g if g.stride() == y.stride() else y.copy_(g) for g, y in zip(grad, out, strict=False)]
+
+    def dense(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector.contiguous()
+
+    torch.ops.moment_ops.moments_backward.native(
+        added, dense(grad_mean), dense(grad_var), native, mean, count, dim, correction, dense(scale), out
+    )
+    return out
+
+
+def _moments_backward_fake(
+    grad: list[Tensor],
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    input: list[Tensor],
+    mean: Tensor,
+    count: Tensor,
+    dim: int,
+    correction: int,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in input]
+
+
+def _moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grad, grad_mean, grad_var, input, mean, count, ctx.dim, ctx.correction, scale = inputs
+    if scale is not None and scale.requires_grad:
+        raise NotImplementedError("moments_backward: multiply the gradients by a differentiable scale outside")
+    ctx.layers = len(input)
+    ctx.added = len(grad)
+    ctx.has_mean, ctx.has_var, ctx.has_scale = grad_mean is not None, grad_var is not None, scale is not None
+    optional = [t for t in (grad_mean, grad_var, scale) if t is not None]
+    ctx.save_for_backward(mean, count, *optional, *input)
+
+
+def _moments_backward_derivative(ctx: Any, grad_out: list[Tensor]) -> tuple[Any, ...]:
+    """Derivative of `dx = grad + a + b (x - mean)`, in PyTorch that is itself differentiable."""
+    mean, count, *rest = ctx.saved_tensors
+    if ctx.has_mean:
+        rest.pop(0)
+    grad_var = rest.pop(0) if ctx.has_var else None
+    scale = rest.pop(0) if ctx.has_scale else None
+    dim, correction = ctx.dim, ctx.correction
+    d_mean, d_grad_mean, d_grad_var, d_input = [], [], [], []
+    offset = 0
+    for i, (x, h) in enumerate(zip(rest, grad_out, strict=True)):
+        columns = x.numel() // x.shape[dim]
+        packed = slice(offset, offset + columns)
+        offset += columns
+        dtype = mean.dtype
+        h_rows = h.movedim(dim, 0).reshape(h.shape[dim], -1).to(dtype)
+        x_rows = x.movedim(dim, 0).reshape(x.shape[dim], -1).to(dtype)
+        h_sum = h_rows.sum(0)
+        factor = torch.ones((), dtype=dtype, device=x.device) if scale is None else scale
+        if ctx.has_mean:
+            d_grad_mean.append(h_sum * factor / count[i])
+        b = torch.zeros_like(h_sum)
+        if grad_var is not None:
+            freedom = count[i] - correction
+            slope = torch.where(freedom > 0, 2 * factor / freedom, torch.zeros_like(factor))
+            d_grad_var.append(slope * (h_rows * (x_rows - mean[packed])).sum(0))
+            b = slope * grad_var[packed]
+        d_mean.append(-b * h_sum)
+        d_input.append((b * h_rows).reshape(x.movedim(dim, 0).shape).movedim(0, dim).to(x.dtype))
+    return (
+        list(grad_out) if ctx.added else [],
+        torch.cat(d_grad_mean) if d_grad_mean else None,
+        torch.cat(d_grad_var) if d_grad_var else None,
+        d_input,
+        torch.cat(d_mean),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+define(
+    "moments(Tensor[] input, int dim, int correction, bool var) -> (Tensor mean, Tensor var, Tensor count)",
+    _moments,
+    _moments_fake,
+)
+define(
+    "moments_backward(Tensor[] grad, Tensor? grad_mean, Tensor? grad_var, Tensor[] input, Tensor mean,"
+    " Tensor count, int dim, int correction, Tensor? scale) -> Tensor[]",
+    _moments_backward,
+    _moments_backward_fake,
+)
+torch.library.register_autograd("moment_ops::moments", _moments_derivative, setup_context=_moments_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "moment_ops::moments_backward",
+    _moments_backward_derivative,
+    setup_context=_moments_backward_setup,
+    lib=LIBRARY,
+)
+
+
+def moments(
+    input: Sequence[Tensor], dim: int = 0, correction: int = 1, var: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Packed mean and variance over `dim` of every layer, and rows per layer; differentiable, twice in eager mode.
+
+    Cost: one read of the features forward; one read and one write backward; one launch each.
+    """
+    mean, variance, count = torch.ops.moment_ops.moments(list(input), dim, correction, var)
+    return mean, variance if var else None, count
+
+
+def moments_backward(
+    input: Sequence[Tensor],
+    mean: Tensor,
+    count: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    *,
+    grad: Sequence[Tensor] = (),
+    dim: int = 0,
+    correction: int = 1,
+    scale: Tensor | None = None,
+) -> list[Tensor]:
+    """`[grad +] scale * (grad_mean / N + 2 grad_var / (N - correction) * (x - mean))` for every layer.
+
+    Args:
+        grad_mean, grad_var: (F,) derivatives of the loss with respect to mean and variance.
+        count: (L,) int64, the N of the statistic per layer: over all ranks, where ranks were merged.
+        grad: gradients that arrive from elsewhere, one per layer, added in the same pass.
+        scale: scalar tensor.
+    """
+    return torch.ops.moment_ops.moments_backward(
+        list(grad), grad_mean, grad_var, list(input), mean, count, dim, correction, scale
+    )

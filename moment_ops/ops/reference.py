@@ -1,0 +1,161 @@
+"""Every operator in plain PyTorch: any dtype, device and layout. The definition that kernels are tested against."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops.layout import statistics_dtype
+
+
+def _rows(x: Tensor, dim: int) -> Tensor:
+    """(N, D) in the dtype of the statistics, columns in logical order."""
+    return x.movedim(dim, 0).reshape(x.shape[dim], -1).to(statistics_dtype(x.dtype))
+
+
+def moments(input: Sequence[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor | None]:
+    """Packed mean and variance, (F,) each.
+
+    The first row is subtracted before anything is summed: a constant column then has variance 0 exactly, and a mean far
+    from zero costs no digits.
+    """
+    means, variances = [], []
+    for x in input:
+        rows = _rows(x, dim)
+        pivot = rows[0].detach()
+        shifted = rows - pivot
+        shifted_mean = shifted.mean(0)
+        means.append(pivot + shifted_mean)
+        if var:
+            m2 = (shifted - shifted_mean).square().sum(0)
+            freedom = rows.shape[0] - correction
+            variances.append(m2 / freedom if freedom > 0 else torch.full_like(m2, float("nan")))
+    return torch.cat(means), torch.cat(variances) if var else None
+
+
+def coefficients(
+    grad_mean: Tensor | None, grad_var: Tensor | None, count: Tensor, correction: int, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(a, b) with `dx = a + b * (x - mean)`, for one layer of `count` rows."""
+    a = b = None
+    if grad_mean is not None:
+        a = grad_mean / count
+    if grad_var is not None:
+        # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
+        b = torch.where(grad_var == 0, grad_var, 2 * grad_var / (count - correction))
+    if scale is not None:
+        a = None if a is None else a * scale
+        b = None if b is None else b * scale
+    return a, b
+
+
+def moments_backward(
+    grad: Sequence[Tensor],
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    input: Sequence[Tensor],
+    mean: Tensor,
+    count: Tensor,
+    dim: int,
+    correction: int,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    """`[grad +] a + b * (x - mean)` for every layer, in its dtype."""
+    outputs = []
+    offset = 0
+    for i, x in enumerate(input):
+        columns = x.numel() // x.shape[dim]
+        packed = slice(offset, offset + columns)
+        offset += columns
+        rows = _rows(x, dim)
+        a, b = coefficients(
+            None if grad_mean is None else grad_mean[packed],
+            None if grad_var is None else grad_var[packed],
+            count[i],
+            correction,
+            scale,
+        )
+        dx = torch.zeros_like(rows) if a is None else a.expand_as(rows)
+        if b is not None:
+            dx = dx + b * (rows - mean[packed])
+        moved = x.movedim(dim, 0).shape
+        dx = dx.reshape(moved).movedim(0, dim)
+        if grad:
+            dx = dx + grad[i]
+        outputs.append(dx.to(x.dtype))
+    return outputs
+
+
+def _finite(mean: Tensor, var: Tensor | None) -> Tensor:
+    return mean.isfinite() if var is None else mean.isfinite() & var.isfinite()
+
+
+def _adam(value: Tensor, state: Sequence[Tensor], step: Tensor, options: Sequence[float]) -> list[Tensor]:
+    """One step of torch.optim.Adam on the mean squared error between the average and `value`."""
+    lr, beta1, beta2, eps, gradient_scale = options
+    average, exp_avg, exp_avg_sq = state
+    grad = gradient_scale * (average - value)
+    exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
+    exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
+    step = step.to(torch.float64)
+    step_size = (lr / (1 - beta1**step)).to(average.dtype)
+    root_bias_correction2 = (1 - beta2**step).sqrt().to(average.dtype)
+    average = average - step_size * (exp_avg / (exp_avg_sq.sqrt() / root_bias_correction2 + eps))
+    return [average, exp_avg, exp_avg_sq]
+
+
+def match_(
+    mean: Tensor,
+    var: Tensor | None,
+    target_mean: Tensor,
+    target_var: Tensor | None,
+    mean_scale: float,
+    var_scale: float,
+    mean_weight: Tensor | None,
+    var_weight: Tensor | None,
+    reduction: float,
+    average: str,
+    options: Sequence[float],
+    state: Sequence[Tensor],
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss and its derivatives with respect to mean and var; `state` advances in place where `update` says so.
+
+    Args:
+        options: (decay,) of a moving average; (lr, beta1, beta2, eps, gradient scale) of ADAM.
+        state: per quantity (average,) or (average, exp_avg, exp_avg_sq); then `started`, one bool per column, of a
+            moving average; then the step.
+    """
+    finite = _finite(mean, var if target_var is not None else None)
+    quantities = [(mean, target_mean, mean_scale, mean_weight)]
+    if target_var is not None:
+        assert var is not None
+        quantities.append((var, target_var, var_scale, var_weight))
+    if update:
+        state[-1].add_(1)
+
+    loss = torch.zeros((), dtype=torch.float64, device=mean.device)
+    grads: list[Tensor] = []
+    for i, (value, target, scale, column_weight) in enumerate(quantities):
+        weight = scale if column_weight is None else scale * column_weight
+        if average == "adam":
+            vectors = list(state[3 * i : 3 * i + 3])
+            if update:
+                for old, new in zip(vectors, _adam(target - value, vectors, state[-1], options), strict=True):
+                    old.copy_(torch.where(finite, new, old))
+            terms = weight * vectors[0] * (target - value)
+            grad = -weight * vectors[0]
+        else:
+            estimate, slope = value, 1.0
+            if average == "moving":
+                slope = 1 - options[0]
+                estimate = torch.where(state[-2], options[0] * state[i] + slope * value, value)
+                if update:
+                    state[i].copy_(torch.where(finite, estimate, state[i]))
+            terms = reduction * weight * (estimate - target) ** 2
+            grad = slope * (2 * reduction) * weight * (estimate - target)
+        loss = loss + terms.sum(dtype=torch.float64)
+        grads.append(grad.expand_as(value).clone())
+    if update and average == "moving":
+        state[-2].logical_or_(finite)
+    return loss.to(mean.dtype), grads[0], grads[1] if len(grads) > 1 else None

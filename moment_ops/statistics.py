@@ -1,0 +1,345 @@
+"""Means and variances over the batch, packed over many layers."""
+
+import json
+import math
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from moment_ops.ops import checks
+from moment_ops.ops.moments import moments as moments_op
+
+_FORMAT = "moment_ops.Moments 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of one or many layers, packed: layer after layer, each in the row-major order of its shape.
+
+    Args:
+        mean: (F,) means.
+        var: (F,) variances, or None where only means are known.
+        cov: one (D, D) covariance per layer, or None.
+        count: (L,) int64, rows per layer; an int or a sequence of ints will do; None where it is not known.
+        correction: c of the variances and covariances, sum of squares / (count - c).
+        shapes: shape of every layer without the batch; by default one layer of shape (F,).
+        names: name of every layer, or None.
+        validate: check shapes and values (NaN, negative variances, asymmetric covariances). It reads from the device;
+            results of operators, where NaN is a legitimate answer, go without.
+
+    A pytree: `torch.utils._pytree.tree_map`, `torch.compile` and `torch.export` see its tensors.
+    """
+
+    mean: Tensor
+    var: Tensor | None = None
+    cov: tuple[Tensor, ...] | None = None
+    count: Tensor | None = None
+    correction: int = 1
+    shapes: tuple[tuple[int, ...], ...] = ()
+    names: tuple[str, ...] | None = None
+    validate: InitVar[bool] = True
+
+    def __post_init__(self, validate: bool) -> None:
+        if not validate:
+            return
+        _check_vector(self.mean, "mean")
+        checks.correction(self.correction)
+        set_field = object.__setattr__
+        set_field(self, "shapes", tuple(tuple(shape) for shape in self.shapes) or ((self.mean.shape[0],),))
+        if self.count is not None:
+            count = torch.as_tensor(self.count, dtype=torch.int64, device=self.mean.device).reshape(-1)
+            set_field(self, "count", count.expand(len(self.shapes)).clone() if count.numel() == 1 else count)
+        if self.cov is not None:
+            set_field(self, "cov", (self.cov,) if isinstance(self.cov, Tensor) else tuple(self.cov))
+        if self.names is not None:
+            set_field(self, "names", tuple(self.names))
+        self._check_structure()
+        self.check_values()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of columns of every layer."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    def layers(self) -> list[tuple[Tensor, Tensor | None]]:
+        """`[(mean, var), ...]`: views in each layer's shape; var is None where it is not known."""
+        means = self.mean.split(self.sizes)
+        variances = [None] * len(means) if self.var is None else list(self.var.split(self.sizes))
+        return [
+            (mean.view(shape), None if var is None else var.view(shape))
+            for mean, var, shape in zip(means, variances, self.shapes, strict=True)
+        ]
+
+    def _check_structure(self) -> None:
+        columns = self.mean.shape[0]
+        if sum(self.sizes) != columns:
+            raise ValueError(f"shapes: got {self.shapes} with {sum(self.sizes)} columns, but mean has {columns}")
+        if self.var is not None:
+            _check_vector(self.var, "var")
+            if self.var.shape != self.mean.shape or self.var.device != self.mean.device:
+                raise ValueError(
+                    f"var: got shape {tuple(self.var.shape)} on {self.var.device}, expected {tuple(self.mean.shape)}"
+                    f" on {self.mean.device} as mean"
+                )
+            if self.var.dtype != self.mean.dtype:
+                raise TypeError(f"var: got dtype {self.var.dtype}, expected {self.mean.dtype} as mean")
+        if self.count is not None and self.count.shape[0] != len(self.shapes):
+            raise ValueError(f"count: got {self.count.shape[0]} entries, expected one per layer, {len(self.shapes)}")
+        if self.names is not None and len(self.names) != len(self.shapes):
+            raise ValueError(f"names: got {len(self.names)} names, expected one per layer, {len(self.shapes)}")
+        if self.cov is not None:
+            if len(self.cov) != len(self.shapes):
+                raise ValueError(f"cov: got {len(self.cov)} matrices, expected one per layer, {len(self.shapes)}")
+            for i, (matrix, size) in enumerate(zip(self.cov, self.sizes, strict=True)):
+                if not isinstance(matrix, Tensor) or matrix.shape != (size, size):
+                    got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+                    raise ValueError(f"cov[{i}]: got {got}, expected shape {(size, size)}")
+
+    def check_values(self) -> None:
+        """Raise ValueError for values that no data can have. Reads from the device."""
+        if torch.compiler.is_compiling():
+            return
+        if not bool(self.mean.isfinite().all()):
+            raise ValueError("mean: got values that are not finite")
+        if self.var is not None:
+            if not bool(self.var.isfinite().all()):
+                raise ValueError("var: got values that are not finite")
+            if bool((self.var < 0).any()):
+                raise ValueError(f"var: got a negative variance, {self.var.min().item():.3g}")
+        if self.count is not None and bool((self.count < 1).any()):
+            raise ValueError(f"count: got {self.count.tolist()}, expected at least one row per layer")
+        for i, matrix in enumerate(self.cov or ()):
+            if not bool(matrix.isfinite().all()):
+                raise ValueError(f"cov[{i}]: got values that are not finite")
+            scale = matrix.abs().amax().item()
+            asymmetry = (matrix - matrix.mT).abs().amax().item()
+            if asymmetry > 64 * torch.finfo(matrix.dtype).eps * scale:
+                raise ValueError(f"cov[{i}]: got an asymmetric matrix, entries differ by {asymmetry:.3g}")
+            if bool((matrix.diagonal() < 0).any()):
+                raise ValueError(f"cov[{i}]: got a negative variance on the diagonal")
+
+    @staticmethod
+    def merge(*parts: "Moments") -> "Moments":
+        """Moments of all rows of all parts together, exact up to float64 rounding; differentiable.
+
+        Args:
+            parts: with equal shapes and corrections and known counts. A part of a single row counts with its mean.
+        """
+        _check_parts(parts)
+        first = parts[0]
+        sizes = torch.tensor(first.sizes, device=first.mean.device)
+
+        def per_column(count: Tensor) -> Tensor:
+            return count.repeat_interleave(sizes, output_size=first.mean.shape[0])
+
+        counts = [part.count for part in parts if part.count is not None]
+        count, rows = counts[0], per_column(counts[0].double())
+        mean = first.mean.double()
+        m2 = None if first.var is None else _sum_of_squares(first.var, rows, first.correction)
+        for part, part_count in zip(parts[1:], counts[1:], strict=True):
+            part_rows = per_column(part_count.double())
+            count, rows = count + part_count, rows + part_rows
+            share = part_rows / rows
+            delta = part.mean.double() - mean
+            mean = mean + delta * share
+            if m2 is not None and part.var is not None:
+                part_m2 = _sum_of_squares(part.var, part_rows, part.correction)
+                m2 = m2 + part_m2 + delta.square() * share * (rows - part_rows)
+        var = None
+        if m2 is not None:
+            freedom = rows - first.correction
+            var = torch.where(freedom > 0, m2 / freedom, float("nan")).to(first.mean.dtype)
+        mean = mean.to(first.mean.dtype)
+        return Moments(mean, var, None, count, first.correction, first.shapes, names=first.names, validate=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.npz` file that numpy opens without pickle. Another program's file at `path` is not overwritten."""
+        path = Path(path)
+        if path.exists():
+            try:
+                _read(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; it is not overwritten") from None
+        arrays = {
+            "format": np.array(_FORMAT),
+            "mean": _to_numpy(self.mean),
+            "correction": np.array(self.correction),
+        }
+        arrays["shapes"] = np.array(json.dumps(self.shapes))
+        if self.var is not None:
+            arrays["var"] = _to_numpy(self.var)
+        if self.count is not None:
+            arrays["count"] = _to_numpy(self.count)
+        if self.names is not None:
+            arrays["names"] = np.array(json.dumps(self.names))
+        for i, matrix in enumerate(self.cov or ()):
+            arrays[f"cov_{i}"] = _to_numpy(matrix)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Moments":
+        """Read a file of `save`, or a `mu`/`sigma` file of the FID tools (its count is not known). On the CPU."""
+        arrays = _read(Path(path))
+
+        def tensor(name: str) -> Tensor | None:
+            return torch.from_numpy(arrays[name]) if name in arrays else None
+
+        try:
+            if "mu" in arrays:
+                sigma = torch.from_numpy(arrays["sigma"])
+                return Moments(torch.from_numpy(arrays["mu"]), sigma.diagonal().clone(), (sigma,))
+            shapes = tuple(tuple(shape) for shape in json.loads(str(arrays["shapes"])))
+            names = tuple(json.loads(str(arrays["names"]))) if "names" in arrays else None
+            cov = tuple(torch.from_numpy(arrays[f"cov_{i}"]) for i in range(len(shapes)) if f"cov_{i}" in arrays)
+            mean = torch.from_numpy(arrays["mean"])
+            return Moments(mean, tensor("var"), cov or None, tensor("count"), int(arrays["correction"]), shapes, names)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no valid moments: {error}") from error
+
+
+def _check_vector(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point Tensor")
+    if value.dim() != 1 or value.numel() == 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (F,) with F > 0")
+
+
+def _check_parts(parts: Sequence[Moments]) -> None:
+    if not parts:
+        raise ValueError("parts: got none, expected at least one Moments")
+    first = parts[0]
+    for i, part in enumerate(parts):
+        if not isinstance(part, Moments):
+            raise TypeError(f"parts[{i}]: got {type(part).__name__}, expected Moments")
+        if part.count is None:
+            raise ValueError(f"parts[{i}]: its count is not known, so it cannot be merged")
+        if part.shapes != first.shapes:
+            raise ValueError(f"parts[{i}]: got shapes {part.shapes}, expected {first.shapes} as in parts[0]")
+        if part.correction != first.correction:
+            raise ValueError(f"parts[{i}]: got correction {part.correction}, expected {first.correction}")
+        if (part.var is None) != (first.var is None):
+            raise ValueError(f"parts[{i}]: only some of the parts have variances")
+
+
+def _sum_of_squares(var: Tensor, rows: Tensor, correction: int) -> Tensor:
+    """Sum of squared deviations in float64; that of a single row is 0, where the variance is NaN."""
+    return torch.where(rows == 1, 0.0, var.double() * (rows - correction))
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a moments file, or ValueError if it is something else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path} is not a moments file ({error})") from error
+    if not ({"mu", "sigma"} <= arrays.keys() or str(arrays.get("format")) == _FORMAT):
+        raise ValueError(f"{path} is not a moments file: it holds {sorted(arrays)}, expected {_FORMAT!r} or mu, sigma")
+    return arrays
+
+
+pytree.register_pytree_node(
+    Moments,
+    lambda m: ([m.mean, m.var, m.cov, m.count], (m.correction, m.shapes, m.names)),
+    lambda children, context: Moments(*children, *context, validate=False),  # type: ignore[misc]
+    serialized_type_name="moment_ops.Moments",
+    to_dumpable_context=lambda context: json.dumps(context),
+    from_dumpable_context=lambda text: _context_from(json.loads(text)),
+)
+
+
+def _context_from(context: list[Any]) -> tuple[Any, ...]:
+    correction, shapes, names = context
+    return correction, tuple(tuple(shape) for shape in shapes), None if names is None else tuple(names)
+
+
+def moments(
+    input: Tensor | Sequence[Tensor], *, dim: int | Sequence[int] = 0, correction: int = 1, var: bool = True
+) -> Moments:
+    """Mean and variance over the batch, per column, of one layer or many.
+
+    Args:
+        input: features, one Tensor of shape (N, ...) per layer, all with the same N, dtype and device; float32,
+            bfloat16, float16 or float64. Any strides; contiguous, channels-last and row-sliced features are read as
+            they are, others are copied once.
+        dim: reduced dimension or dimensions, by default the batch; (0, 2, 3) gives statistics per channel.
+        correction: c in sum of squares / (N - c). N <= c gives NaN variances.
+        var: also compute variances.
+
+    Returns:
+        Moments in float32 (float64 for float64 features), differentiable; twice in eager mode.
+
+    Raises:
+        TypeError, ValueError: wrong types, dtypes, devices, ranks or sizes, with the argument's name.
+
+    Cost: one launch and one read of the features; backward one launch, one read and one write. The features are saved
+    for backward, as the next layer does anyway, with (F,) means.
+
+    Source: dos Santos et al. 2019, section 3: per-feature mean and variance over the batch, never pooled over space.
+    """
+    layers = checks.features(input)
+    correction = checks.correction(correction)
+    dims = checks.dimensions(dim, layers)
+    first = [d[0] for d in dims]
+    if any(d != first[0] for d in first):
+        layers, first = [x.movedim(d, 0) for x, d in zip(layers, first, strict=True)], [0] * len(layers)
+    checks.batch(layers, first[0])
+    if all(len(d) == 1 for d in dims):
+        mean, variance, count = moments_op(layers, first[0], correction, var)
+        shapes = tuple((*x.shape[: first[0]], *x.shape[first[0] + 1 :]) for x in layers)
+        return Moments(mean, variance, None, count, correction, shapes, validate=False)
+    return _pool(layers, dims, first[0], correction, var)
+
+
+def _pool(layers: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int, correction: int, var: bool) -> Moments:
+    """Moments over several dimensions: those over the first one, merged over the others; one read of the features."""
+    mean, variance, count = moments_op(layers, first, 0, var)
+    rows = layers[0].shape[first]
+    means, variances, factors, shapes = [], [], [], []
+    offset = 0
+    for x, (_, *others) in zip(layers, dims, strict=True):
+        shape = (*x.shape[:first], *x.shape[first + 1 :])
+        pooled = [d - 1 for d in others]
+        packed = slice(offset, offset + math.prod(shape))
+        offset += math.prod(shape)
+        group = math.prod([shape[d] for d in pooled])
+        part_mean = mean[packed].view(shape).movedim(pooled, tuple(range(len(pooled)))).reshape(group, -1)
+        pivot = part_mean[0].detach()
+        shift = (part_mean - pivot).mean(0)
+        means.append(pivot + shift)
+        if variance is not None:
+            part_var = variance[packed].view(shape).movedim(pooled, tuple(range(len(pooled)))).reshape(group, -1)
+            freedom = rows * group - correction
+            m2 = rows * (part_var.sum(0) + (part_mean - pivot - shift).square().sum(0))
+            variances.append(m2 / freedom if freedom > 0 else torch.full_like(m2, float("nan")))
+        factors.append(group)
+        shapes.append(tuple([size for d, size in enumerate(shape) if d not in pooled]))
+    count = torch.cat([part * factor for part, factor in zip(count.split(1), factors, strict=True)])
+    pooled_var = torch.cat(variances) if var else None
+    return Moments(torch.cat(means), pooled_var, None, count, correction, tuple(shapes), validate=False)
