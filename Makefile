@@ -46,7 +46,9 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@echo "building the extension"
-	$(BIN)/python -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
+	MOMENT_OPS_EXTENSION=0 $(BIN)/python -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	grep "^moment_ops:" $(VENV)/build.log || true
 	touch $@
 
 build: $(VENV)/.built  ## make the environment and build the extension

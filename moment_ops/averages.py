@@ -10,6 +10,12 @@ from torch import Tensor
 from moment_ops.ops import checks
 
 
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    return value
+
+
 @dataclass(frozen=True)
 class MovingAverage:
     """Exponential moving average of the generated moments; the gradient flows through the current batch only.
@@ -24,6 +30,7 @@ class MovingAverage:
     kind: ClassVar[str] = "moving"
 
     def __post_init__(self) -> None:
+        _number(self.decay, "decay")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: got {self.decay}, expected a number in [0, 1)")
 
@@ -72,12 +79,16 @@ class AdamMovingAverage:
     kind: ClassVar[str] = "adam"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise ValueError(f"lr: got {self.lr}, expected a non-negative number")
+        for name in ("lr", "eps"):
+            value = _number(getattr(self, name), name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: got {value}, expected a non-negative number")
+        if not isinstance(self.betas, (tuple, list)):
+            raise TypeError(f"betas: got {self.betas!r}, expected two numbers")
+        for beta in self.betas:
+            _number(beta, "betas")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, expected two numbers in [0, 1)")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps: got {self.eps}, expected a non-negative number")
         checks.option(self.reduction, "reduction", ("mean", "sum"))
         checks.option(self.init, "init", ("zeros", "uniform"))
 

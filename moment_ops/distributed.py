@@ -17,6 +17,21 @@ def group_size(process_group: ProcessGroup) -> int:
     return dist.get_world_size(process_group)
 
 
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes of tensors that differ between them; its gradient is such a sum, too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, process_group: ProcessGroup) -> Tensor:
+        ctx.process_group = process_group
+        total = tensor.clone()
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(grad, ctx.process_group), None
+
+
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce whose gradient suits DistributedDataParallel, which averages gradients over the processes.
 
@@ -35,7 +50,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _SumOverRanks.apply(grad, ctx.process_group), None
+            return _AllReduce.apply(grad, ctx.process_group), None
         return grad * dist.get_world_size(ctx.process_group), None
 
 
@@ -67,14 +82,13 @@ def merge_ranks(
     def per_column(values: Tensor) -> Tensor:
         return values.repeat_interleave(sizes, output_size=columns)
 
-    group = None if process_group is None else process_group
     rows = per_column(count.double())
     shift = mean.double() - pivot.double()
     parts = [count.double(), rows * shift]
     if var is not None:
-        m2 = torch.where(rows <= correction, 0.0, var.double()) * (rows - correction).clamp_min(0)
+        m2 = torch.where(rows == 1, 0.0, var.double()) * (rows - correction).clamp_min(0)
         parts.append(m2 + rows * shift.square())
-    total = _SumOverRanks.apply(torch.cat(parts), group)
+    total = _SumOverRanks.apply(torch.cat(parts), process_group)
 
     merged_count = total[:layers].detach().round().to(torch.int64)
     rows = per_column(merged_count.double())

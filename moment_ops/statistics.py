@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -15,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moment_ops import files
 from moment_ops.ops import checks
 from moment_ops.ops.moments import moments as moments_op
-
-_FORMAT = "moment_ops.Moments 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +51,9 @@ class Moments:
         _check_vector(self.mean, "mean")
         checks.correction(self.correction)
         set_field = object.__setattr__
-        set_field(self, "shapes", tuple(tuple(shape) for shape in self.shapes) or ((self.mean.shape[0],),))
+        set_field(self, "shapes", _checked_shapes(self.shapes) or ((self.mean.shape[0],),))
         if self.count is not None:
-            count = torch.as_tensor(self.count, dtype=torch.int64, device=self.mean.device).reshape(-1)
+            count = _checked_count(self.count).to(self.mean.device)
             set_field(self, "count", count.expand(len(self.shapes)).clone() if count.numel() == 1 else count)
         if self.cov is not None:
             set_field(self, "cov", (self.cov,) if isinstance(self.cov, Tensor) else tuple(self.cov))
@@ -129,10 +126,12 @@ class Moments:
 
     @staticmethod
     def merge(*parts: "Moments") -> "Moments":
-        """Moments of all rows of all parts together, exact up to float64 rounding; differentiable.
+        """Moments of all rows of all parts together, merged in float64; differentiable.
 
         Args:
             parts: with equal shapes and corrections and known counts. A part of a single row counts with its mean.
+                Variances and covariances are merged where the parts have them. Where |mean| / std = r, parts of n
+                rows in float32 cost the variance up to r / sqrt(n) * 1e-7 of its value: their means are rounded.
         """
         _check_parts(parts)
         first = parts[0]
@@ -145,6 +144,7 @@ class Moments:
         count, rows = counts[0], per_column(counts[0].double())
         mean = first.mean.double()
         m2 = None if first.var is None else _sum_of_squares(first.var, rows, first.correction)
+        scatter = _scatter(first)
         for part, part_count in zip(parts[1:], counts[1:], strict=True):
             part_rows = per_column(part_count.double())
             count, rows = count + part_count, rows + part_rows
@@ -154,62 +154,55 @@ class Moments:
             if m2 is not None and part.var is not None:
                 part_m2 = _sum_of_squares(part.var, part_rows, part.correction)
                 m2 = m2 + part_m2 + delta.square() * share * (rows - part_rows)
+            for i, (part_scatter, d) in enumerate(zip(_scatter(part), delta.split(first.sizes), strict=False)):
+                weight = part_count[i] / count[i] * (count[i] - part_count[i])
+                scatter[i] = scatter[i] + part_scatter + weight * torch.outer(d, d)
+        dtype = first.mean.dtype
         var = None
         if m2 is not None:
             freedom = rows - first.correction
-            var = torch.where(freedom > 0, m2 / freedom, float("nan")).to(first.mean.dtype)
-        mean = mean.to(first.mean.dtype)
-        return Moments(mean, var, None, count, first.correction, first.shapes, names=first.names, validate=False)
+            var = torch.where(freedom > 0, m2 / freedom, float("nan")).to(dtype)
+        cov = tuple((c / (n - first.correction)).to(dtype) for c, n in zip(scatter, count, strict=False)) or None
+        mean = mean.to(dtype)
+        return Moments(mean, var, cov, count, first.correction, first.shapes, names=first.names, validate=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.npz` file that numpy opens without pickle. Another program's file at `path` is not overwritten."""
-        path = Path(path)
-        if path.exists():
-            try:
-                _read(path)
-            except ValueError as error:
-                raise ValueError(f"{error}; it is not overwritten") from None
         arrays = {
-            "format": np.array(_FORMAT),
-            "mean": _to_numpy(self.mean),
+            "mean": files.to_numpy(self.mean),
+            "dtype": np.array(str(self.mean.dtype).removeprefix("torch.")),
             "correction": np.array(self.correction),
+            "shapes": np.array(json.dumps(self.shapes)),
         }
-        arrays["shapes"] = np.array(json.dumps(self.shapes))
         if self.var is not None:
-            arrays["var"] = _to_numpy(self.var)
+            arrays["var"] = files.to_numpy(self.var)
         if self.count is not None:
-            arrays["count"] = _to_numpy(self.count)
+            arrays["count"] = files.to_numpy(self.count)
         if self.names is not None:
             arrays["names"] = np.array(json.dumps(self.names))
         for i, matrix in enumerate(self.cov or ()):
-            arrays[f"cov_{i}"] = _to_numpy(matrix)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            arrays[f"cov_{i}"] = files.to_numpy(matrix)
+        files.write(Path(path), arrays)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Moments":
         """Read a file of `save`, or a `mu`/`sigma` file of the FID tools (its count is not known). On the CPU."""
-        arrays = _read(Path(path))
-
-        def tensor(name: str) -> Tensor | None:
-            return torch.from_numpy(arrays[name]) if name in arrays else None
-
+        arrays = files.read(Path(path))
         try:
             if "mu" in arrays:
                 sigma = torch.from_numpy(arrays["sigma"])
                 return Moments(torch.from_numpy(arrays["mu"]), sigma.diagonal().clone(), (sigma,))
             shapes = tuple(tuple(shape) for shape in json.loads(str(arrays["shapes"])))
             names = tuple(json.loads(str(arrays["names"]))) if "names" in arrays else None
-            cov = tuple(torch.from_numpy(arrays[f"cov_{i}"]) for i in range(len(shapes)) if f"cov_{i}" in arrays)
-            mean = torch.from_numpy(arrays["mean"])
-            return Moments(mean, tensor("var"), cov or None, tensor("count"), int(arrays["correction"]), shapes, names)
-        except (KeyError, ValueError, TypeError) as error:
+            dtype = getattr(torch, str(arrays["dtype"]))
+            mean = torch.from_numpy(arrays["mean"]).to(dtype)
+            var = torch.from_numpy(arrays["var"]).to(dtype) if "var" in arrays else None
+            cov = tuple(
+                torch.from_numpy(arrays[f"cov_{i}"]).to(dtype) for i in range(len(shapes)) if f"cov_{i}" in arrays
+            )
+            count = torch.from_numpy(arrays["count"]) if "count" in arrays else None
+            return Moments(mean, var, cov or None, count, int(arrays["correction"]), shapes, names)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no valid moments: {error}") from error
 
 
@@ -220,6 +213,26 @@ def _check_vector(value: Any, name: str) -> None:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point Tensor")
     if value.dim() != 1 or value.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (F,) with F > 0")
+
+
+def _checked_shapes(shapes: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(shapes, (tuple, list)) or not all(isinstance(shape, (tuple, list)) for shape in shapes):
+        raise TypeError(f"shapes: got {shapes!r}, expected one tuple of ints per layer")
+    if not all(isinstance(size, int) and size > 0 for shape in shapes for size in shape):
+        raise ValueError(f"shapes: got {shapes!r}, expected positive sizes")
+    return tuple(tuple(shape) for shape in shapes)
+
+
+def _checked_count(count: Any) -> Tensor:
+    """Counts as an int64 vector; nothing is rounded silently."""
+    if not isinstance(count, Tensor):
+        rows = count if isinstance(count, (tuple, list)) else (count,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in rows):
+            raise TypeError(f"count: got {count!r}, expected ints")
+        count = torch.tensor(rows, dtype=torch.int64)
+    if count.is_floating_point() or count.is_complex() or count.dtype == torch.bool:
+        raise TypeError(f"count: got dtype {count.dtype}, expected int64")
+    return count.to(torch.int64).reshape(-1)
 
 
 def _check_parts(parts: Sequence[Moments]) -> None:
@@ -237,6 +250,8 @@ def _check_parts(parts: Sequence[Moments]) -> None:
             raise ValueError(f"parts[{i}]: got correction {part.correction}, expected {first.correction}")
         if (part.var is None) != (first.var is None):
             raise ValueError(f"parts[{i}]: only some of the parts have variances")
+        if (part.cov is None) != (first.cov is None):
+            raise ValueError(f"parts[{i}]: only some of the parts have covariances")
 
 
 def _sum_of_squares(var: Tensor, rows: Tensor, correction: int) -> Tensor:
@@ -244,24 +259,14 @@ def _sum_of_squares(var: Tensor, rows: Tensor, correction: int) -> Tensor:
     return torch.where(rows == 1, 0.0, var.double() * (rows - correction))
 
 
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a moments file, or ValueError if it is something else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{path} is not a moments file ({error})") from error
-    if not ({"mu", "sigma"} <= arrays.keys() or str(arrays.get("format")) == _FORMAT):
-        raise ValueError(f"{path} is not a moments file: it holds {sorted(arrays)}, expected {_FORMAT!r} or mu, sigma")
-    return arrays
+def _scatter(part: Moments) -> list[Tensor]:
+    """Per layer, the sum over rows of outer products of deviations, in float64; empty without covariances."""
+    if part.cov is None or part.count is None:
+        return []
+    return [
+        torch.where(n == 1, 0.0, matrix.double() * (n - part.correction))
+        for matrix, n in zip(part.cov, part.count, strict=True)
+    ]
 
 
 pytree.register_pytree_node(
@@ -329,17 +334,27 @@ def _pool(layers: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int,
         packed = slice(offset, offset + math.prod(shape))
         offset += math.prod(shape)
         group = math.prod([shape[d] for d in pooled])
-        part_mean = mean[packed].view(shape).movedim(pooled, tuple(range(len(pooled)))).reshape(group, -1)
+
+        def to_groups(vector: Tensor, packed: slice = packed, shape: Any = shape, pooled: Any = pooled) -> Tensor:
+            return (
+                vector[packed]
+                .double()
+                .view(shape)
+                .movedim(pooled, tuple(range(len(pooled))))
+                .flatten(0, len(pooled) - 1)
+            )
+
+        part_mean = to_groups(mean)
+        # Relative to the first, so that equal means have no variance between them.
         pivot = part_mean[0].detach()
-        shift = (part_mean - pivot).mean(0)
-        means.append(pivot + shift)
+        shifted = part_mean - pivot
+        means.append((pivot + shifted.mean(0)).flatten())
         if variance is not None:
-            part_var = variance[packed].view(shape).movedim(pooled, tuple(range(len(pooled)))).reshape(group, -1)
             freedom = rows * group - correction
-            m2 = rows * (part_var.sum(0) + (part_mean - pivot - shift).square().sum(0))
+            m2 = rows * (to_groups(variance).sum(0) + (shifted - shifted.mean(0)).square().sum(0)).flatten()
             variances.append(m2 / freedom if freedom > 0 else torch.full_like(m2, float("nan")))
         factors.append(group)
         shapes.append(tuple([size for d, size in enumerate(shape) if d not in pooled]))
     count = torch.cat([part * factor for part, factor in zip(count.split(1), factors, strict=True)])
-    pooled_var = torch.cat(variances) if var else None
-    return Moments(torch.cat(means), pooled_var, None, count, correction, tuple(shapes), validate=False)
+    pooled_var = torch.cat(variances).to(mean.dtype) if var else None
+    return Moments(torch.cat(means).to(mean.dtype), pooled_var, None, count, correction, tuple(shapes), validate=False)

@@ -27,13 +27,13 @@ def dataset_moments(extractor: Callable[[Any], Any], batches: Iterable[Any], *, 
 
     Cost: one read of the features, one (F,) merge per batch; memory does not grow with the data set.
     """
-    modules = [extractor] if isinstance(extractor, torch.nn.Module) else []
+    modules = list(extractor.modules()) if isinstance(extractor, torch.nn.Module) else []
     was_training = [module.training for module in modules]
-    parameter = next((p for module in modules for p in module.parameters()), None)
+    parameter = next((p for module in modules for p in module.parameters(recurse=False)), None)
     total: Moments | None = None
     dtype = None
     try:
-        for module in modules:
+        for module in modules[:1]:
             module.eval()
         with torch.no_grad():
             for batch in _with_progress(batches) if progress else batches:
@@ -48,7 +48,7 @@ def dataset_moments(extractor: Callable[[Any], Any], batches: Iterable[Any], *, 
                 total = part if total is None else Moments.merge(total, part)
     finally:
         for module, training in zip(modules, was_training, strict=True):
-            module.train(training)
+            module.training = training
     if total is None or dtype is None:
         raise ValueError("batches: got none, expected at least one")
     return _cast(total, dtype)
@@ -64,4 +64,4 @@ def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
         from tqdm.auto import tqdm
     except ImportError:
         raise ImportError("progress=True needs tqdm: pip install 'moment-ops[train]'") from None
-    return tqdm(batches, desc="moments", unit="batch")
+    return tqdm(batches, desc="moments", unit="batch", disable=None)

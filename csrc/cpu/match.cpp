@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "cpu/reduce_columns.h"
-#include "device/match.h"
+#include "match_arguments.h"
 
 namespace moment_ops::cpu {
 
@@ -130,105 +130,26 @@ double match_strip(Average kind, int64_t columns, const Quantity<A>& q, const A*
   }
 }
 
-template <class A>
-A* data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<A*>(tensor->mutable_data_ptr()) : nullptr;
-}
-
-// The packed vectors of one quantity.
-template <class A>
-struct Packed {
-  const A* target = nullptr;
-  const A* weight = nullptr;
-  A scale = 1;
-  A* average = nullptr;
-  A* exp_avg = nullptr;
-  A* exp_avg_sq = nullptr;
-  A* grad = nullptr;
-};
-
-// options: (decay) of a moving average; (lr, beta1, beta2, eps, gradient scale) of ADAM.
-// state: the vectors per quantity, then `started` per column of a moving average, then the step.
-template <class A>
-struct Arguments {
-  Average kind;
-  MatchParameters<A> parameters{};
-  Packed<A> mean, var;
-  uint8_t* started = nullptr;
-};
-
-template <class A>
-Arguments<A> unpack(const Tensor& target_mean, const std::optional<Tensor>& target_var, double mean_scale,
-                    double var_scale, const std::optional<Tensor>& mean_weight, const std::optional<Tensor>& var_weight,
-                    double reduction, int64_t average, const std::vector<double>& options,
-                    const std::vector<Tensor>& state, bool update, const Tensor& grad_mean,
-                    const std::optional<Tensor>& grad_var) {
-  Arguments<A> arguments;
-  arguments.kind = static_cast<Average>(average);
-  MatchParameters<A>& p = arguments.parameters;
-  p.reduction = A(reduction);
-  p.update = update && arguments.kind != Average::none;
-  const bool has_var = target_var.has_value();
-  Packed<A>& mean = arguments.mean;
-  Packed<A>& var = arguments.var;
-  mean.target = data<A>(target_mean);
-  mean.weight = data<A>(mean_weight);
-  mean.scale = A(mean_scale);
-  mean.grad = data<A>(grad_mean);
-  if (has_var) {
-    var.target = data<A>(target_var);
-    var.weight = data<A>(var_weight);
-    var.scale = A(var_scale);
-    var.grad = data<A>(grad_var);
-  }
-  if (arguments.kind == Average::moving) {
-    p.decay = A(options[0]);
-    p.one_minus_decay = A(1 - options[0]);
-    mean.average = data<A>(state[0]);
-    if (has_var) var.average = data<A>(state[1]);
-    arguments.started = data<uint8_t>(state[state.size() - 2]);
-  } else if (arguments.kind == Average::adam) {
-    const double lr = options[0], beta1 = options[1], beta2 = options[2];
-    const double step = static_cast<double>(*data<int64_t>(state.back()) + (update ? 1 : 0));
-    p.beta1_complement = A(1 - beta1);
-    p.beta2 = A(beta2);
-    p.beta2_complement = A(1 - beta2);
-    p.eps = A(options[3]);
-    p.gradient_scale = A(options[4]);
-    p.step_size = A(lr / (1 - std::pow(beta1, step)));
-    p.root_bias_correction2 = A(std::sqrt(1 - std::pow(beta2, step)));
-    Packed<A>* quantities[] = {&mean, &var};
-    for (int i = 0; i < (has_var ? 2 : 1); ++i) {
-      quantities[i]->average = data<A>(state[3 * i]);
-      quantities[i]->exp_avg = data<A>(state[3 * i + 1]);
-      quantities[i]->exp_avg_sq = data<A>(state[3 * i + 2]);
-    }
-  }
-  return arguments;
-}
-
 // A strip whose packed entries lie together.
 template <class A>
-double match_packed(const Arguments<A>& arguments, int64_t offset, int64_t columns, const A* mean, const A* var) {
-  const auto at = [&](const Packed<A>& packed, const A* value) {
+double match_packed(Average kind, const MatchState<A>& state, int64_t offset, int64_t columns, const A* mean,
+                    const A* var) {
+  const auto at = [&](const MatchVectors<A>& v, const A* value) {
     const auto shifted = [&](auto* pointer) { return pointer ? pointer + offset : nullptr; };
     return Quantity<A>{value,
-                       shifted(packed.target),
-                       shifted(packed.weight),
-                       packed.scale,
-                       shifted(packed.average),
-                       shifted(packed.exp_avg),
-                       shifted(packed.exp_avg_sq),
-                       shifted(packed.grad)};
+                       shifted(v.target),
+                       shifted(v.weight),
+                       v.scale,
+                       shifted(v.average),
+                       shifted(v.exp_avg),
+                       shifted(v.exp_avg_sq),
+                       shifted(v.grad)};
   };
-  uint8_t* started = arguments.started ? arguments.started + offset : nullptr;
-  const bool has_var = arguments.var.target != nullptr;
-  double loss = match_strip(arguments.kind, columns, at(arguments.mean, mean), has_var ? var : mean, started,
-                            arguments.parameters);
-  if (has_var) {
-    loss += match_strip(arguments.kind, columns, at(arguments.var, var), mean, started, arguments.parameters);
-  }
-  if (started && arguments.parameters.update) {
+  uint8_t* started = state.started ? state.started + offset : nullptr;
+  const bool has_var = state.var.target != nullptr;
+  double loss = match_strip(kind, columns, at(state.mean, mean), has_var ? var : mean, started, state.parameters);
+  if (has_var) loss += match_strip(kind, columns, at(state.var, var), mean, started, state.parameters);
+  if (started && state.parameters.update) {
     for (int64_t j = 0; j < columns; ++j) {
       started[j] |= static_cast<uint8_t>(is_finite(mean[j]) && (!has_var || is_finite(var[j])));
     }
@@ -246,12 +167,13 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
             std::vector<double> options, std::vector<Tensor> state, bool update, Tensor loss,
             std::optional<Tensor> batch_mean, Tensor grad_mean, std::optional<Tensor> grad_var) {
   const int64_t total = target_mean.numel();
+  const auto kind = static_cast<Average>(average);
   dispatch_dtype(input.empty() ? *mean : input[0], [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    const Arguments<A> arguments =
-        unpack<A>(target_mean, target_var, mean_scale, var_scale, mean_weight, var_weight, reduction, average, options,
-                  state, update, grad_mean, grad_var);
+    MatchState<A> match = unpack<A>({target_mean, target_var, mean_scale, var_scale, mean_weight, var_weight, reduction,
+                                     kind, options, state, update, grad_mean, grad_var});
+    if (kind == Average::adam) set_step(match, static_cast<double>(*match.step + (update ? 1 : 0)));
 
     // Moments of [begin, end) of the packed columns, matched where the strips of memory order cannot be.
     const auto match_range = [&](const A* all_mean, const A* all_var, int64_t begin, int64_t end) {
@@ -259,7 +181,7 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
       for_each_piece(losses.size(), workers_for(end - begin), [&](int64_t piece, int64_t) {
         const int64_t first = begin + piece * kMatchColumns;
         const int64_t columns = std::min(kMatchColumns, end - first);
-        losses[piece] = match_packed(arguments, first, columns, all_mean + first, all_var ? all_var + first : nullptr);
+        losses[piece] = match_packed(kind, match, first, columns, all_mean + first, all_var ? all_var + first : nullptr);
       });
       return std::accumulate(losses.begin(), losses.end(), 0.0);
     };
@@ -276,16 +198,16 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
           target_var && !std::all_of(layers.begin(), layers.end(), [](const Layer& l) { return l.logical_order; });
       std::vector<A> var_out(keep_var ? total : 0);
       std::vector<double> losses(strips.size(), 0.0);
-      reduce_columns<T>(layers, strips, [&](int64_t index, const Strip& strip, int64_t, const A* pivot, A* strip_mean,
-                                            A* strip_m2) {
+      reduce_columns<T>(layers, strips, [&](int64_t index, const Strip& strip, StripMoments<A>& moments) {
         const Layer& layer = layers[strip.layer];
         const int64_t columns = strip.end - strip.begin;
-        finish_moments(pivot, columns, static_cast<double>(layer.rows - correction), strip_mean, strip_m2);
-        scatter(layer, strip_mean, strip.begin, strip.end, mean_out);
+        moments.finish(columns, layer.rows, correction);
+        scatter(layer, moments.mean.data(), strip.begin, strip.end, mean_out);
         if (layer.logical_order) {
-          losses[index] = match_packed(arguments, layer.offset + strip.begin, columns, strip_mean, strip_m2);
+          losses[index] = match_packed(kind, match, layer.offset + strip.begin, columns, moments.mean.data(),
+                                       moments.m2.data());
         } else if (keep_var) {
-          scatter(layer, strip_m2, strip.begin, strip.end, var_out.data());
+          scatter(layer, moments.m2.data(), strip.begin, strip.end, var_out.data());
         }
       });
       value = std::accumulate(losses.begin(), losses.end(), 0.0);
@@ -295,7 +217,7 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
       }
     }
     *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(value);
-    if (update && arguments.kind != Average::none) ++*data<int64_t>(state.back());
+    if (update && kind != Average::none) ++*match.step;
   });
 }
 

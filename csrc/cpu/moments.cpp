@@ -13,11 +13,11 @@ void moments(std::vector<Tensor> input, int64_t dim, int64_t correction, Tensor 
     using A = accumulate_t<T>;
     A* mean_out = static_cast<A*>(mean.mutable_data_ptr());
     A* var_out = var ? static_cast<A*>(var->mutable_data_ptr()) : nullptr;
-    const auto store_moments = [&](int64_t, const Strip& strip, int64_t, const A* pivot, A* strip_mean, A* strip_m2) {
+    const auto store_moments = [&](int64_t, const Strip& strip, StripMoments<A>& moments) {
       const Layer& layer = layers[strip.layer];
-      finish_moments(pivot, strip.end - strip.begin, static_cast<double>(layer.rows - correction), strip_mean, strip_m2);
-      scatter(layer, strip_mean, strip.begin, strip.end, mean_out);
-      if (var_out) scatter(layer, strip_m2, strip.begin, strip.end, var_out);
+      moments.finish(strip.end - strip.begin, layer.rows, correction);
+      scatter(layer, moments.mean.data(), strip.begin, strip.end, mean_out);
+      if (var_out) scatter(layer, moments.m2.data(), strip.begin, strip.end, var_out);
     };
     reduce_columns<T>(layers, make_strips<A>(layers), store_moments);
   });

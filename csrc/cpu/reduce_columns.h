@@ -13,7 +13,8 @@
 
 #include "cpu/clones.h"
 #include "cpu/column_moments.h"
-#include "cpu/layer.h"
+#include "cpu/packed_order.h"
+#include "layer.h"
 
 namespace moment_ops::cpu {
 
@@ -73,7 +74,7 @@ inline std::vector<Strip> make_strips(const std::vector<Layer>& layers, int64_t 
   return strips;
 }
 
-// The inner loops, per feature dtype and x86-64 level.
+// The inner loop, per feature dtype and x86-64 level.
 template <class T>
 struct ColumnLoops;
 
@@ -81,14 +82,9 @@ struct ColumnLoops;
   template <>                                                                                                      \
   struct ColumnLoops<T> {                                                                                          \
     using A = accumulate_t<T>;                                                                                     \
-    MOMENT_OPS_CLONES static void pivot(const T* row, int64_t columns, A* out) { load_pivot(row, columns, out); }  \
-    MOMENT_OPS_CLONES static void block(const T* x, int64_t row_stride, int64_t rows, int64_t columns, bool first, \
-                                        A* pivot, A* mean, A* m2) {                                                \
-      if (first) {                                                                                                 \
-        block_moments<true>(x, row_stride, rows, columns, pivot, mean, m2);                                        \
-      } else {                                                                                                     \
-        block_moments<false>(x, row_stride, rows, columns, pivot, mean, m2);                                       \
-      }                                                                                                            \
+    MOMENT_OPS_CLONES static void block(const T* x, int64_t row_stride, int64_t rows, int64_t columns, A* pivot,   \
+                                        A* mean, A* m2) {                                                          \
+      block_moments(x, row_stride, rows, columns, pivot, mean, m2);                                                \
     }                                                                                                              \
   };
 MOMENT_OPS_COLUMN_LOOPS(double)
@@ -97,38 +93,30 @@ MOMENT_OPS_COLUMN_LOOPS(Half)
 MOMENT_OPS_COLUMN_LOOPS(BFloat16)
 #undef MOMENT_OPS_COLUMN_LOOPS
 
-// Calls epilogue(strip number, strip, worker, pivot, mean, m2) once per strip; means are relative to the pivot.
+// One worker's memory.
+template <class A>
+struct Scratch {
+  StripMoments<A> strip;
+  PairwiseTree tree;
+};
+
+// Rows [begin, end) of a strip, one block after another, into the worker's tree.
+template <class T, class A>
+inline void reduce_blocks(const Layer& layer, const Strip& strip, int64_t begin, int64_t end, Scratch<A>& mine) {
+  const int64_t columns = strip.end - strip.begin;
+  for (int64_t row = begin; row < end; row += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, end - row);
+    ColumnLoops<T>::block(layer.data<T>() + row * layer.row_stride + strip.begin, layer.row_stride, rows, columns,
+                          mine.strip.pivot.data(), mine.strip.mean.data(), mine.strip.m2.data());
+    mine.strip.widen(columns, mine.tree.next());
+    mine.tree.push(rows, 1);
+  }
+}
+
+// Calls epilogue(strip number, strip, moments) once per strip.
 template <class T, class Epilogue>
 inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<Strip>& strips, Epilogue epilogue) {
   using A = accumulate_t<T>;
-  struct Scratch {
-    std::vector<A> pivot;
-    PairwiseTree<A> tree;
-  };
-  std::vector<Scratch> scratch(torch::stable::get_num_threads());
-
-  // Pieces that begin at row 0 get their pivot in the pass that reduces it.
-  const auto start = [&](const Strip& strip, Scratch& mine, bool load_row) {
-    const int64_t columns = strip.end - strip.begin;
-    if (mine.pivot.size() < static_cast<size_t>(columns)) mine.pivot.resize(columns);
-    mine.tree.start(columns);
-    if (load_row) {
-      ColumnLoops<T>::pivot(layers[strip.layer].template data<T>() + strip.begin, columns, mine.pivot.data());
-    }
-  };
-  const auto reduce_rows = [&](const Strip& strip, Scratch& mine, int64_t row_begin, int64_t row_end) {
-    const Layer& layer = layers[strip.layer];
-    const int64_t columns = strip.end - strip.begin;
-    for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
-      const int64_t rows = std::min(kBlockRows, row_end - row);
-      A* out = mine.tree.next();
-      ColumnLoops<T>::block(layer.template data<T>() + row * layer.row_stride + strip.begin, layer.row_stride, rows,
-                            columns, row == 0, mine.pivot.data(), out, out + columns);
-      mine.tree.push(rows, 1);
-    }
-    return mine.tree.finish();
-  };
-
   struct Piece {
     int64_t strip, chunk;
   };
@@ -141,19 +129,28 @@ inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<S
     if (strip.chunks > 1) partials = strip.partial + 2 * strip.chunks * (strip.end - strip.begin);
     elements += layers[strip.layer].rows * (strip.end - strip.begin);
   }
-  std::vector<A> partial(partials);
+  std::vector<double> partial(partials);
+  std::vector<Scratch<A>> scratch(torch::stable::get_num_threads());
 
   for_each_piece(pieces.size(), workers_for(elements), [&](int64_t i, int64_t worker) {
     const auto [index, chunk] = pieces[i];
     const Strip& strip = strips[index];
+    const Layer& layer = layers[strip.layer];
     const int64_t columns = strip.end - strip.begin;
-    Scratch& mine = scratch[worker];
-    const int64_t row_begin = chunk * strip.chunk_rows;
-    start(strip, mine, row_begin > 0);
-    const int64_t row_end = std::min(row_begin + strip.chunk_rows, layers[strip.layer].rows);
-    A* moments = reduce_rows(strip, mine, row_begin, row_end);
+    Scratch<A>& mine = scratch[worker];
+    mine.strip.resize(columns);
+    if (layer.rows <= kBlockRows) {
+      ColumnLoops<T>::block(layer.data<T>() + strip.begin, layer.row_stride, layer.rows, columns,
+                            mine.strip.pivot.data(), mine.strip.mean.data(), mine.strip.m2.data());
+      return epilogue(index, strip, mine.strip);
+    }
+    mine.tree.start(columns);
+    const int64_t begin = chunk * strip.chunk_rows;
+    reduce_blocks<T>(layer, strip, begin, std::min(begin + strip.chunk_rows, layer.rows), mine);
+    const double* moments = mine.tree.finish();
     if (strip.chunks == 1) {
-      epilogue(index, strip, worker, mine.pivot.data(), moments, moments + columns);
+      mine.strip.narrow(columns, moments);
+      epilogue(index, strip, mine.strip);
     } else {
       std::copy(moments, moments + 2 * columns, partial.data() + strip.partial + 2 * chunk * columns);
     }
@@ -164,30 +161,18 @@ inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<S
     const Strip& strip = strips[index];
     if (strip.chunks == 1) return;
     const int64_t columns = strip.end - strip.begin;
-    Scratch& mine = scratch[worker];
-    start(strip, mine, true);
+    Scratch<A>& mine = scratch[worker];
+    mine.strip.resize(columns);
+    mine.tree.start(columns);
     for (int64_t chunk = 0; chunk < strip.chunks; ++chunk) {
-      const A* moments = partial.data() + strip.partial + 2 * chunk * columns;
+      const double* moments = partial.data() + strip.partial + 2 * chunk * columns;
       std::copy(moments, moments + 2 * columns, mine.tree.next());
       const int64_t rows = std::min(strip.chunk_rows, layers[strip.layer].rows - chunk * strip.chunk_rows);
       mine.tree.push(rows, (rows + kBlockRows - 1) / kBlockRows);
     }
-    A* moments = mine.tree.finish();
-    epilogue(index, strip, worker, mine.pivot.data(), moments, moments + columns);
+    mine.strip.narrow(columns, mine.tree.finish());
+    epilogue(index, strip, mine.strip);
   });
-}
-
-// Calls body with a value of the feature type that matches the tensor's dtype.
-template <class Body>
-inline void dispatch_dtype(const Tensor& tensor, Body body) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Half: return body(Half{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    default: STD_TORCH_CHECK(false, "moment_ops: unsupported dtype");
-  }
 }
 
 }  // namespace moment_ops::cpu

@@ -22,6 +22,18 @@ struct MatchParameters {
   bool update;
 };
 
+// The packed vectors of one quantity, mean or variance; those that its average does not use are null.
+template <class Accumulate>
+struct MatchVectors {
+  const Accumulate* target = nullptr;
+  const Accumulate* weight = nullptr;
+  Accumulate scale = 1;
+  Accumulate* average = nullptr;
+  Accumulate* exp_avg = nullptr;
+  Accumulate* exp_avg_sq = nullptr;
+  Accumulate* grad = nullptr;
+};
+
 // Each returns the column's share of the loss and sets its derivative.
 
 // No average: r w (value - target)^2.

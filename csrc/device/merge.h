@@ -14,14 +14,14 @@ template <class Accumulate>
 struct MergeFactors {
   Accumulate mean;  // count_b / count
   Accumulate m2;    // count_a * count_b / count
-
-  MOMENT_OPS_HOST_DEVICE MergeFactors(long long count_a, long long count_b) {
-    const double count = static_cast<double>(count_a + count_b);
-    mean = count > 0 ? static_cast<Accumulate>(static_cast<double>(count_b) / count) : Accumulate(0);
-    m2 = count > 0 ? static_cast<Accumulate>(static_cast<double>(count_a) * (static_cast<double>(count_b) / count))
-                   : Accumulate(0);
-  }
 };
+
+template <class Accumulate>
+MOMENT_OPS_HOST_DEVICE MergeFactors<Accumulate> merge_factors(long long count_a, long long count_b) {
+  const double count = static_cast<double>(count_a + count_b);
+  const double share = count > 0 ? static_cast<double>(count_b) / count : 0.0;
+  return {static_cast<Accumulate>(share), static_cast<Accumulate>(static_cast<double>(count_a) * share)};
+}
 
 // (mean_a, m2_a) of count_a rows becomes that of count_a + count_b rows; m2 is the sum of squared deviations.
 template <class Accumulate>

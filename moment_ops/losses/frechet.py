@@ -31,8 +31,10 @@ class _TraceOfRoot(torch.autograd.Function):
         return torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("frechet_distance: differentiable once, its backward got create_graph=True")
+
         def derivative(fixed: Tensor, variable: Tensor) -> Tensor:
             root = _root(fixed)
             return grad / 2 * (root @ _inverse_root(root @ variable @ root) @ root)
@@ -70,9 +72,9 @@ def frechet_distance(mean1: Any, cov1: Any, mean2: Any = None, cov2: Any = None)
 
     Cost: two or three eigendecompositions of size D; on a GPU each waits for the device.
     """
-    if isinstance(mean1, Moments) and isinstance(cov1, Moments):
+    if isinstance(mean1, Moments) and isinstance(cov1, Moments) and mean2 is None and cov2 is None:
         mean1, cov1, mean2, cov2 = *_from_moments(mean1, "first"), *_from_moments(cov1, "second")
-    if mean2 is None or cov2 is None:
+    if any(part is None or isinstance(part, Moments) for part in (mean1, cov1, mean2, cov2)):
         raise TypeError("frechet_distance: expected two Moments, or mean1, cov1, mean2, cov2")
     mean1, cov1 = _gaussian(mean1, cov1, "1")
     mean2, cov2 = _gaussian(mean2, cov2, "2")

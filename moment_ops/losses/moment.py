@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moment_ops.averages import Average
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
 from moment_ops.ops import checks
+from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
 from moment_ops.statistics import Moments
@@ -146,6 +147,10 @@ def _weight(weight: Weight, name: str, sizes: Sequence[int], like: Tensor) -> tu
     if isinstance(weight, Tensor):
         if weight.shape != like.shape:
             raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {tuple(like.shape)}, one per column")
+        if not weight.is_floating_point():
+            raise TypeError(f"{name}: got dtype {weight.dtype}, expected a floating-point Tensor")
+        if weight.requires_grad:
+            raise ValueError(f"{name}: got a Tensor that requires grad, expected a constant: weights get no gradients")
         return 1.0, weight.to(device=like.device, dtype=like.dtype)
     if isinstance(weight, (int, float)):
         return float(weight), None
@@ -154,6 +159,19 @@ def _weight(weight: Weight, name: str, sizes: Sequence[int], like: Tensor) -> tu
     if len(weight) != len(sizes):
         raise ValueError(f"{name}: got {len(weight)} weights, expected one per layer, {len(sizes)}")
     return 1.0, torch.cat([like.new_full((size,), float(w)) for w, size in zip(weight, sizes, strict=True)])
+
+
+def _with_correction(input: Moments, correction: int) -> Tensor:
+    """The variances of `input` for another correction."""
+    assert input.var is not None
+    if input.count is None:
+        raise ValueError(
+            f"input: got correction {input.correction}, expected {correction} as in target; without its count it cannot"
+            " be converted"
+        )
+    sizes = torch.tensor(input.sizes, device=input.count.device)
+    rows = input.count.repeat_interleave(sizes, output_size=input.mean.shape[0]).to(input.var.dtype)
+    return input.var * ((rows - input.correction) / (rows - correction))
 
 
 def _check_shapes(shapes: Sequence[Sequence[int]], target: Sequence[Sequence[int]]) -> None:
@@ -201,7 +219,8 @@ class _Matcher:
         checks.batch(layers, 0)
         _check_shapes([x.shape[1:] for x in layers], self.shapes)
         self._check_device(layers[0].device)
-        fused = self.merge is None and self._dtypes_agree(layers[0].dtype) and not self._target_requires_grad()
+        same_dtype = self.mean.dtype == statistics_dtype(layers[0].dtype)
+        fused = self.merge is None and same_dtype and not self._target_requires_grad()
         if fused:
             return _MatchFeatures.apply(
                 self.correction,
@@ -226,7 +245,10 @@ class _Matcher:
         self._check_device(input.mean.device)
         if self.var is not None and input.var is None:
             raise ValueError("input: got moments without variances, but target has variances")
-        return self._from_moments(input.mean, input.var, input.count, input.correction)
+        var, correction = input.var, input.correction
+        if self.var is not None and var is not None and self.merge is None and correction != self.correction:
+            var = _with_correction(input, self.correction)
+        return self._from_moments(input.mean, var, input.count, correction)
 
     def _from_moments(self, mean: Tensor, var: Tensor | None, count: Tensor | None, correction: int) -> Tensor:
         var = var if self.var is not None else None
@@ -234,8 +256,8 @@ class _Matcher:
             if count is None:
                 raise ValueError("input: its count is not known, so it cannot be merged over processes")
             mean, var, _ = self.merge(mean, var, count, correction)
-        # In the wider of the two dtypes; a state in the narrower one is widened for the step.
-        dtype = torch.promote_types(mean.dtype, self.mean.dtype)
+        # In the wider of the two dtypes, in float32 at least; a narrower state is widened for the step.
+        dtype = torch.promote_types(torch.promote_types(mean.dtype, self.mean.dtype), torch.float32)
 
         def cast(vector: Tensor | None) -> Tensor | None:
             return None if vector is None else vector.to(dtype)
@@ -257,9 +279,6 @@ class _Matcher:
             if narrow is not wide:
                 narrow.copy_(wide)
         return loss
-
-    def _dtypes_agree(self, dtype: torch.dtype) -> bool:
-        return (dtype == torch.float64) == (self.mean.dtype == torch.float64)
 
     def _target_requires_grad(self) -> bool:
         return self.mean.requires_grad or (self.var is not None and self.var.requires_grad)
@@ -345,13 +364,18 @@ class MomentLoss(nn.Module):
         self.reduction = checks.option(reduction, "reduction", ("mean", "sum"))
         self.process_group = process_group
         self._weights = {"mean": mean_weight, "var": var_weight}
-        self.reset(target)
+        self._state_names: tuple[str, ...] = ()
+        self.reset(_check_target(target))
 
     def reset(self, target: Moments | None = None) -> None:
         """Restart the average, with a new target if one is given. Buffers of unchanged shape keep their addresses."""
         if target is not None:
             self._set_target(_check_target(target))
-        for name, value in self._new_state().items():
+        state = {} if self.average is None else self.average.new_state(self.target_mean, self.target_var is not None)
+        for name in set(self._state_names) - set(state):
+            del self._buffers[name]
+        self._state_names = tuple(state)
+        for name, value in state.items():
             self._set_buffer(name, value)
 
     def forward(self, input: Moments | Tensor | Sequence[Tensor]) -> Tensor:
@@ -392,21 +416,29 @@ class MomentLoss(nn.Module):
         )
 
     def _set_target(self, target: Moments) -> None:
+        """Everything is checked before anything is changed."""
         target.check_values()
         dtype = torch.float64 if target.mean.dtype == torch.float64 else torch.float32
-        mean = target.mean.detach().to(dtype, copy=True)
+        mean = target.mean.detach().to(dtype, copy=True).contiguous()
+        var = None if target.var is None else target.var.detach().to(dtype, copy=True).contiguous()
+        mean_scale, mean_weight = _weight(self._weights["mean"], "mean_weight", target.sizes, mean)
+        var_scale, var_weight = _weight(self._weights["var"], "var_weight", target.sizes, mean)
         self.shapes, self.correction = target.shapes, target.correction
+        self._mean_scale, self._var_scale = mean_scale, var_scale
         self._set_buffer("target_mean", mean)
-        self._set_buffer("target_var", None if target.var is None else target.var.detach().to(dtype, copy=True))
-        for quantity, weight in self._weights.items():
-            scale, vector = _weight(weight, f"{quantity}_weight", target.sizes, mean)
-            setattr(self, f"_{quantity}_scale", scale)
-            self._set_buffer(f"{quantity}_weight", vector, persistent=False)
-        self._set_buffer("layer_sizes", torch.tensor(target.sizes, device=mean.device), persistent=False)
-        self._state_names = tuple(self._new_state())
+        self._set_buffer("target_var", var)
+        self._set_buffer("mean_weight", mean_weight, persistent=False)
+        self._set_buffer("var_weight", var_weight, persistent=False)
+        self._set_buffer("layer_sizes", torch.tensor(target.sizes, device=mean.device))
 
-    def _new_state(self) -> dict[str, Tensor]:
-        return {} if self.average is None else self.average.new_state(self.target_mean, self.target_var is not None)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """As usual, but for targets of other layers with as many columns: their numbers would land in wrong places."""
+        error_messages = arguments[-1]
+        sizes = state_dict.get(f"{prefix}layer_sizes")
+        if sizes is not None and sizes.tolist() != self.layer_sizes.tolist():
+            error_messages.append(f"layers of {sizes.tolist()} columns, expected {self.layer_sizes.tolist()}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _set_buffer(self, name: str, value: Tensor | None, persistent: bool = True) -> None:
         old = self._buffers.get(name)

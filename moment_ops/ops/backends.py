@@ -1,9 +1,14 @@
 """Which implementation runs an operator: the fastest that can, or the one that was asked for."""
 
+import functools
+import importlib
+import importlib.util
 import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -11,10 +16,16 @@ from moment_ops.ops import extension
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
-# What `auto` tries per device type, fastest first.
-_ORDER = {"cpu": ("cpu", "reference")}
+# What `auto` tries per device type, fastest first. ROCm's devices are called "cuda", too.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The device type that a backend's kernels are for; the reference runs everywhere.
 _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+# The operators with Triton kernels, and where: the function of that name takes the arguments of the overload `native`.
+_TRITON = {
+    "moments": "moment_ops.kernels.moments",
+    "moments_backward": "moment_ops.kernels.moments",
+    "match_": "moment_ops.kernels.match",
+}
 
 _forced = os.environ.get("MOMENT_OPS_BACKEND", "auto")
 _warned = False
@@ -45,17 +56,58 @@ def backend(name: str) -> Iterator[None]:
 
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine; None if it can."""
-    if name == "reference":
+    return _UNAVAILABLE[name]()
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: a switch that Triton reads on import."""
+    return _triton_installed() and importlib.import_module("triton").knobs.runtime.interpret
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+def _triton_unavailable() -> str | None:
+    if not _triton_installed():
+        return "triton is not installed; `pip install triton`"
+    if interpreted():
         return None
-    if name == "cpu":
-        return extension.missing("CPU")
-    return f"the {name} backend has no kernels in this version"
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use; TRITON_INTERPRET=1 runs the kernels slowly, on CPU tensors"
+    if not _has_compiler():
+        return "triton needs a C compiler for its launcher: gcc or clang on the PATH, or one in the variable CC"
+    return None
 
 
-def _cannot_run(name: str, device_type: str) -> str | None:
-    if name != "reference" and _DEVICE[name] != device_type:
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: None,
+    "cpu": lambda: extension.missing("CPU"),
+    "cuda": lambda: extension.missing("CUDA"),
+    "triton": _triton_unavailable,
+}
+
+
+def _cannot_run(name: str, operator: str, device_type: str) -> str | None:
+    if name == "triton" and operator not in _TRITON:
+        return "it has no kernel for it"
+    if name != "reference" and _DEVICE[name] != device_type and not (name == "triton" and interpreted()):
         return f"it runs on {_DEVICE[name]} tensors, got {device_type}"
     return unavailable(name)
+
+
+def implementation(name: str, operator: str) -> Callable[..., Any]:
+    """What fills the outputs of an operator: the extension's overload `native`, or the function with its arguments."""
+    if name == "triton":
+        return getattr(importlib.import_module(_TRITON[operator]), operator)
+    return getattr(torch.ops.moment_ops, operator).native
 
 
 def select(operator: str, tensor: torch.Tensor) -> str:
@@ -64,20 +116,23 @@ def select(operator: str, tensor: torch.Tensor) -> str:
     _check_name(_forced)
     device_type = tensor.device.type
     if _forced != "auto":
-        reason = _cannot_run(_forced, device_type)
+        reason = _cannot_run(_forced, operator, device_type)
         if reason is not None:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run {operator}: {reason}")
         return _forced
-    for name in _ORDER.get(device_type, ()):
-        reason = _cannot_run(name, device_type)
-        if reason is None:
-            return name
-        if not _warned:
+    reasons = []
+    for name in _ORDER.get(device_type, ("reference",)):
+        reason = _cannot_run(name, operator, device_type)
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+            continue
+        if name == "reference" and reasons and not _warned:
             _warned = True
             warnings.warn(
-                f"moment_ops runs on plain PyTorch, slower: {reason}. `moment-ops env` tells more.",
+                f"moment_ops runs on plain PyTorch, slower: {'; '.join(reasons)}. `moment-ops env` tells more.",
                 stacklevel=2,
             )
+        return name
     return "reference"
 
 

@@ -38,12 +38,13 @@ def batch(layers: Sequence[Tensor], dim: int, name: str = "input") -> None:
     """Every layer has the same number of rows, at least one, and at least one column."""
     rows = layers[0].shape[dim]
     for i, x in enumerate(layers):
+        label = name if len(layers) == 1 else f"{name}[{i}]"
         if x.shape[dim] == 0:
-            raise ValueError(f"{name}[{i}]: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
+            raise ValueError(f"{label}: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
         if x.shape[dim] != rows:
-            raise ValueError(f"{name}[{i}]: got batch size {x.shape[dim]}, expected {rows} as in {name}[0]")
+            raise ValueError(f"{label}: got batch size {x.shape[dim]}, expected {rows} as in {name}[0]")
         if x.numel() == 0:
-            raise ValueError(f"{name}[{i}]: got shape {tuple(x.shape)} without elements")
+            raise ValueError(f"{label}: got shape {tuple(x.shape)} without elements")
 
 
 def dimensions(dim: Any, layers: Sequence[Tensor]) -> list[tuple[int, ...]]:

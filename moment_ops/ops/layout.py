@@ -45,11 +45,7 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
 
 
-def empty_gradient(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """An uninitialised gradient with the strides of `x`, whose columns are dense; rows that lie apart move together."""
-    columns = x.numel() // x.shape[dim]
-    if x.stride(dim) == columns:
-        return torch.empty_like(x)
-    strides = list(x.stride())
-    strides[dim] = columns
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+def has_same_columns(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:
+    """Whether the feature dimensions of two tensors of one shape lie alike in memory; rows may lie differently."""
+    dim %= a.dim()
+    return all(size == 1 or i == dim or a.stride(i) == b.stride(i) for i, size in enumerate(a.shape))

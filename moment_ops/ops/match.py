@@ -40,7 +40,8 @@ def _advance(state: Sequence[Tensor], update: bool) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _native(
+def _fill(
+    name: str,
     mean: Tensor | None,
     var: Tensor | None,
     input: Sequence[Tensor],
@@ -50,18 +51,26 @@ def _native(
     target_var: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    *weights, average, options, state, update = rest
+    mean_scale, var_scale, mean_weight, var_weight, reduction, average, options, state, update = rest
+
+    def dense(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector.contiguous()
+
     loss = target_mean.new_empty(())
-    grad_mean = torch.empty_like(target_mean)
-    grad_var = None if target_var is None else torch.empty_like(target_mean)
-    torch.ops.moment_ops.match_.native(
-        None if mean is None else mean.contiguous(),
-        None if var is None else var.contiguous(),
+    grad_mean = target_mean.new_empty(target_mean.shape)
+    grad_var = None if target_var is None else torch.empty_like(grad_mean)
+    backends.implementation(name, "match_")(
+        dense(mean),
+        dense(var),
         [with_dense_columns(x, 0) for x in input],
         correction,
-        target_mean,
-        target_var,
-        *weights,
+        dense(target_mean),
+        dense(target_var),
+        mean_scale,
+        var_scale,
+        dense(mean_weight),
+        dense(var_weight),
+        reduction,
         _AVERAGES[average],
         options,
         state,
@@ -77,10 +86,11 @@ def _native(
 # `arguments` are those of `_PARAMETERS`, in its order.
 def _match(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _advance(*arguments[-2:])
-    if backends.select("match_", mean) == "reference":
+    name = backends.select("match_", mean)
+    if name == "reference":
         loss, grad_mean, grad_var = reference.match_(mean, var, *arguments)
     else:
-        loss, grad_mean, grad_var = _native(mean, var, (), 0, None, *arguments)
+        loss, grad_mean, grad_var = _fill(name, mean, var, (), 0, None, *arguments)
     return loss, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 
@@ -93,12 +103,13 @@ def _match_fake(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tens
 def _match_features(input: list[Tensor], correction: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _advance(*arguments[-2:])
     target_mean, target_var = arguments[:2]
-    if backends.select("match_", input[0]) == "reference":
+    name = backends.select("match_", input[0])
+    if name == "reference":
         mean, var = reference.moments(input, 0, correction, target_var is not None)
         loss, grad_mean, grad_var = reference.match_(mean, var, *arguments)
     else:
-        mean = torch.empty_like(target_mean)
-        loss, grad_mean, grad_var = _native(None, None, input, correction, mean, *arguments)
+        mean = target_mean.new_empty(target_mean.shape)
+        loss, grad_mean, grad_var = _fill(name, None, None, input, correction, mean, *arguments)
     return loss, mean, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 

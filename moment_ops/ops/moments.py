@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import backends, reference
-from moment_ops.ops.layout import empty_gradient, feature_shape, statistics_dtype, with_dense_columns
+from moment_ops.ops.layout import feature_shape, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import LIBRARY, define, define_native
 
 define_native("moments.native(Tensor[] input, int dim, int correction, Tensor(a!) mean, Tensor(b!)? var) -> ()")
@@ -38,7 +38,7 @@ def _moments(input: list[Tensor], dim: int, correction: int, var: bool) -> tuple
         mean = input[0].new_empty(_columns(input, dim), dtype=dtype)
         variance = torch.empty_like(mean) if var else None
         native = [with_dense_columns(x, dim) for x in input]
-        torch.ops.moment_ops.moments.native(native, dim, correction, mean, variance)
+        backends.implementation(name, "moments")(native, dim, correction, mean, variance)
     if variance is None:
         variance = input[0].new_empty(0, dtype=dtype)
     return mean, variance, _new_count(input, dim)
@@ -83,21 +83,24 @@ def _moments_backward(
     correction: int,
     scale: Tensor | None,
 ) -> list[Tensor]:
+    # Strides as the shape function promises: those of the input where it is dense.
+    out = [torch.empty_like(x) for x in input]
     name = backends.select("moments_backward", input[0])
     if name == "reference":
-        return reference.moments_backward(grad, grad_mean, grad_var, input, mean, count, dim, correction, scale)
+        grads = reference.moments_backward(grad, grad_mean, grad_var, input, mean, count, dim, correction, scale)
+        return [y.copy_(g) for y, g in zip(out, grads, strict=True)]
     native = [with_dense_columns(x, dim) for x in input]
-    out = [empty_gradient(x, dim) for x in native]
-    # A gradient whose strides differ from the output's is copied into the output and added there.
-    added = [g if g.stride() == y.stride() else y.copy_(g) for g, y in zip(grad, out, strict=False)]
+    # The kernel writes columns in the order in which it reads them, and adds gradients that lie in the same order.
+    written = [y if has_same_columns(y, x, dim) else torch.empty_like(x) for y, x in zip(out, native, strict=True)]
+    added = [g if g.stride() == y.stride() else y.copy_(g) for g, y in zip(grad, written, strict=False)]
 
     def dense(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.contiguous()
 
-    torch.ops.moment_ops.moments_backward.native(
-        added, dense(grad_mean), dense(grad_var), native, mean, count, dim, correction, dense(scale), out
+    backends.implementation(name, "moments_backward")(
+        added, dense(grad_mean), dense(grad_var), native, mean.contiguous(), count, dim, correction, scale, written
     )
-    return out
+    return [y if y is w else y.copy_(w) for y, w in zip(out, written, strict=True)]
 
 
 def _moments_backward_fake(

@@ -16,21 +16,26 @@ def _rows(x: Tensor, dim: int) -> Tensor:
 def moments(input: Sequence[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor | None]:
     """Packed mean and variance, (F,) each.
 
-    The first row is subtracted before anything is summed: a constant column then has variance 0 exactly, and a mean far
-    from zero costs no digits.
+    The first row is subtracted before anything is summed, and sums are in float64: a constant column then has
+    variance 0 exactly, and a mean far from zero, or a row far from all others, costs no digits.
     """
     means, variances = [], []
     for x in input:
         rows = _rows(x, dim)
         pivot = rows[0].detach()
-        shifted = rows - pivot
+        shifted = _wide(rows) - _wide(pivot)
         shifted_mean = shifted.mean(0)
-        means.append(pivot + shifted_mean)
+        means.append((pivot + shifted_mean).to(rows.dtype))
         if var:
-            m2 = (shifted - shifted_mean).square().sum(0)
+            m2 = (shifted - shifted_mean).square().sum(0).to(rows.dtype)
             freedom = rows.shape[0] - correction
             variances.append(m2 / freedom if freedom > 0 else torch.full_like(m2, float("nan")))
     return torch.cat(means), torch.cat(variances) if var else None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float64 where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def coefficients(
@@ -131,6 +136,7 @@ def match_(
     if target_var is not None:
         assert var is not None
         quantities.append((var, target_var, var_scale, var_weight))
+    update = update and average != "none"
     if update:
         state[-1].add_(1)
 

@@ -1,4 +1,4 @@
-// A layer as the kernels see it: rows to reduce over, and columns that lie densely in memory.
+// A layer as every backend sees it: rows to reduce over, and columns that lie densely in memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace moment_ops::cpu {
+#include "device/convert.h"
+
+namespace moment_ops {
 
 using torch::stable::Tensor;
 
@@ -59,6 +61,19 @@ inline Layer make_layer(const Tensor& tensor, int64_t dim, int64_t offset) {
   return layer;
 }
 
+// Calls body with a value of the feature type that matches the tensor's dtype.
+template <class Body>
+inline void dispatch_dtype(const Tensor& tensor, Body body) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::Half: return body(Half{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    default: STD_TORCH_CHECK(false, "moment_ops: unsupported dtype");
+  }
+}
+
 inline std::vector<Layer> make_layers(const std::vector<Tensor>& input, int64_t dim) {
   std::vector<Layer> layers;
   layers.reserve(input.size());
@@ -70,45 +85,4 @@ inline std::vector<Layer> make_layers(const std::vector<Tensor>& input, int64_t 
   return layers;
 }
 
-// Walks the packed positions of the columns [begin, end), given in memory order.
-template <class Visit>
-inline void for_each_logical(const Layer& layer, int64_t begin, int64_t end, Visit visit) {
-  const auto& dimensions = layer.dimensions;
-  const int rank = static_cast<int>(dimensions.size());
-  std::vector<int64_t> index(rank);
-  int64_t rest = begin;
-  int64_t logical = layer.offset;
-  for (int i = rank - 1; i >= 0; --i) {
-    index[i] = rest % dimensions[i].size;
-    rest /= dimensions[i].size;
-    logical += index[i] * dimensions[i].logical;
-  }
-  for (int64_t column = 0; column < end - begin; ++column) {
-    visit(column, logical);
-    for (int i = rank - 1; i >= 0; --i) {
-      logical += dimensions[i].logical;
-      if (++index[i] < dimensions[i].size) break;
-      logical -= dimensions[i].size * dimensions[i].logical;
-      index[i] = 0;
-    }
-  }
-}
-
-// The packed entries of a strip of columns in memory order: a pointer into `packed` where the orders agree, else a copy.
-template <class A>
-inline const A* gather(const Layer& layer, const A* packed, int64_t begin, int64_t end, A* buffer) {
-  if (layer.logical_order) return packed + layer.offset + begin;
-  for_each_logical(layer, begin, end, [&](int64_t column, int64_t logical) { buffer[column] = packed[logical]; });
-  return buffer;
-}
-
-template <class A>
-inline void scatter(const Layer& layer, const A* values, int64_t begin, int64_t end, A* packed) {
-  if (layer.logical_order) {
-    std::copy(values, values + (end - begin), packed + layer.offset + begin);
-  } else {
-    for_each_logical(layer, begin, end, [&](int64_t column, int64_t logical) { packed[logical] = values[column]; });
-  }
-}
-
-}  // namespace moment_ops::cpu
+}  // namespace moment_ops

@@ -1,0 +1,100 @@
+// Host side of the column kernels, free of torch: cuts the work and launches. The same code launches on a GPU and, in the
+// tests, on the host.
+#pragma once
+
+#include <vector>
+
+#include "device/match.cuh"
+#include "device/moments_backward.cuh"
+
+namespace moment_ops {
+
+// Layers in lists that fit into kernel arguments, and what the whole call needs.
+struct Launches {
+  std::vector<ColumnLayers> lists;
+  std::vector<int> blocks;
+  Plan total;
+};
+
+// `cut` is plan_reduction or plan_elementwise.
+template <class Cut>
+inline Launches plan_launches(std::vector<ColumnLayer> layers, int element_size, Cut cut) {
+  Launches launches;
+  for (size_t first = 0; first < layers.size(); first += kMaxLayers) {
+    ColumnLayers list{};
+    launches.total.blocks = 0;
+    for (size_t i = first; i < layers.size() && i < first + kMaxLayers; ++i) {
+      cut(layers[i], element_size, launches.total);
+      list.layers[list.count++] = layers[i];
+    }
+    launches.lists.push_back(list);
+    launches.blocks.push_back(launches.total.blocks);
+  }
+  return launches;
+}
+
+template <class T, class A>
+inline void launch_moments(const Launches& launches, Workspace<A> workspace, MomentsOutput<A> out,
+                           MOMENT_OPS_STREAM stream) {
+  for (size_t i = 0; i < launches.lists.size(); ++i) {
+    MOMENT_OPS_LAUNCH((moments_kernel<T, A>), launches.blocks[i], kThreads, stream, launches.lists[i], workspace, out);
+  }
+}
+
+template <class T, class A>
+inline void launch_moments_backward(const Launches& launches, BackwardArguments<A> arguments,
+                                    MOMENT_OPS_STREAM stream) {
+  arguments.first_layer = 0;
+  for (size_t i = 0; i < launches.lists.size(); ++i) {
+    MOMENT_OPS_LAUNCH((moments_backward_kernel<T, A>), launches.blocks[i], kThreads, stream, launches.lists[i],
+                      arguments);
+    arguments.first_layer += launches.lists[i].count;
+  }
+}
+
+template <class T, class A>
+inline void launch_match_features(Average kind, const Launches& launches, Workspace<A> workspace,
+                                  const MatchArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
+  for (size_t i = 0; i < launches.lists.size(); ++i) {
+    const ColumnLayers& list = launches.lists[i];
+    const int blocks = launches.blocks[i];
+    switch (kind) {
+      case Average::none:
+        MOMENT_OPS_LAUNCH((match_features_kernel<Average::none, T, A>), blocks, kThreads, stream, list, workspace,
+                          arguments);
+        break;
+      case Average::moving:
+        MOMENT_OPS_LAUNCH((match_features_kernel<Average::moving, T, A>), blocks, kThreads, stream, list, workspace,
+                          arguments);
+        break;
+      case Average::adam:
+        MOMENT_OPS_LAUNCH((match_features_kernel<Average::adam, T, A>), blocks, kThreads, stream, list, workspace,
+                          arguments);
+        break;
+    }
+  }
+}
+
+inline int match_blocks(int64_t columns) { return static_cast<int>((columns + kMatchColumns - 1) / kMatchColumns); }
+
+template <class A>
+inline void launch_match_moments(Average kind, const A* mean, const A* var, int64_t columns,
+                                 const MatchArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
+  const int blocks = match_blocks(columns);
+  switch (kind) {
+    case Average::none:
+      MOMENT_OPS_LAUNCH((match_moments_kernel<Average::none, A>), blocks, kThreads, stream, mean, var, columns,
+                        arguments);
+      break;
+    case Average::moving:
+      MOMENT_OPS_LAUNCH((match_moments_kernel<Average::moving, A>), blocks, kThreads, stream, mean, var, columns,
+                        arguments);
+      break;
+    case Average::adam:
+      MOMENT_OPS_LAUNCH((match_moments_kernel<Average::adam, A>), blocks, kThreads, stream, mean, var, columns,
+                        arguments);
+      break;
+  }
+}
+
+}  // namespace moment_ops

@@ -1,0 +1,89 @@
+"""Device functions that all kernels share: finding a program's layer and columns, merging moments, arriving last."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def double(bits):
+    """The float64 with these bits. Python floats reach a kernel as float32, so the host passes bits."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def pick(values, starts, program, LAYERS: tl.constexpr):
+    """The entry of the layer that a program works on; `starts` are the layers' first programs, sixteenfold.
+
+    A chain of selects, not a table in memory: it keeps what is known about the pointers' alignment, and nothing has to
+    be copied to the device.
+    """
+    picked = values[0]
+    for i in tl.static_range(1, LAYERS):
+        picked = tl.where(program * 16 >= starts[i], values[i], picked)
+    return picked
+
+
+@triton.jit
+def pick_integer(values, starts, program, LAYERS: tl.constexpr):
+    """As `pick`, of integers that come sixteenfold (`encoded` in _plan.py says why)."""
+    return pick(values, starts, program, LAYERS) >> 4
+
+
+@triton.jit
+def locate(
+    starts,
+    columns,
+    offsets,
+    inners,
+    program,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    """Strip and chunk of a program: (strip, strips, chunk, column, mask, packed).
+
+    column: (BLOCK_COLUMNS) in memory order; packed: int64 positions in the packed vectors, where a channels-last layer
+    has its columns transposed.
+    """
+    local = program - pick_integer(starts, starts, program, LAYERS)
+    # Multiplying by VECTOR tells the compiler that loads may be that wide.
+    width = pick_integer(columns, starts, program, LAYERS) * VECTOR
+    strips = tl.cdiv(width, BLOCK_COLUMNS)
+    chunk = local // strips
+    strip = local % strips
+    lane = tl.arange(0, BLOCK_COLUMNS)
+    begin = strip * BLOCK_COLUMNS
+    mask = lane < width - begin
+    column = begin + lane
+    first = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
+    if PERMUTED:
+        inner = pick_integer(inners, starts, program, LAYERS)
+        packed = first + (column % inner) * (width // inner) + column // inner
+    else:
+        packed = first + column
+    return strip, strips, chunk, column, mask, packed
+
+
+@triton.jit
+def merge(mean_a, m2_a, count_a, mean_b, m2_b, count_b):
+    """Moments of two groups of rows together (Chan, Golub & LeVeque 1979), in the dtype of the moments."""
+    rows_a = tl.cast(count_a, mean_a.dtype)
+    rows_b = tl.cast(count_b, mean_a.dtype)
+    share = rows_b / (rows_a + rows_b)
+    delta = mean_b - mean_a
+    return mean_a + delta * share, m2_a + (m2_b + delta * delta * (rows_a * share))
+
+
+@triton.jit
+def arrive(ticket, programs):
+    """Whether this is the last of `programs` programs to arrive; it then sees all that the others have stored.
+
+    Nobody waits. The barrier puts the stores of all threads before the atomic of one of them, whose release and acquire
+    make them visible to the last program. Who is last differs from run to run, so what the last one does must not
+    depend on which it is.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return arrived == programs - 1

@@ -1,0 +1,283 @@
+"""How a list of layers is dealt out to launches and programs, from shapes, strides and alignment alone.
+
+A launch takes up to MAX_LAYERS layers that have the same number of rows and agree on whether 128-bit accesses are
+possible. A program takes a strip of columns of one layer, over all rows where strips are many, else over a chunk of them.
+"""
+
+import functools
+import struct
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Layers per launch. Kernel arguments are limited to 4 KiB on every driver; a layer takes up to 64 bytes of them.
+MAX_LAYERS = 32
+
+
+class Tile(NamedTuple):
+    """What a program holds in registers at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# Wide tiles: a warp reads 512 bytes of a row and owns its columns, so that sums over rows need no other thread.
+# Narrow ones are for launches of few columns: rows are spread over threads, too.
+_TILES = {
+    "reduce": {
+        "wide": {2: Tile(8, 512, 2), 4: Tile(8, 512, 4), 8: Tile(4, 256, 4)},
+        "narrow": {2: Tile(64, 64, 4), 4: Tile(64, 32, 4), 8: Tile(64, 16, 4)},
+    },
+    "apply": {
+        "wide": {2: Tile(4, 512, 2), 4: Tile(4, 512, 4), 8: Tile(4, 256, 4)},
+        "narrow": {2: Tile(32, 64, 4), 4: Tile(32, 32, 4), 8: Tile(32, 16, 4)},
+    },
+}
+_NARROW_COLUMNS = 8192
+
+# Registers per thread: 512 threads per processor. With four rows of 128-bit loads each, they keep 32 KiB in flight.
+REGISTERS = 128
+# Eight 16-bit columns per thread need more where their moments are folded in float64; 384 threads.
+_WIDE_FOLD_REGISTERS = 168
+
+# Programs that keep a large GPU busy, and the fewest rows worth a program of their own.
+_PROGRAMS = 1024
+_CHUNK_ROWS = 64
+# More chunks than this would take the one program that folds them longer than the others take to read them.
+_MOST_CHUNKS = 256
+# Rows that are merged in the dtype of the statistics; longer chunks are merged in float64.
+BLOCK_ROWS = 512
+# Partial moments that a thread folds at a time.
+_FOLD_ELEMENTS = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """One launch: `layers` are positions in the list; the integer tuples are padded and sixteenfold."""
+
+    layers: tuple[int, ...]
+    itemsize: int
+    rows: int
+    chunk_rows: int
+    chunks: int
+    strips: int
+    programs: int
+    tile: Tile
+    vector: int
+    permuted: bool
+    starts: tuple[int, ...]
+    columns: tuple[int, ...]
+    offsets: tuple[int, ...]
+    inners: tuple[int, ...]
+    positions: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+    def tensors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The launch's tensors out of the whole list's, padded."""
+        return _padded([tensors[i] for i in self.layers], tensors[self.layers[0]])
+
+    @property
+    def fold_chunks(self) -> int:
+        """Chunks that are folded at a time."""
+        return max(1, _FOLD_ELEMENTS * 32 * self.tile.warps // self.tile.columns)
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread for kernels that reduce."""
+        return _WIDE_FOLD_REGISTERS if self.chunks > 1 and self.itemsize == 2 else REGISTERS
+
+    @property
+    def long(self) -> bool:
+        """Whether a program's rows are merged in float64."""
+        return self.chunk_rows > BLOCK_ROWS
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The compile-time arguments that every kernel over layers has."""
+        return {
+            "LAYERS": len(self.starts),
+            "VECTOR": self.vector,
+            "PERMUTED": self.permuted,
+            "BLOCK_ROWS": self.tile.rows,
+            "BLOCK_COLUMNS": self.tile.columns,
+        }
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments, as it is launched and as specs.py compiles it."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+    registers: int = REGISTERS
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options."""
+        # Left to itself, ptxas spills a few registers to reach the next step of occupancy. ROCm has no such option.
+        limit = {} if torch.version.hip else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, **limit}
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    """Launch on the current stream of the tensors' device."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for launch in launches:
+            launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
+
+
+def bits(value: float) -> int:
+    """The bits of a float64 as a signed integer: a Python float would be rounded to float32 on its way."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def encoded(values: Sequence[int]) -> tuple[int, ...]:
+    """Sixteenfold: Triton compiles a kernel anew for integers in tuples that are 1, or that 16 divides.
+
+    All of them then fall into one class, and layers of other sizes reuse the compiled kernel.
+    """
+    return tuple(16 * value for value in values)
+
+
+def _padded(values: list[Any], filler: Any) -> tuple[Any, ...]:
+    """Filled up to a power of two, so that networks of 17 and 18 layers share a compiled kernel."""
+    size = 1 << (len(values) - 1).bit_length()
+    return (*values, *[filler] * (size - len(values)))
+
+
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """The feature dimensions of `x`, rows on dimension 0, from outermost to innermost in memory."""
+    return tuple(sorted((i for i in range(1, x.dim())), key=lambda i: (-x.stride(i) if x.shape[i] != 1 else 0, i)))
+
+
+def _inner(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
+    """The columns that channels-last layouts put innermost: memory order is the logical order, rotated.
+
+    1 for plain layouts; None for any other order of dimensions.
+    """
+    dims = [i for i in range(1, len(shape)) if shape[i] != 1]
+    order = sorted(dims, key=lambda i: -stride[i])
+    for k in range(max(1, len(dims))):
+        if order == dims[k:] + dims[:k]:
+            inner = 1
+            for i in dims[:k]:
+                inner *= shape[i]
+            return inner
+    return None
+
+
+def has_native_order(x: Tensor) -> bool:
+    """Whether the kernels know where the columns of `x` go in the packed vectors."""
+    return _inner(x.shape, x.stride()) is not None
+
+
+Key = tuple[tuple[tuple[int, ...], tuple[int, ...], int, tuple[tuple[int, int], ...]], ...]
+
+
+def groups(kind: str, layers: Sequence[Tensor], *others: Sequence[Tensor]) -> tuple[Group, ...]:
+    """The launches over `layers` (rows on dimension 0, dense columns); `others` are lists of the same columns."""
+    key = tuple(
+        (
+            tuple(x.shape),
+            x.stride(),
+            x.data_ptr() % 16,
+            tuple((tensors[i].stride(0), tensors[i].data_ptr() % 16) for tensors in others),
+        )
+        for i, x in enumerate(layers)
+    )
+    return _groups(kind, layers[0].element_size(), key)
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(kind: str, itemsize: int, key: Key) -> tuple[Group, ...]:
+    wide = 16 // itemsize
+    members: dict[tuple[int, int], list[int]] = {}
+    columns, offsets, offset = [], [], 0
+    for i, (shape, stride, address, others) in enumerate(key):
+        columns.append(torch.Size(shape[1:]).numel())
+        offsets.append(offset)
+        addresses = (address, *(a for _, a in others))
+        lengths = (stride[0], *(s for s, _ in others), columns[i], offset)
+        aligned = not any(addresses) and all(length % wide == 0 for length in lengths)
+        members.setdefault((shape[0], wide if aligned else 1), []).append(i)
+        offset += columns[i]
+    result = []
+    for (rows, vector), indices in members.items():
+        for begin in range(0, len(indices), MAX_LAYERS):
+            result.append(_group(kind, itemsize, key, indices[begin : begin + MAX_LAYERS], rows, vector, columns, offsets))
+    return tuple(result)
+
+
+def _group(
+    kind: str,
+    itemsize: int,
+    key: Key,
+    layers: list[int],
+    rows: int,
+    vector: int,
+    columns: list[int],
+    offsets: list[int],
+) -> Group:
+    narrow = sum(columns[i] for i in layers) <= _NARROW_COLUMNS
+    tile = _TILES[kind]["narrow" if narrow else "wide"][itemsize]
+    strips = [-(-columns[i] // tile.columns) for i in layers]
+    chunk_rows = _chunk_rows(kind, rows, sum(strips), tile)
+    chunks = -(-rows // chunk_rows)
+    if kind == "reduce" and chunks > 1:
+        # Folding the chunks in float64 takes the registers of half the rows.
+        tile = tile._replace(rows=tile.rows // 2)
+    starts, start = [], 0
+    for count in strips:
+        starts.append(start)
+        start += count * chunks
+    # The largest start stands for "no such layer".
+    last = 2**27 - 1
+    if start > last or max(columns[i] for i in layers) >= 2**31:
+        raise ValueError(f"a launch over {rows} rows takes at most {last} programs and layers of 2**31 columns")
+    inners = [_inner(key[i][0], key[i][1]) or 1 for i in layers]
+    strides = [[key[i][1][0] for i in layers]]
+    strides += [[key[i][3][j][0] for i in layers] for j in range(len(key[0][3]))]
+
+    def padded(values: list[int], filler: int, unit: int = 1) -> tuple[int, ...]:
+        return encoded(_padded([value // unit for value in values], filler))
+
+    return Group(
+        layers=tuple(layers),
+        itemsize=itemsize,
+        rows=rows,
+        chunk_rows=chunk_rows,
+        chunks=chunks,
+        strips=sum(strips),
+        programs=start,
+        tile=tile,
+        vector=vector,
+        permuted=any(inner != 1 for inner in inners),
+        starts=padded(starts, last),
+        columns=padded([columns[i] for i in layers], 1, vector),
+        offsets=padded([offsets[i] for i in layers], 0, vector),
+        inners=padded(inners, 1),
+        positions=padded(layers, 0),
+        strides=tuple(padded(values, 0, vector) for values in strides),
+    )
+
+
+def _chunk_rows(kind: str, rows: int, strips: int, tile: Tile) -> int:
+    """Rows per program."""
+    if kind == "apply":
+        # Coefficients are loaded once per program: long chunks, unless programs are few.
+        chunk = max(128, tile.rows)
+        while chunk > tile.rows and strips * -(-rows // chunk) < _PROGRAMS:
+            chunk //= 2
+        return chunk
+    # Whatever is cut leaves partial sums to fold: no cut where strips alone keep the GPU busy.
+    chunk = max(_CHUNK_ROWS, tile.rows)
+    while chunk < rows and (strips * -(-rows // chunk) > _PROGRAMS or -(-rows // chunk) > _MOST_CHUNKS):
+        chunk *= 2
+    return chunk if chunk < rows else rows

@@ -1,0 +1,455 @@
+"""`match_`: the average's step, the loss and its derivatives, from moments or as the epilogue of their reduction.
+
+The device functions mirror csrc/device/match.h.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moment_ops.kernels import _plan
+from moment_ops.kernels._common import arrive, double
+from moment_ops.kernels._reduce import reduce_columns
+from moment_ops.kernels.moments import moments, reduction_arguments
+
+NONE = tl.constexpr(0)
+MOVING = tl.constexpr(1)
+ADAM = tl.constexpr(2)
+
+# What `options` holds, and the vectors of state per quantity.
+_OPTIONS = ((), ("decay",), ("lr", "beta1", "beta2", "eps", "gradient_scale"))
+_AVERAGE_VECTORS = (0, 1, 3)
+
+_FOLD_LOSSES = 1024
+_MATCH_TILE = {4: _plan.Tile(1, 512, 4), 8: _plan.Tile(1, 256, 4)}
+
+
+@triton.jit
+def is_finite(value):
+    return value - value == 0
+
+
+@triton.jit
+def complement_of_power(complement, exponent):
+    """1 - beta**exponent from 1 - beta, by squaring; forming the power first would cancel digits."""
+    result = tl.zeros((), tl.float64)
+    while exponent > 0:
+        taken = (exponent % 2).to(tl.float64) * complement
+        result = result + taken * (1.0 - result)
+        complement = complement * (2.0 - complement)
+        exponent = exponent // 2
+    return result
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded in both dtypes; `tl.sqrt` of float32 is approximate and flushes subnormals."""
+    if x.dtype == tl.float32:
+        root = tl.sqrt_rn(x)
+    else:
+        root = tl.sqrt(x)
+    return root
+
+
+@triton.jit
+def match_none(value, target, weight, reduction):
+    """(column's share of the loss, derivative)."""
+    difference = value - target
+    scaled = reduction * weight * difference
+    return scaled * difference, 2.0 * scaled
+
+
+@triton.jit
+def match_moving(value, target, weight, reduction, decay, one_minus_decay, started, average):
+    """(column's share of the loss, derivative, next average): the gradient flows through the current batch only."""
+    estimate = tl.where(started, decay * average + one_minus_decay * value, value)
+    difference = estimate - target
+    scaled = reduction * weight * difference
+    return scaled * difference, one_minus_decay * (2.0 * scaled), estimate
+
+
+@triton.jit
+def adam_step(difference, average, exp_avg, exp_avg_sq, beta1_complement, beta2, beta2_complement, eps, gradient_scale,
+              step_size, root_bias_correction2):  # fmt: skip
+    """(average, exp_avg, exp_avg_sq) after one step towards `difference`, in torch.optim.Adam's order of operations."""
+    step = gradient_scale * (average - difference)
+    exp_avg = exp_avg + beta1_complement * (step - exp_avg)
+    exp_avg_sq = exp_avg_sq * beta2 + beta2_complement * step * step
+    denominator = square_root(exp_avg_sq) / root_bias_correction2 + eps
+    return average - step_size * (exp_avg / denominator), exp_avg, exp_avg_sq
+
+
+@triton.jit
+def match_quantity(
+    value,
+    finite,
+    begun,
+    packed,
+    mask,
+    vectors,
+    scale,
+    scalars,
+    bias_correction1,
+    bias_correction2,
+    AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr,
+):
+    """Match means or variances of (BLOCK_COLUMNS) columns; returns their share of the loss, float64.
+
+    vectors: (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each, absent ones None.
+    scalars: float64 (reduction, decay, lr, beta1, beta2, eps, gradient_scale).
+    """
+    dtype = value.dtype
+    w = scale.to(dtype)
+    if vectors[1] is not None:
+        w = tl.load(vectors[1] + packed, mask=mask, other=0.0) * w
+    target = tl.load(vectors[0] + packed, mask=mask, other=0.0)
+    if AVERAGE == NONE:
+        terms, slope = match_none(value, target, w, scalars[0].to(dtype))
+    elif AVERAGE == MOVING:
+        decay = scalars[1]
+        old = tl.load(vectors[3] + packed, mask=mask, other=0.0)
+        terms, slope, new = match_moving(
+            value, target, w, scalars[0].to(dtype), decay.to(dtype), (1.0 - decay).to(dtype), begun, old
+        )
+        # Selecting values keeps the stores wide; a mask by column would not.
+        if UPDATE:
+            tl.store(vectors[3] + packed, tl.where(finite, new, old), mask=mask)
+    else:
+        difference = target - value
+        average = tl.load(vectors[3] + packed, mask=mask, other=0.0)
+        if UPDATE:
+            exp_avg = tl.load(vectors[4] + packed, mask=mask, other=0.0)
+            exp_avg_sq = tl.load(vectors[5] + packed, mask=mask, other=0.0)
+            next_average, next_exp_avg, next_exp_avg_sq = adam_step(
+                difference,
+                average,
+                exp_avg,
+                exp_avg_sq,
+                (1.0 - scalars[3]).to(dtype),
+                scalars[4].to(dtype),
+                (1.0 - scalars[4]).to(dtype),
+                scalars[5].to(dtype),
+                scalars[6].to(dtype),
+                (scalars[2] / bias_correction1).to(dtype),
+                tl.sqrt(bias_correction2).to(dtype),
+            )
+            average = tl.where(finite, next_average, average)
+            tl.store(vectors[3] + packed, average, mask=mask)
+            tl.store(vectors[4] + packed, tl.where(finite, next_exp_avg, exp_avg), mask=mask)
+            tl.store(vectors[5] + packed, tl.where(finite, next_exp_avg_sq, exp_avg_sq), mask=mask)
+        weighted = w * average
+        terms, slope = weighted * difference, -weighted
+    tl.store(vectors[2] + packed, slope, mask=mask)
+    return tl.sum(tl.where(mask, terms.to(tl.float64), 0.0), axis=0)
+
+
+@triton.jit
+def match_columns(
+    mean,
+    var,
+    packed,
+    mask,
+    mean_vectors,
+    var_vectors,
+    mean_scale,
+    var_scale,
+    scalars,
+    started,
+    step,
+    AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr,
+):
+    """Match means, and variances where they have targets; returns the columns' share of the loss, float64."""
+    # A column counts as finite where all of its moments that are matched are.
+    finite = is_finite(mean)
+    if var_vectors is not None:
+        finite = finite & is_finite(var)
+    begun = finite
+    if AVERAGE == MOVING:
+        begun = tl.load(started + packed, mask=mask, other=0) != 0
+    bias_correction1 = tl.full((), 1.0, tl.float64)
+    bias_correction2 = tl.full((), 1.0, tl.float64)
+    if AVERAGE == ADAM and UPDATE:
+        next_step = tl.load(step) + 1
+        bias_correction1 = complement_of_power(1.0 - scalars[3], next_step)
+        bias_correction2 = complement_of_power(1.0 - scalars[4], next_step)
+    loss = match_quantity(
+        mean, finite, begun, packed, mask, mean_vectors, mean_scale, scalars, bias_correction1, bias_correction2,
+        AVERAGE, UPDATE,
+    )  # fmt: skip
+    if var_vectors is not None:
+        loss += match_quantity(
+            var, finite, begun, packed, mask, var_vectors, var_scale, scalars, bias_correction1, bias_correction2,
+            AVERAGE, UPDATE,
+        )  # fmt: skip
+    if AVERAGE == MOVING and UPDATE:
+        tl.store(started + packed, (begun | finite).to(tl.uint8), mask=mask)
+    return loss
+
+
+@triton.jit
+def finish_loss(share, index, loss, losses, ticket, arrivals, entries, step, UPDATE: tl.constexpr, FOLD: tl.constexpr):
+    """Leave a share of the loss; the last program adds all of them up, in order, and counts the step."""
+    tl.store(losses + index, share)
+    if arrive(ticket, arrivals):
+        lane = tl.arange(0, FOLD)
+        total = tl.zeros([FOLD], tl.float64)
+        for begin in range(0, entries, FOLD):
+            total += tl.load(losses + begin + lane, mask=lane < entries - begin, other=0.0, cache_modifier=".cg")
+        tl.store(loss, tl.sum(total, axis=0).to(loss.dtype.element_ty))
+        if UPDATE:
+            tl.store(step, tl.load(step) + 1)
+
+
+_COUNTS = ["arrivals", "entries", "first_entry"]
+_ROWS = ["rows", "chunk_rows", "chunks", "correction"]
+_SCALARS = ["mean_scale", "var_scale", "reduction", "decay", "lr", "beta1", "beta2", "eps", "gradient_scale"]
+
+
+@triton.jit(do_not_specialize=[*_SCALARS, *_COUNTS])
+def match_kernel(
+    mean,  # (columns)
+    var,  # (columns) or None
+    columns,
+    mean_vectors,  # (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each or None
+    var_vectors,  # likewise, or None
+    mean_scale: "i64",  # bits of float64, as all scalars
+    var_scale: "i64",
+    reduction: "i64",
+    decay: "i64",
+    lr: "i64",
+    beta1: "i64",
+    beta2: "i64",
+    eps: "i64",
+    gradient_scale: "i64",
+    started,  # (F) uint8, or None
+    step,  # () int64, or None
+    loss,  # ()
+    losses,  # (entries) float64 zeros
+    ticket,  # () int32 zero
+    arrivals,
+    entries,
+    first_entry,
+    AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    FOLD: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """The matching loss of given moments."""
+    program = tl.program_id(0)
+    packed = program.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = packed < columns
+    batch_mean = tl.load(mean + packed, mask=mask, other=0.0)
+    batch_var = batch_mean
+    if var_vectors is not None:
+        batch_var = tl.load(var + packed, mask=mask, other=0.0)
+    scalars = (double(reduction), double(decay), double(lr), double(beta1), double(beta2), double(eps),
+               double(gradient_scale))  # fmt: skip
+    share = match_columns(
+        batch_mean, batch_var, packed, mask, mean_vectors, var_vectors, double(mean_scale), double(var_scale), scalars,
+        started, step, AVERAGE, UPDATE,
+    )  # fmt: skip
+    finish_loss(share, first_entry + program, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
+
+
+@triton.jit(do_not_specialize=[*_ROWS, *_SCALARS, *_COUNTS])
+def match_features_kernel(
+    inputs,  # LAYERS x (rows, columns)
+    starts,
+    columns,
+    strides,
+    offsets,
+    inners,
+    mean_out,  # (F)
+    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
+    tickets,  # (programs) int32 zeros, or None
+    rows,
+    chunk_rows,
+    chunks,
+    correction,
+    mean_vectors,  # (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each or None
+    var_vectors,  # likewise, or None
+    mean_scale: "i64",  # bits of float64, as all scalars
+    var_scale: "i64",
+    reduction: "i64",
+    decay: "i64",
+    lr: "i64",
+    beta1: "i64",
+    beta2: "i64",
+    eps: "i64",
+    gradient_scale: "i64",
+    started,  # (F) uint8, or None
+    step,  # () int64, or None
+    loss,  # ()
+    losses,  # (entries) float64 zeros
+    ticket,  # () int32 zero
+    arrivals,
+    entries,
+    first_entry,
+    AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    FOLD: tl.constexpr,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """The matching loss of features: the program that completes a strip's moments matches them in registers."""
+    complete, mean, var, packed, mask, first = reduce_columns(
+        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
+        mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS, LONG,
+    )  # fmt: skip
+    if complete:
+        tl.store(mean_out + packed, mean, mask=mask)
+        scalars = (double(reduction), double(decay), double(lr), double(beta1), double(beta2), double(eps),
+                   double(gradient_scale))  # fmt: skip
+        share = match_columns(
+            mean, var, packed, mask, mean_vectors, var_vectors, double(mean_scale), double(var_scale), scalars,
+            started, step, AVERAGE, UPDATE,
+        )  # fmt: skip
+        finish_loss(share, first_entry + first, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
+
+
+def _loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
+    """The loss with its workspace: one share per program, and the count of the programs that have left theirs."""
+    workspace = loss.new_zeros(entries + 1, dtype=torch.float64)
+    return {
+        "loss": loss,
+        "losses": workspace,
+        "ticket": workspace[entries:].view(torch.int32),
+        "arrivals": arrivals,
+        "entries": entries,
+        "FOLD": _FOLD_LOSSES,
+    }
+
+
+def match_arguments(
+    target_mean: Tensor,
+    target_var: Tensor | None,
+    mean_scale: float,
+    var_scale: float,
+    mean_weight: Tensor | None,
+    var_weight: Tensor | None,
+    reduction: float,
+    average: int,
+    options: Sequence[float],
+    state: Sequence[Tensor],
+    update: bool,
+    grad_mean: Tensor,
+    grad_var: Tensor | None,
+) -> dict[str, Any]:
+    """What the kernels that match have in common."""
+    names = _OPTIONS[average]
+    scalars = {"mean_scale": mean_scale, "var_scale": var_scale, "reduction": reduction, **dict.fromkeys(_SCALARS[3:], 0.0)}
+    scalars.update(zip(names, options, strict=True))
+    vectors: list[tuple[Tensor | None, ...] | None] = [None, None]
+    quantities = ((target_mean, mean_weight, grad_mean), (target_var, var_weight, grad_var))
+    averages = _AVERAGE_VECTORS[average]
+    for i, quantity in enumerate(quantities):
+        if quantity[0] is not None:
+            absent = [None] * (3 - averages)
+            vectors[i] = (*quantity, *state[i * averages : (i + 1) * averages], *absent)
+    return {
+        "mean_vectors": vectors[0],
+        "var_vectors": vectors[1],
+        **{name: _plan.bits(value) for name, value in scalars.items()},
+        # Triton's booleans are single bits; torch's are bytes.
+        "started": state[-2].view(torch.uint8) if average == MOVING.value else None,
+        "step": state[-1] if average != NONE.value else None,
+        "AVERAGE": average,
+        "UPDATE": update and average != NONE.value,
+    }
+
+
+def match_launches(mean: Tensor, var: Tensor | None, loss: Tensor, matching: dict[str, Any]) -> list[_plan.Launch]:
+    """The launch of `match_` from moments."""
+    tile = _MATCH_TILE[mean.element_size()]
+    programs = triton.cdiv(mean.numel(), tile.columns)
+    arguments = {
+        "mean": mean,
+        "var": var,
+        "columns": mean.numel(),
+        "first_entry": 0,
+        **_loss_arguments(programs, programs, loss),
+        **matching,
+        "BLOCK_COLUMNS": tile.columns,
+    }
+    return [_plan.Launch(match_kernel, programs, arguments, tile.warps)]
+
+
+def match_features_launches(
+    layers: Sequence[Tensor], correction: int, mean: Tensor, loss: Tensor, matching: dict[str, Any]
+) -> list[_plan.Launch]:
+    """The launches of `match_` from features: those that come last complete the loss."""
+    groups = _plan.groups("reduce", layers)
+    shared = _loss_arguments(sum(g.programs for g in groups), sum(g.strips for g in groups), loss)
+    launches, first = [], 0
+    for group in groups:
+        arguments = {
+            "mean_out": mean,
+            "first_entry": first,
+            **reduction_arguments(group, layers, correction),
+            **shared,
+            **matching,
+        }
+        launch = _plan.Launch(match_features_kernel, group.programs, arguments, group.tile.warps, group.registers)
+        launches.append(launch)
+        first += group.programs
+    return launches
+
+
+def match_(
+    mean: Tensor | None,
+    var: Tensor | None,
+    input: Sequence[Tensor],
+    correction: int,
+    target_mean: Tensor,
+    target_var: Tensor | None,
+    mean_scale: float,
+    var_scale: float,
+    mean_weight: Tensor | None,
+    var_weight: Tensor | None,
+    reduction: float,
+    average: int,
+    options: Sequence[float],
+    state: Sequence[Tensor],
+    update: bool,
+    loss: Tensor,
+    batch_mean: Tensor | None,
+    grad_mean: Tensor,
+    grad_var: Tensor | None,
+) -> None:
+    """Fill loss, derivatives and, from features, their mean; advance the state."""
+    matching = match_arguments(
+        target_mean,
+        target_var,
+        mean_scale,
+        var_scale,
+        mean_weight,
+        var_weight,
+        reduction,
+        average,
+        options,
+        state,
+        update,
+        grad_mean,
+        grad_var,
+    )
+    if mean is None and not all(_plan.has_native_order(x) for x in input):
+        assert batch_mean is not None
+        mean, var = batch_mean, None if target_var is None else torch.empty_like(batch_mean)
+        moments(input, 0, correction, mean, var)
+    if mean is not None:
+        launches = match_launches(mean, var, loss, matching)
+    else:
+        assert batch_mean is not None
+        launches = match_features_launches(input, correction, batch_mean, loss, matching)
+    _plan.run(launches, loss.device)

@@ -1,0 +1,267 @@
+"""`moments` and `moments_backward`: one launch for a list of layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moment_ops.kernels import _plan
+from moment_ops.kernels._common import locate, pick, pick_integer
+from moment_ops.kernels._reduce import reduce_columns
+
+
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction"])
+def moments_kernel(
+    inputs,  # LAYERS x (rows, columns)
+    starts,
+    columns,
+    strides,
+    offsets,
+    inners,
+    mean_out,  # (F)
+    var_out,  # (F) or None
+    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
+    tickets,  # (programs) int32 zeros, or None
+    rows,
+    chunk_rows,
+    chunks,
+    correction,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """Mean and variance of every column, packed."""
+    complete, mean, var, packed, mask, first = reduce_columns(
+        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
+        mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS, LONG,
+    )  # fmt: skip
+    if complete:
+        tl.store(mean_out + packed, mean, mask=mask)
+        if var_out is not None:
+            tl.store(var_out + packed, var, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "correction"])
+def moments_backward_kernel(
+    inputs,  # LAYERS x (rows, columns)
+    grads,  # likewise, or None
+    outputs,  # likewise
+    starts,
+    columns,
+    strides,
+    grad_strides,
+    output_strides,
+    offsets,
+    inners,
+    positions,
+    grad_mean,  # (F) or None
+    grad_var,  # (F) or None
+    mean,  # (F)
+    count,  # (layers of the whole list) int64
+    scale,  # () or None
+    rows,
+    chunk_rows,
+    correction,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """`[grad +] a + b * (x - mean)` for every layer."""
+    program = tl.program_id(0)
+    strip, strips, chunk, column, mask, packed = locate(
+        starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
+    )
+    accumulate = mean.dtype.element_ty
+    layer = pick_integer(positions, starts, program, LAYERS)
+    statistic_rows = tl.load(count + layer).to(tl.float64)
+    factor = tl.full((), 1.0, tl.float64)
+    if scale is not None:
+        factor = tl.load(scale).to(tl.float64)
+    a = tl.zeros([BLOCK_COLUMNS], accumulate)
+    if grad_mean is not None:
+        a = tl.load(grad_mean + packed, mask=mask, other=0.0) * (factor / statistic_rows).to(accumulate)
+    if grad_var is not None:
+        slope = (2.0 * factor / (statistic_rows - correction)).to(accumulate)
+        b = tl.load(grad_var + packed, mask=mask, other=0.0)
+        # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
+        b = tl.where(b == 0, b, b * slope)
+        center = tl.load(mean + packed, mask=mask, other=0.0)
+
+    y = pick(outputs, starts, program, LAYERS) + column
+    y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    x = pick(inputs, starts, program, LAYERS) + column
+    x_stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    if grads is not None:
+        g = pick(grads, starts, program, LAYERS) + column
+        g_stride = pick_integer(grad_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    begin = chunk * chunk_rows
+    for tile in range(begin, tl.minimum(begin + chunk_rows, rows), BLOCK_ROWS):
+        row = tile + tl.arange(0, BLOCK_ROWS)
+        here = (row < rows)[:, None] & mask[None, :]
+        row = row.to(tl.int64)[:, None]
+        value = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], accumulate) + a[None, :]
+        if grad_var is not None:
+            features = tl.load(x[None, :] + row * x_stride, mask=here, other=0.0).to(accumulate)
+            value += b[None, :] * (features - center[None, :])
+        if grads is not None:
+            value += tl.load(g[None, :] + row * g_stride, mask=here, other=0.0).to(accumulate)
+        tl.store(y[None, :] + row * y_stride, value.to(y.dtype.element_ty), mask=here)
+
+
+def rows_first(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Views with the reduced dimension on 0, and the columns in memory order where the kernels know no better."""
+    if dim != 0:
+        tensors = [x.movedim(dim, 0) for x in tensors]
+    return [x if _plan.has_native_order(x) else x.permute(0, *_plan.memory_order(x)) for x in tensors]
+
+
+def _in_memory_order(vector: Tensor | None, layers: Sequence[Tensor]) -> Tensor | None:
+    """A packed vector as `rows_first` packs it; itself where that is the logical order."""
+    if vector is None or all(_plan.has_native_order(x) for x in layers):
+        return vector
+    parts = vector.split([x[0].numel() for x in layers])
+    ordered = []
+    for part, x in zip(parts, layers, strict=True):
+        if not _plan.has_native_order(x):
+            part = part.view(x.shape[1:]).permute([i - 1 for i in _plan.memory_order(x)]).reshape(-1)
+        ordered.append(part)
+    return torch.cat(ordered)
+
+
+def in_logical_order(vector: Tensor, layers: Sequence[Tensor]) -> None:
+    """Reorder in place what was packed as `rows_first` packs it."""
+    for part, x in zip(vector.split([x[0].numel() for x in layers]), layers, strict=True):
+        if not _plan.has_native_order(x):
+            order = [i - 1 for i in _plan.memory_order(x)]
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            part.copy_(part.view([x.shape[i + 1] for i in order]).permute(inverse).reshape(-1))
+
+
+def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction: int) -> dict[str, Any]:
+    """What the kernels that reduce over rows have in common, workspace included."""
+    x = layers[0]
+    partials = tickets = None
+    if group.chunks > 1:
+        partials = x.new_empty(group.programs * 2 * group.tile.columns, dtype=torch.float64)
+        tickets = x.new_zeros(group.programs, dtype=torch.int32)
+    return {
+        "inputs": group.tensors(layers),
+        "starts": group.starts,
+        "columns": group.columns,
+        "strides": group.strides[0],
+        "offsets": group.offsets,
+        "inners": group.inners,
+        "partials": partials,
+        "tickets": tickets,
+        "rows": group.rows,
+        "chunk_rows": group.chunk_rows,
+        "chunks": group.chunks,
+        "correction": correction,
+        **group.constants,
+        "BLOCK_CHUNKS": group.fold_chunks,
+        "LONG": group.long,
+    }
+
+
+def moments_launches(
+    layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None
+) -> list[_plan.Launch]:
+    """The launches of `moments` over layers whose rows are on dimension 0."""
+    return [
+        _plan.Launch(
+            moments_kernel,
+            group.programs,
+            {"mean_out": mean, "var_out": var, **reduction_arguments(group, layers, correction)},
+            group.tile.warps,
+            group.registers,
+        )
+        for group in _plan.groups("reduce", layers)
+    ]
+
+
+def moments(input: Sequence[Tensor], dim: int, correction: int, mean: Tensor, var: Tensor | None) -> None:
+    """Fill the packed mean and variance."""
+    layers = rows_first(input, dim)
+    _plan.run(moments_launches(layers, correction, mean, var), mean.device)
+    originals = input if dim == 0 else [x.movedim(dim, 0) for x in input]
+    for vector in (mean, var):
+        if vector is not None:
+            in_logical_order(vector, originals)
+
+
+def backward_launches(
+    grad: Sequence[Tensor],
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    layers: Sequence[Tensor],
+    mean: Tensor,
+    count: Tensor,
+    correction: int,
+    scale: Tensor | None,
+    out: Sequence[Tensor],
+) -> list[_plan.Launch]:
+    """The launches of `moments_backward` over layers whose rows are on dimension 0."""
+    launches = []
+    for group in _plan.groups("apply", layers, out, *([grad] if grad else [])):
+        arguments = {
+            "inputs": group.tensors(layers),
+            "grads": group.tensors(grad) if grad else None,
+            "outputs": group.tensors(out),
+            "starts": group.starts,
+            "columns": group.columns,
+            "strides": group.strides[0],
+            "grad_strides": group.strides[2] if grad else None,
+            "output_strides": group.strides[1],
+            "offsets": group.offsets,
+            "inners": group.inners,
+            "positions": group.positions,
+            "grad_mean": grad_mean,
+            "grad_var": grad_var,
+            "mean": mean,
+            "count": count,
+            "scale": scale,
+            "rows": group.rows,
+            "chunk_rows": group.chunk_rows,
+            "correction": correction,
+            **group.constants,
+        }
+        launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps))
+    return launches
+
+
+def moments_backward(
+    grad: Sequence[Tensor],
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    input: Sequence[Tensor],
+    mean: Tensor,
+    count: Tensor,
+    dim: int,
+    correction: int,
+    scale: Tensor | None,
+    out: Sequence[Tensor],
+) -> None:
+    """Fill the gradients `out`; `grad`, empty or one per layer, has the strides of `out`."""
+    originals = input if dim == 0 else [x.movedim(dim, 0) for x in input]
+    grad_mean, grad_var = _in_memory_order(grad_mean, originals), _in_memory_order(grad_var, originals)
+    launches = backward_launches(
+        rows_first(grad, dim),
+        grad_mean,
+        grad_var,
+        rows_first(input, dim),
+        _in_memory_order(mean, originals),
+        count,
+        correction,
+        scale,
+        rows_first(out, dim),
+    )
+    _plan.run(launches, mean.device)

@@ -1,0 +1,59 @@
+"""Files that are either whole or not there: checkpoints and everything else a run writes."""
+
+import io
+import os
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moment_ops.training.errors import TrainingError
+
+FORMAT = "moment_ops checkpoint 1"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` in one step, so that a full disk or a crash leaves the old file as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TrainingError(f"could not write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, kind: str, state: dict[str, Any]) -> None:
+    """Write tensors and plain containers; ``kind`` says what they are, so that none is taken for another."""
+    # Serialized in memory first: torch.save on a full disk reports an internal error, not the disk.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "kind": kind, "state": state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path, kind: str) -> dict[str, Any]:
+    """What ``save`` wrote with the same ``kind``, on the CPU."""
+    foreign = f"{path} is damaged, or not a {kind} written by moment_ops"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not compare checksums; this reads every byte and does.
+            if archive.testzip() is not None:
+                raise TrainingError(foreign)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TrainingError(f"could not read {path}: {error.strerror}") from error
+    except TrainingError:
+        raise
+    except Exception as error:  # anything may be raised for arbitrary bytes
+        raise TrainingError(foreign) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("kind") != kind:
+        raise TrainingError(foreign)
+    return content["state"]

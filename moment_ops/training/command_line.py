@@ -1,0 +1,213 @@
+"""The command ``moment-ops``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import io
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moment_ops.training.errors import TrainingError
+
+INTERRUPTED = 128 + signal.SIGINT
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status. Errors that a user can act on are one line on stderr."""
+    options = make_parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except TrainingError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    print(f"moment-ops: {message}", file=sys.stderr)
+    return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moment-ops", description="Fused moment ops, and training with them.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a generator")
+    add_train_gfmn(train.add_subparsers(title="methods", required=True, metavar="METHOD"))
+
+    moments = add_command(commands, "moments", moments_command, "compute and save the target moments of a data set")
+    moments.add_argument("--data", default="mnist", help="mnist, or a folder of images (default: mnist)")
+    moments.add_argument("--extractor", type=Path, help="extractor file (default: trained in runs/ at first use)")
+    moments.add_argument("--output", type=Path, default=Path("target.npz"), help="file (default: target.npz)")
+    add_device(moments)
+
+    sample = add_command(commands, "sample", sample_command, "draw samples from a checkpoint")
+    add_run(sample)
+    sample.add_argument("--count", type=int, default=100, help="number of samples (default: 100)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the latent vectors (default: 0)")
+    sample.add_argument(
+        "--output",
+        type=Path,
+        default=Path("samples.png"),
+        help="a grid if it ends in .png, uint8 images (N, H, W, C) if in .npz (default: samples.png)",
+    )
+    add_device(sample)
+
+    evaluate = add_command(commands, "evaluate", evaluate_command, "Frechet distance of a checkpoint's samples")
+    add_run(evaluate)
+    evaluate.add_argument("--data", help="mnist, or a folder of images (default: what the run was trained on)")
+    add_device(evaluate)
+
+    add_command(commands, "env", env_command, "what can run here, and why something cannot")
+    return parser
+
+
+def add_command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(command=function, parser=command)
+    return command
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, default=Path("runs/gfmn-mnist"), help="folder (default: runs/gfmn-mnist)")
+
+
+def add_train_gfmn(methods: Any) -> None:
+    gfmn = add_command(
+        methods, "gfmn", train_gfmn_command, "match the moments of a frozen classifier's features (GFMN)"
+    )
+    gfmn.add_argument("--run", type=Path, help="folder of the run (default: runs/gfmn-DATA)")
+    gfmn.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    gfmn.add_argument("--extractor", type=Path, help="extractor file (default: beside the run, trained at first use)")
+    add_device(gfmn)
+
+    from moment_ops.training.gfmn import Settings
+
+    add_settings(gfmn, Settings)
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
+    """One option for every field with a help text; only those that are given appear in the result."""
+    for field in dataclasses.fields(settings):
+        if not field.metadata:
+            continue
+        keywords = dict(field.metadata, default=argparse.SUPPRESS)
+        if isinstance(field.default, bool):
+            keywords["action"] = "store_true"
+        else:
+            keywords["type"] = type(field.default)
+            keywords["help"] += f" (default: {field.default})"
+            if "choices" not in keywords:
+                keywords["metavar"] = METAVARS[type(field.default)]
+        parser.add_argument("--" + field.name.replace("_", "-"), **keywords)
+
+
+def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The settings given on the command line. Steps that were asked for are made, however long it takes."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    if "steps" in given:
+        given.setdefault("seconds", math.inf)
+    try:
+        settings(**given)
+    except ValueError as error:
+        options.parser.error(str(error))
+    return given
+
+
+def train_gfmn_command(options: argparse.Namespace) -> int:
+    from moment_ops.training import gfmn
+    from moment_ops.training.allocator import keep_freed_memory
+    from moment_ops.training.interruption import Interrupted
+    from moment_ops.training.networks import choose_device
+
+    given = given_settings(options, gfmn.Settings)
+    run = options.run or Path("runs") / f"gfmn-{Path(given.get('data', 'mnist')).resolve().name}"
+    keep_freed_memory()
+    try:
+        distance, held_out = gfmn.train(
+            run,
+            given,
+            resume=options.resume,
+            extractor_path=options.extractor,
+            device=choose_device(options.device),
+            say=functools.partial(print, flush=True),
+        )
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 128 + interrupted.signal_number
+    print(f"results in {run}")
+    print(summary(distance, held_out))
+    return 0
+
+
+def moments_command(options: argparse.Namespace) -> None:
+    from moment_ops.training import data, gfmn
+    from moment_ops.training.networks import choose_device
+
+    images = data.load(options.data).to(choose_device(options.device))
+    path = options.extractor or Path("runs") / f"extractor-{images.name}.pt"
+    target = gfmn.target_moments(images, gfmn.load_or_train_extractor(images, path))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    target.save(options.output)
+    print(f"{options.output}: {len(target.mean):,} means and variances of {len(images.train):,} images")
+
+
+def sample_command(options: argparse.Namespace) -> None:
+    import torch
+
+    from moment_ops.training import checkpoints, data, evaluator, pictures, runs
+    from moment_ops.training.networks import choose_device
+
+    if options.count < 1:
+        options.parser.error(f"--count must be at least 1, got {options.count}")
+    if options.output.suffix not in (".png", ".npz"):
+        options.parser.error(f"--output must end in .png or .npz, got {options.output}")
+    generator = runs.averaged_generator(runs.load_checkpoint(options.run)).to(choose_device(options.device))
+    images = data.unscale(torch.cat(evaluator.sample(generator, options.count, options.seed)))
+    if options.output.suffix == ".png":
+        pictures.save_grid(options.output, images)
+    else:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images.permute(0, 2, 3, 1).numpy())
+        checkpoints.write_atomically(options.output, buffer.getvalue())
+    print(f"{options.output}: {len(images)} samples")
+
+
+def evaluate_command(options: argparse.Namespace) -> None:
+    from moment_ops.training import data, runs
+    from moment_ops.training.evaluator import Evaluator
+    from moment_ops.training.networks import choose_device
+
+    device = choose_device(options.device)
+    state = runs.load_checkpoint(options.run)
+    evaluator = Evaluator(data.load(options.data or state["settings"]["data"]).to(device))
+    print(summary(evaluator(runs.averaged_generator(state).to(device)), evaluator.held_out_distance))
+
+
+def env_command(options: argparse.Namespace) -> None:
+    from moment_ops.environment import report
+
+    print(report())
+
+
+def summary(distance: float, held_out: float) -> str:
+    ratio = distance / held_out
+    return f"Frechet distance {distance:.2f}; of held-out real images {held_out:.2f}; ratio {ratio:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The metrics file of a run."""
+
+import json
+from pathlib import Path
+
+from moment_ops.training import checkpoints
+from moment_ops.training.errors import TrainingError
+
+
+class Metrics:
+    """One JSON object a line, appended. Lines after ``step``, from before a crash, are dropped first."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        checkpoints.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def append(self, values: dict[str, float]) -> None:
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise TrainingError(f"could not write {self.path}: {error.strerror}") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole lines of a metrics file; a crash may have left the last one incomplete."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,120 @@
+"""The small networks of the demo, all for 32 x 32 images in [-1, 1]."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moment_ops.training.errors import TrainingError
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Generator(nn.Module):
+    """DCGAN-like: latent vectors ``(N, latent_size)`` -> images ``(N, channels, 32, 32)`` in [-1, 1]."""
+
+    def __init__(self, channels: int = 1, latent_size: int = 64, width: int = 32) -> None:
+        super().__init__()
+        self.channels, self.latent_size = channels, latent_size
+        self.project = nn.Linear(latent_size, 4 * width * 4 * 4, bias=False)
+        self.layers = nn.Sequential(
+            nn.Unflatten(1, (4 * width, 4, 4)),
+            nn.BatchNorm2d(4 * width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
+            nn.Tanh(),
+        )
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.layers(self.project(latent))
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """3 x 3 convolution, BatchNorm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+class Classifier(nn.Module):
+    """The feature extractor of the demo: six convolutions, the features are their outputs after the ReLU."""
+
+    def __init__(self, channels: int = 1, classes: int = 10) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [
+                convolution(channels, 16),
+                convolution(16, 32, stride=2),
+                convolution(32, 32),
+                convolution(32, 64, stride=2),
+                convolution(64, 64),
+                convolution(64, 128, stride=2),
+            ]
+        )
+        self.head = nn.Linear(128, classes)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Six maps, from ``(N, 16, 32, 32)`` to ``(N, 128, 4, 4)``; 43,008 features an image."""
+        maps = []
+        for block in self.blocks:
+            images = block(images)
+            maps.append(images)
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, classes)``."""
+        return self.head(self.features(images)[-1].mean((2, 3)))
+
+
+class EvaluationClassifier(nn.Module):
+    """A digit classifier unlike the extractor; its 64 penultimate features judge samples."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(1, 24),
+            nn.MaxPool2d(2),
+            convolution(24, 48),
+            convolution(48, 48),
+            nn.MaxPool2d(2),
+            convolution(48, 96),
+            convolution(96, 96),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(96 * 4 * 4, 64),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(64, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """``(N, C, 32, 32)``, colour as the mean of its channels -> ``(N, 64)``."""
+        return self.layers(images.mean(1, keepdim=True))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, classes)``."""
+        return self.head(self.features(images))
+
+
+def freeze(network: Network) -> Network:
+    """Evaluation mode, no gradients of the parameters; gradients still reach the input."""
+    network.eval().requires_grad_(False)
+    return network
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``"auto"`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,106 @@
+"""What a run looks like: grids of samples, their progress over training, curves."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moment_ops.training.checkpoints import write_atomically
+from moment_ops.training.errors import import_extra
+
+ENLARGEMENT = 3
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """uint8 images ``(N, C, H, W)`` side by side, a black pixel between them -> ``(height, width, 3)``."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    canvas = np.zeros((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), np.uint8)
+    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def save_grid(path: Path, images: Tensor, columns: int = 10) -> None:
+    """A PNG of uint8 images ``(N, C, H, W)``, enlarged without smoothing."""
+    canvas = tile(images, columns).repeat(ENLARGEMENT, 0).repeat(ENLARGEMENT, 1)
+    buffer = io.BytesIO()
+    import_extra("PIL.Image").fromarray(canvas).save(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def save_progress(path: Path, snapshots: dict[int, Tensor]) -> None:
+    """One row a training step, one column a latent vector."""
+    if not snapshots:
+        return
+    steps = sorted(snapshots)
+    canvas = tile(torch.cat([snapshots[step] for step in steps]), columns=len(snapshots[steps[0]]))
+    height, width, _ = canvas.shape
+    figure, (axis,) = new_figure(1, 1, size=(10, 0.2 + 9 * height / width))
+    axis.imshow(canvas)
+    axis.set_yticks((np.arange(len(steps)) + 0.5) * height / len(steps), [f"step {step}" for step in steps])
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    save_figure(path, figure)
+
+
+def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
+    """The loss and the Frechet distance over the steps."""
+    evaluations = [line for line in metrics if "frechet_distance" in line]
+    figure, (left, right) = new_figure(1, 2, size=(10, 3.8))
+    steps, losses = (np.array([line[name] for line in metrics]) for name in ("step", "loss"))
+    left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="one batch")
+    left.plot(steps, running_median(losses), color="tab:blue", label="running median")
+    # The ADAM moving average's loss can be negative, so the scale is linear near zero.
+    left.set_yscale("symlog", linthresh=max(float(np.quantile(np.abs(losses), 0.1)), 1e-12))
+    left.set(xlabel="step", ylabel="matching loss", title="Matching loss (not a measure of quality)")
+    left.legend()
+
+    distances = [line["frechet_distance"] for line in evaluations]
+    right.plot([line["step"] for line in evaluations], distances, "o-", color="tab:blue", label="samples")
+    if evaluations:
+        held_out = evaluations[-1]["held_out_frechet_distance"]
+        right.axhline(held_out, color="black", linestyle="--", label=f"held-out real images ({held_out:.2f})")
+        right.annotate(
+            f"{distances[-1]:.2f}",
+            (evaluations[-1]["step"], distances[-1]),
+            (-2, 8),
+            textcoords="offset points",
+            ha="right",
+        )
+    right.set_yscale("log")
+    right.yaxis.set_major_locator(import_extra("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("")
+    right.set(
+        xlabel="step",
+        ylabel="Frechet distance to the training images",
+        title="Sample quality (lower is better)",
+    )
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    save_figure(path, figure)
+
+
+def running_median(values: np.ndarray, width: int = 15) -> np.ndarray:
+    half = width // 2
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure without pyplot: no global state, no display."""
+    figure = import_extra("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes.flat
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    write_atomically(path, buffer.getvalue())

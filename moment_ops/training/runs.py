@@ -1,0 +1,90 @@
+"""The folder of a run and what is in it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moment_ops.training import checkpoints, pictures
+from moment_ops.training.data import unscale
+from moment_ops.training.errors import TrainingError
+from moment_ops.training.evaluator import sample
+from moment_ops.training.metrics import read_metrics
+from moment_ops.training.networks import Generator, freeze
+from moment_ops.training.settings import LoopSettings
+from moment_ops.training.trainer import Trainer
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+SETTINGS = "settings.json"
+CHANGEABLE = {"data", "steps", "seconds", "lr", "amp", "log_every", "evaluate_every", "checkpoint_every"}
+GRID_IMAGES = 100
+GRID_SEED = 1
+
+
+def save_checkpoint(run: Path, trainer: Trainer) -> None:
+    """Write ``checkpoint.pt``, unless the weights are no longer finite: the last good state is worth more."""
+    if not all(bool(value.isfinite().all()) for value in trainer.generator.parameters()):
+        raise TrainingError(f"the weights are not finite at step {trainer.step}; try a lower --lr")
+    settings = trainer.settings
+    state = {
+        "method": settings.method,
+        "settings": asdict(settings),
+        "channels": trainer.generator.channels,
+        "trainer": trainer.state_dict(),
+    }
+    checkpoints.save(run / CHECKPOINT, "checkpoint", state)
+
+
+def load_checkpoint(run: Path) -> dict[str, Any]:
+    """What ``save_checkpoint`` wrote: method, settings, channels, and the trainer's state."""
+    if not (run / CHECKPOINT).exists():
+        raise TrainingError(f"{run} holds no {CHECKPOINT}")
+    return checkpoints.load(run / CHECKPOINT, "checkpoint")
+
+
+def averaged_generator(state: dict[str, Any]) -> Generator:
+    """The averaged generator of a loaded checkpoint, frozen."""
+    generator = Generator(state["channels"], state["settings"]["latent_size"])
+    generator.load_state_dict(state["trainer"]["averaged"])
+    return freeze(generator)
+
+
+def start_run(run: Path, settings: LoopSettings) -> Path | None:
+    """Make the folder of a new run; an earlier run in its place is moved aside, to the returned folder."""
+    earlier = None
+    if run.exists() and not run.is_dir():
+        raise TrainingError(f"{run} is not a folder; choose another --run")
+    if run.exists() and any(run.iterdir()) and not (run / SETTINGS).is_file():
+        raise TrainingError(f"{run} is in use for something else; choose another --run")
+    if (run / CHECKPOINT).exists():
+        free = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
+        earlier = run.rename(next(path for path in free if not path.exists()))
+    content = {"method": settings.method, **asdict(settings)}
+    checkpoints.write_atomically(run / SETTINGS, (json.dumps(content, indent=2) + "\n").encode())
+    return earlier
+
+
+def continued_settings(state: dict[str, Any], method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a loaded checkpoint, with those ``given`` that may change when a run is continued."""
+    if state["method"] != method:
+        raise TrainingError(f"this is a run of {state['method']}, not of {method}")
+    saved = state["settings"]
+    fixed = sorted(name for name, value in given.items() if name not in CHANGEABLE and value != saved[name])
+    if fixed:
+        raise TrainingError(f"a run that is continued keeps its {', '.join(fixed)}")
+    return {**saved, **given}
+
+
+def draw(run: Path, trainer: Trainer, *, curves: bool) -> None:
+    """The pictures of a run: samples, their progress and, only if asked, the curves (they take a second)."""
+    samples = torch.cat(sample(trainer.averaged, GRID_IMAGES, GRID_SEED))
+    pictures.save_grid(run / "samples.png", unscale(samples))
+    pictures.save_progress(run / "progress.png", trainer.snapshots)
+    if curves:
+        pictures.save_curves(run / "curves.png", read_metrics(run / METRICS))

@@ -1,0 +1,99 @@
+"""The state of a training and its one step, whatever the method."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moment_ops.training.data import unscale
+from moment_ops.training.evaluator import sample
+from moment_ops.training.networks import Generator, freeze
+from moment_ops.training.settings import LoopSettings
+
+SNAPSHOT_IMAGES = 16
+SNAPSHOT_SEED = 0
+
+
+class Trainer:
+    """Everything that changes during training.
+
+    ``objective`` maps generated images to a scalar loss and is called once a step; it may train networks of
+    its own meanwhile. All of its state must be in its ``state_dict``.
+    """
+
+    def __init__(self, generator: Generator, objective: nn.Module, settings: LoopSettings) -> None:
+        self.generator = generator
+        self.averaged = freeze(copy.deepcopy(generator))
+        self.objective = objective
+        self.settings = settings
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.lr, betas=settings.betas)
+        self.noise = torch.Generator().manual_seed(settings.seed)
+        self.device = next(generator.parameters()).device
+        self.step = 0
+        self.elapsed = 0.0
+        self.snapshots: dict[int, Tensor] = {}
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done; 1 at the end."""
+        return min(1.0, max(self.step / self.settings.steps, self.elapsed / self.settings.seconds))
+
+    @property
+    def lr(self) -> float:
+        """Constant for the first half, then linear to 2 %."""
+        return self.settings.lr * min(1.0, 1 - 0.98 * (2 * self.progress - 1))
+
+    def advance(self) -> Tensor:
+        """One step; the loss, detached, still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.generator.train()
+        latent = torch.randn(self.settings.batch_size, self.settings.latent_size, generator=self.noise)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+            loss = self.objective(self.generator(latent.to(self.device)))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        average_weights(self.averaged, self.generator, self.settings.weight_average, self.step)
+        return loss.detach()
+
+    def take_snapshot(self) -> None:
+        """Keep a few samples, of the same latent vectors every time, to show how they developed."""
+        images = torch.cat(sample(self.averaged, SNAPSHOT_IMAGES, SNAPSHOT_SEED))
+        self.snapshots[self.step] = unscale(images)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.generator.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "noise": self.noise.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "snapshots": self.snapshots,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.noise.set_state(state["noise"])
+        torch.set_rng_state(state["torch_rng"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.snapshots = dict(state["snapshots"])
+
+
+@torch.no_grad()
+def average_weights(averaged: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Move ``averaged`` towards ``network``, buffers too; faster in the first steps, to forget the start."""
+    share = 1 - min(decay, step / (step + 10))
+    state = network.state_dict()
+    old = [value for value in averaged.state_dict().values() if value.is_floating_point()]
+    torch._foreach_lerp_(old, [value for value in state.values() if value.is_floating_point()], share)

@@ -1,0 +1,184 @@
+"""Choosing a backend, and running without the compiled extension."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_close, make_features, make_target
+
+import moment_ops as mo
+from moment_ops import environment
+from moment_ops.ops import backends
+
+PACKAGE = Path(mo.__file__).parent
+NUMBERS = """
+import torch, moment_ops as mo
+torch.manual_seed(0)
+x = torch.randn(9, 4, 3, requires_grad=True)
+loss = mo.MomentLoss(mo.Moments(torch.zeros(12), torch.ones(12), shapes=((4, 3),)), mo.AdamMovingAverage(lr=0.1))
+for _ in range(3):
+    value = loss(x)
+value.backward()
+torch.save([value.detach(), x.grad, loss.state_dict()["var_average"]], {path!r})
+"""
+
+
+def python(code, path=None, **environment):
+    """Runs code in a new interpreter; `path` comes before the installed packages."""
+    variables = {**os.environ, **environment}
+    if path is not None:
+        variables["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=path or os.getcwd()
+    )
+
+
+def spied(monkeypatch):
+    """Names of the backends that operators are run on."""
+    names = []
+    select = backends.select
+
+    def spy(*arguments):
+        names.append(select(*arguments))
+        return names[-1]
+
+    monkeypatch.setattr(backends, "select", spy)
+    return names
+
+
+def test_auto_takes_the_kernels_where_they_are(monkeypatch):
+    names = spied(monkeypatch)
+    mo.moments(torch.randn(4, 3))
+    assert names == ["cpu"]
+    assert backends.chosen("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_forced_backend_runs_every_operator(monkeypatch, name):
+    names = spied(monkeypatch)
+    x = torch.randn(4, 3, requires_grad=True)
+    with mo.backend(name):
+        mo.moment_loss(x, make_target([(3,)])).backward()
+        mo.moment_loss(mo.moments(x), make_target([(3,)])).backward()
+    assert set(names) == {name}
+
+
+def test_a_forced_backend_ends_with_its_block(monkeypatch):
+    names = spied(monkeypatch)
+    with mo.backend("reference"), mo.backend("cpu"):
+        mo.moments(torch.randn(4, 3))
+    with pytest.raises(KeyError), mo.backend("reference"):
+        raise KeyError
+    mo.moments(torch.randn(4, 3))
+    assert names == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_forced_backend_that_cannot_run_says_why(name):
+    with (
+        mo.backend(name),
+        pytest.raises(RuntimeError, match=rf"'{name}' was forced but cannot run moments: .*cpu"),
+    ):
+        mo.moments(torch.randn(4, 3))
+
+
+def test_a_forced_backend_that_cannot_run_leaves_the_state():
+    loss = mo.MomentLoss(make_target([(3,)]), mo.AdamMovingAverage())
+    x = torch.randn(4, 3)
+    with mo.backend("triton"), pytest.raises(RuntimeError, match="triton"):
+        loss(x)
+    assert int(loss.step) == 0
+
+
+def test_the_environment_variable_forces_a_backend():
+    code = "import torch; from moment_ops.ops import backends; print(backends.select('x', torch.ones(1)))"
+    assert python(code, MOMENT_OPS_BACKEND="reference").stdout.strip() == "reference"
+    assert "'cuda' was forced" in python(code, MOMENT_OPS_BACKEND="cuda").stderr
+
+
+def test_an_unknown_name_in_the_environment_variable_raises():
+    result = python("import torch, moment_ops as mo; mo.moments(torch.ones(2, 2))", MOMENT_OPS_BACKEND="metal")
+    assert result.returncode != 0
+    assert re.search(r"ValueError: .*metal.*expected one of", result.stderr)
+
+
+@pytest.fixture(scope="module")
+def without_extension(tmp_path_factory):
+    """A copy of the package that was never built."""
+    folder = tmp_path_factory.mktemp("unbuilt")
+    shutil.copytree(PACKAGE, folder / "moment_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__", "training"))
+    return folder
+
+
+def test_without_the_extension_the_numbers_are_the_same_after_one_warning(without_extension, tmp_path):
+    paths = [str(tmp_path / "unbuilt.pt"), str(tmp_path / "built.pt")]
+    result = python(NUMBERS.format(path=paths[0]), without_extension)
+    assert result.returncode == 0, result.stderr
+    exec(NUMBERS.format(path=paths[1]), {})
+    for one, other in zip(*(torch.load(path) for path in paths), strict=True):
+        assert_close(one, other.double(), rows=36)
+    assert result.stderr.count("moment_ops runs on plain PyTorch") == 1
+    assert "the C++ extension is not built" in result.stderr
+
+
+def test_without_the_extension_forcing_it_says_how_to_build_it(without_extension):
+    code = "import torch, moment_ops as mo\nwith mo.backend('cpu'): mo.moments(torch.ones(2, 2))"
+    result = python(code, without_extension)
+    assert "RuntimeError: backend 'cpu' was forced" in result.stderr
+    assert "pip install" in result.stderr
+
+
+def test_an_extension_that_does_not_load_says_why(without_extension, tmp_path):
+    shutil.copytree(without_extension, tmp_path / "broken")
+    (tmp_path / "broken" / "moment_ops" / "_C.abi3.so").write_bytes(b"not a library")
+    code = "import torch, moment_ops as mo; print(mo.moments(torch.ones(2, 2)).var.tolist())"
+    result = python(code, tmp_path / "broken")
+    assert result.stdout.strip() == "[0.0, 0.0]", result.stderr
+    assert "_C.abi3.so does not load" in result.stderr
+
+
+def test_importing_needs_torch_and_numpy_alone():
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules); import moment_ops;"
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
+    )
+    assert python(code).stdout.strip() in (
+        "['moment_ops', 'torch']",
+        "['moment_ops', 'numpy', 'torch']",
+        "['moment_ops']",
+    )
+
+
+def test_the_report_names_versions_and_every_backend():
+    report = environment.report()
+    for fragment in (mo.__version__, torch.__version__, "python", "numpy"):
+        assert fragment in report
+    for name in backends.NAMES[1:]:
+        assert re.search(rf"^  {name}\s+(available|not available: .+)$", report, re.MULTILINE)
+    assert "auto uses cpu for cpu tensors" in report
+
+
+def test_the_report_says_why_a_backend_is_missing(without_extension):
+    result = python("from moment_ops import environment; print(environment.report())", without_extension)
+    assert re.search(r"  cpu +not available: the C\+\+ extension is not built; build it with", result.stdout)
+    assert "auto uses reference for cpu tensors" in result.stdout
+
+
+def test_features_of_another_device_type_run_on_the_reference():
+    m = mo.moments(torch.empty(4, 3, device="meta"))
+    assert m.mean.shape == m.var.shape == (3,)
+    assert m.mean.device.type == "meta"
+
+
+def test_backends_agree():
+    layers = make_features(33)
+    results = []
+    for name in ("cpu", "reference"):
+        with mo.backend(name):
+            results.append(mo.moments(layers))
+    assert_close(results[0].var, results[1].var.double(), rows=33)

@@ -1,0 +1,157 @@
+"""torch.compile and autocast: one graph over batch sizes, the numbers of eager mode."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import assert_close, assert_same_bits, make_features, make_target, state_of
+from torch import nn
+
+import moment_ops as mo
+
+SHAPES = ((5,), (3, 2, 2))
+AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.1)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counter:
+    """A compiler backend that counts the graphs it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def run(step, rows, layout=torch.contiguous_format):
+    layers = [x.to(memory_format=layout) if x.dim() == 4 else x for x in make_features(rows, SHAPES)]
+    layers = [x.requires_grad_() for x in layers]
+    value = step(layers)
+    return [value.detach(), *torch.autograd.grad(value, layers)]
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("source", ["features", "moments"])
+def test_the_loss_compiles_to_one_graph_over_batch_sizes(average, source):
+    plain, compiled = (mo.MomentLoss(make_target(SHAPES), AVERAGES[average]) for _ in range(2))
+    counter = Counter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(layers):
+        return compiled(layers if source == "features" else mo.moments(layers))
+
+    graphs = []
+    for rows in (8, 5, 13):
+        ours = run(step, rows)
+        theirs = run(lambda layers: plain(layers if source == "features" else mo.moments(layers)), rows)
+        assert_same_bits(ours, theirs)
+        graphs.append(counter.graphs)
+    assert_same_bits(state_of(compiled), state_of(plain))
+    # The compiler may begin anew within the first call, when it finds that a float is a constant.
+    assert len(set(graphs)) == 1
+
+
+def test_moments_compile_and_come_out_as_moments():
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def step(layers):
+        return mo.moments(layers)
+
+    layers = make_features(6, SHAPES)
+    compiled, eager = step(layers), mo.moments(layers)
+    assert isinstance(compiled, mo.Moments)
+    assert_same_bits([compiled.mean, compiled.var, compiled.count], [eager.mean, eager.var, eager.count])
+    assert (compiled.shapes, compiled.correction) == (eager.shapes, eager.correction)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_moment_loss_compiles_with_weights_and_means_alone(mode):
+    target = make_target(SHAPES, var=False)
+    loss = mo.MomentLoss(target, mo.AdamMovingAverage(lr=0.1), mean_weight=[1.0, 2.0]).train(mode == "train")
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert run(step, 6)[0].isfinite()
+    assert int(loss.step) == (mode == "train")
+    function = torch.compile(lambda x: mo.moment_loss(x, target, reduction="sum"), fullgraph=True, backend="aot_eager")
+    assert_same_bits(run(function, 6), run(lambda x: mo.moment_loss(x, target, reduction="sum"), 6))
+
+
+@pytest.mark.parametrize("layout", ["channels last", "transposed"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_come_in_the_strides_that_the_compiler_expects(layout, backend):
+    x = torch.randn(6, 3, 4, 4)
+    x = x.to(memory_format=torch.channels_last) if layout == "channels last" else x.permute(1, 0, 2, 3).contiguous()
+    x = x if layout == "channels last" else x.permute(1, 0, 2, 3)
+    target = make_target([(3, 4, 4)])
+
+    def step(x):
+        # A pointwise operation around the operator: its compiled code indexes the gradient by its expected strides.
+        return mo.moment_loss(x * 2, target)
+
+    results = []
+    with mo.backend(backend):
+        for call in (step, torch.compile(step, fullgraph=True, backend="inductor")):
+            leaf = x.detach().clone().requires_grad_()
+            results.append(torch.autograd.grad(call(leaf), leaf)[0])
+    assert_close(results[1], results[0].double())
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_numbers_of_eager_mode():
+    plain, compiled = (mo.MomentLoss(make_target(SHAPES), mo.AdamMovingAverage(lr=0.1)) for _ in range(2))
+    step = torch.compile(lambda layers: compiled([x.relu() for x in layers]), fullgraph=True, dynamic=True)
+    for rows in (8, 5):
+        for ours, theirs in zip(
+            run(step, rows), run(lambda layers: plain([x.relu() for x in layers]), rows), strict=True
+        ):
+            assert_close(ours, theirs.double(), rows=rows)
+    assert_same_bits(state_of(compiled)["step"], state_of(plain)["step"])
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_under_autocast_features_come_in_16_bits_and_statistics_in_32(average):
+    loss = mo.MomentLoss(make_target([(4, 6, 6)]), AVERAGES[average])
+    conv = nn.Conv2d(3, 4, 3)
+    x = torch.randn(8, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = conv(x)
+        m = mo.moments(features)
+        value = loss(features)
+    assert features.dtype == torch.bfloat16
+    assert m.mean.dtype == m.var.dtype == value.dtype == torch.float32
+    value.backward()
+    assert conv.weight.grad.dtype == torch.float32
+    assert conv.weight.grad.isfinite().all()
+    assert {b.dtype for b in loss.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("source", ["features", "moments", "merged"])
+def test_autocast_does_not_change_the_loss_of_float32_features(source):
+    layers, target = make_features(6, SHAPES), make_target(SHAPES)
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            batch = layers
+            if source != "features":
+                batch = mo.moments(layers)
+            if source == "merged":
+                batch = mo.Moments.merge(batch, batch)
+            results.append(mo.moment_loss(batch, target))
+    assert_same_bits(*results)
+
+
+def test_a_second_derivative_under_autocast_is_that_without():
+    target = make_target(SHAPES)
+    results = []
+    for enabled in (True, False):
+        layers = [x.requires_grad_() for x in make_features(6, SHAPES)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            first = torch.autograd.grad(mo.moment_loss(layers, target), layers, create_graph=True)
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), layers))
+    assert_same_bits(*results)

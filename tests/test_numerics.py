@@ -1,0 +1,219 @@
+"""Accuracy and determinism: ill-conditioned columns, values that are not finite, threads and repetitions."""
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    assert_same_bits,
+    exact_moments,
+    make_features,
+    make_target,
+    mean_bound,
+    mean_error,
+    merged_var_bound,
+    state_of,
+    statistics_dtype,
+    var_bound,
+    var_error,
+)
+
+import moment_ops as mo
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+RATIOS = (0.0, 1.0, 10.0, 1e2, 1e3, 1e4)
+
+
+def ladder(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """One layer per |mean|/std, of either sign and several scales."""
+    layers = []
+    for ratio in RATIOS:
+        noise = torch.randn(rows, columns, dtype=torch.float64)
+        sign = torch.where(torch.arange(columns) % 2 == 0, 1.0, -1.0).double()
+        scale = 10.0 ** (torch.arange(columns) % 5 - 2).double()
+        layers.append(((noise + ratio * sign) * scale).to(dtype))
+    return layers
+
+
+def assert_within_bounds(layers, m):
+    for x, (mean, var), ratio in zip(layers, m.layers(), RATIOS, strict=True):
+        exact_mean, exact_var = exact_moments([x])
+        assert mean_error(mean, exact_mean, exact_var) <= mean_bound(x.dtype), f"mean at {ratio}"
+        assert var_error(var, exact_var) <= var_bound(x.dtype, ratio), f"variance at {ratio}"
+
+
+@pytest.mark.parametrize("rows", [2, 5, 64, 1000, 4099, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ladder_stays_within_the_bounds(rows, dtype):
+    layers = ladder(rows, 6 if rows > 10_000 else 40, dtype)
+    assert_within_bounds(layers, mo.moments(layers))
+
+
+def test_a_million_rows_stay_within_the_bounds():
+    layers = ladder(1_000_000, 2)
+    assert_within_bounds(layers, mo.moments(layers))
+
+
+def test_a_first_row_far_from_all_others_costs_no_digits():
+    x = torch.randn(5000, 8)
+    x[0] = 300.0
+    mean, var = exact_moments([x])
+    m = mo.moments(x)
+    assert mean_error(m.mean, mean, var) <= mean_bound(torch.float32)
+    assert var_error(m.var, var) <= var_bound(torch.float32)
+
+
+def test_a_sparse_column_costs_no_digits():
+    """As behind a ReLU: active in the first row, and hardly ever again."""
+    x = torch.zeros(20_000, 3)
+    x[0] = torch.tensor([1.0, 3.7, 1e-3])
+    x[777] = 0.1
+    mean, var = exact_moments([x])
+    m = mo.moments(x)
+    assert mean_error(m.mean, mean, var) <= mean_bound(torch.float32)
+    assert var_error(m.var, var) <= var_bound(torch.float32)
+
+
+def test_sorted_rows_cost_no_digits():
+    x = torch.sort(torch.randn(20_000, 4), dim=0).values + 100
+    mean, var = exact_moments([x])
+    m = mo.moments(x)
+    assert mean_error(m.mean, mean, var) <= mean_bound(torch.float32)
+    assert var_error(m.var, var) <= var_bound(torch.float32)
+
+
+@pytest.mark.parametrize("rows", [2, 9, 513, 3001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_constant_column_has_its_mean_and_no_variance(rows, dtype):
+    values = torch.tensor([0.1, -3.3e4, 1e-5, 0.0, 7.0]).to(dtype)
+    m = mo.moments(values.expand(rows, 5).contiguous())
+    assert torch.equal(m.mean, values.to(statistics_dtype(dtype)))
+    assert m.var.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("pooled", [2, 7, 64])
+def test_a_constant_channel_has_no_pooled_variance(pooled):
+    m = mo.moments(torch.full((3, 2, pooled), 0.1), dim=(0, 2))
+    assert m.var.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (8, 3, 8, 8), (64, 3, 5, 5)])
+def test_pooled_moments_stay_within_the_bounds(ratio, shape):
+    x = (torch.randn(shape, dtype=torch.float64) + ratio).float()
+    m = mo.moments(x, dim=(0, 2, 3))
+    mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3))
+    assert mean_error(m.mean, mean, var) <= mean_bound(torch.float32)
+    assert var_error(m.var, var) <= merged_var_bound(torch.float32, ratio, shape[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_row_is_its_own_mean_without_variance(dtype):
+    x = make_features(1, [(6,)], dtype)[0]
+    m = mo.moments(x)
+    assert torch.equal(m.mean, x[0].to(statistics_dtype(dtype)))
+    assert m.var.isnan().all()
+
+
+@pytest.mark.parametrize(("rows", "correction"), [(1, 1), (2, 2), (2, 3), (1, 5)])
+def test_no_degrees_of_freedom_give_a_variance_that_is_nan(rows, correction):
+    assert mo.moments(torch.randn(rows, 4), correction=correction).var.isnan().all()
+
+
+def test_one_row_without_correction_has_variance_zero():
+    assert mo.moments(torch.randn(1, 4), correction=0).var.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("row", [0, 3, 600])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_is_not_finite_stays_in_its_column(value, row, dtype):
+    x = make_features(601, [(40,)], dtype)[0]
+    clean = mo.moments(x)
+    x[row, 17] = value
+    m = mo.moments(x)
+    others = torch.arange(40) != 17
+    assert not m.mean[17].isfinite()
+    assert not m.var[17].isfinite()
+    assert_same_bits(m.mean[others], clean.mean[others])
+    assert_same_bits(m.var[others], clean.var[others])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_of_other_columns_survive_a_value_that_is_not_finite(value):
+    target = make_target([(40,)])
+    gradients = []
+    for poison in (0.0, value):
+        x = make_features(9, [(40,)])[0]
+        x[0, 17] += poison
+        x.requires_grad_()
+        gradients.append(torch.autograd.grad(mo.moment_loss(x, target), x)[0])
+    others = torch.arange(40) != 17
+    assert_same_bits(gradients[0][:, others], gradients[1][:, others])
+    assert not gradients[1][:, 17].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_and_small_magnitudes_keep_their_digits(dtype):
+    scale = torch.tensor([1e-15, 1e-8, 1.0, 1e8, 1e15], dtype=torch.float64)
+    x = (torch.randn(100, 5, dtype=torch.float64) * scale).to(dtype)
+    mean, var = exact_moments([x])
+    m = mo.moments(x)
+    assert mean_error(m.mean, mean, var) <= mean_bound(dtype)
+    assert var_error(m.var, var) <= var_bound(dtype)
+
+
+SHAPES_FOR_THREADS = ((1000,), (32, 9, 9), (3,))
+
+
+def batch(rows: int) -> list[torch.Tensor]:
+    layers = make_features(rows, SHAPES_FOR_THREADS)
+    layers[1] = layers[1].to(memory_format=torch.channels_last)
+    return [x.requires_grad_() for x in layers]
+
+
+def everything(layers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Moments, loss, state and gradients of a batch."""
+    loss_fn = mo.MomentLoss(make_target(SHAPES_FOR_THREADS), mo.AdamMovingAverage(lr=0.1))
+    m = mo.moments(layers)
+    loss = loss_fn(layers)
+    return [m.mean, m.var, loss, *state_of(loss_fn).values(), *torch.autograd.grad(loss, layers)]
+
+
+@pytest.mark.parametrize("rows", [33, 700])
+def test_results_do_not_depend_on_the_number_of_threads(backend, rows):
+    if backend == "reference":
+        pytest.skip("the reference is PyTorch's own sums, which are cut by the number of threads")
+    before = torch.get_num_threads()
+    layers, results = batch(rows), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(everything(layers))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+def test_tall_layers_do_not_depend_on_the_number_of_threads(backend):
+    if backend == "reference":
+        pytest.skip("the reference is PyTorch's own sums, which are cut by the number of threads")
+    x = torch.randn(150_001, 3)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            m = mo.moments(x)
+            results.append([m.mean, m.var])
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(*results)
+
+
+def test_ten_runs_are_the_same_to_the_last_bit():
+    layers = batch(65)
+    first = everything(layers)
+    for _ in range(9):
+        assert_same_bits(everything(layers), first)

@@ -1,0 +1,122 @@
+"""`dataset_moments`: the moments of a whole data set, batch by batch."""
+
+import pytest
+import torch
+from helpers import assert_moments, assert_same_bits, exact_moments, make_features, mean_error, var_error
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import moment_ops as mo
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+SHAPES = ((5,), (3, 2, 2))
+
+
+def batches(layers, sizes):
+    """Batches of all layers, of the given sizes: what the extractor is given and gives back."""
+    return [{"layers": list(parts)} for parts in zip(*(x.split(list(sizes)) for x in layers), strict=True)]
+
+
+def extractor(batch):
+    return batch["layers"]
+
+
+@pytest.mark.parametrize("sizes", [(100,), (64, 36), (1, 99), (99, 1), (3, 1, 1, 40, 55), (1,) * 100, (7,) * 14 + (2,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_batch_sizes_give_the_moments_of_all_rows(sizes, dtype):
+    layers = make_features(100, SHAPES, dtype)
+    m = mo.dataset_moments(extractor, batches(layers, sizes))
+    assert_moments(m, layers)
+    assert m.count.tolist() == [100, 100]
+    assert (m.correction, m.shapes) == (1, SHAPES)
+
+
+def test_hundreds_of_batches_far_from_zero_keep_their_digits():
+    """Batches come with means in float32; what merging adds stays below that."""
+    x = make_features(20_000, [(4,)])[0] * 0.1 + 10
+    m = mo.dataset_moments(lambda batch: batch, x.split(37))
+    mean, var = exact_moments([x])
+    assert mean_error(m.mean, mean, var) <= 1e-6
+    assert var_error(m.var, var) <= 1e-5
+
+
+def test_the_extractor_may_give_moments():
+    layers = make_features(20, SHAPES)
+    m = mo.dataset_moments(lambda batch: mo.moments(batch["layers"]), batches(layers, (12, 8)))
+    assert_moments(m, layers)
+
+
+def test_means_alone_stay_means_alone():
+    layers = make_features(20, SHAPES)
+    m = mo.dataset_moments(lambda batch: mo.moments(batch["layers"], var=False), batches(layers, (12, 8)))
+    assert m.var is None
+    assert_moments(m, layers)
+
+
+def test_a_data_loader_gives_inputs_first():
+    x = torch.randn(30, 4)
+    loader = DataLoader(TensorDataset(x, torch.arange(30)), batch_size=8)
+    assert_moments(mo.dataset_moments(lambda inputs: inputs * 1, loader), [x])
+
+
+def test_batches_may_come_from_a_generator():
+    x = torch.randn(30, 4)
+    assert_moments(mo.dataset_moments(lambda inputs: inputs, (part for part in x.split(7))), [x])
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_does_not_change_the_result(progress):
+    pytest.importorskip("tqdm")
+    x = torch.randn(30, 4)
+    assert_moments(mo.dataset_moments(lambda inputs: inputs, x.split(7), progress=progress), [x])
+
+
+def test_no_graph_is_recorded():
+    net = nn.Linear(4, 3)
+    m = mo.dataset_moments(net, torch.randn(30, 4).split(7))
+    assert not m.mean.requires_grad
+    assert not m.var.requires_grad
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(0.5)))
+
+
+def test_a_module_runs_in_evaluation_mode():
+    net = network()
+    x = torch.randn(30, 4)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    m = mo.dataset_moments(net, x.split(7))
+    assert_same_bits(dict(net.named_buffers()), before)
+    with torch.no_grad():
+        assert_moments(m, [net.eval()(x)])
+
+
+def modes(net):
+    return [module.training for module in net.modules()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_part_of_a_module_gets_its_mode_back(training):
+    net = network().train(training)
+    net[1].train(not training)
+    before = modes(net)
+    mo.dataset_moments(net, torch.randn(30, 4).split(7))
+    assert modes(net) == before
+
+
+def test_a_module_gets_its_mode_back_after_an_error():
+    net = network()
+    before = modes(net)
+    with pytest.raises(RuntimeError):
+        mo.dataset_moments(net, [torch.randn(3, 4), torch.randn(3, 9)])
+    assert modes(net) == before
+
+
+def test_the_result_serves_as_a_target(tmp_path):
+    layers = make_features(20, SHAPES)
+    m = mo.dataset_moments(extractor, batches(layers, (12, 8)))
+    m.save(tmp_path / "target.npz")
+    loss = mo.MomentLoss(mo.Moments.load(tmp_path / "target.npz"))
+    assert loss(layers) < 1e-9
