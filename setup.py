@@ -101,12 +101,22 @@ def extension():
     )
 
 
+def remove_stale_objects():
+    """Objects of nvcc older than any header: ninja gets no list of their headers from torch's build rules."""
+    headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")]
+    newest = max(path.stat().st_mtime for path in headers)
+    for path in (ROOT / "build").glob("temp*/csrc/cuda/*.o"):
+        if path.stat().st_mtime < newest:
+            path.unlink()
+
+
 def build_arguments():
     if os.environ.get("MOMENT_OPS_EXTENSION", "1") == "0":
         print("moment_ops: MOMENT_OPS_EXTENSION=0, the extension is left out; plain PyTorch will run")
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
+    remove_stale_objects()
     return {
         "ext_modules": [extension()],
         "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},

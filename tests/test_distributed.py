@@ -15,8 +15,8 @@ from helpers import (
     exact_moments,
     make_features,
     make_target,
-    state_of,
     merged_var_bound,
+    state_of,
     var_error,
 )
 from torch import nn

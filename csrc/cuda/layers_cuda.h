@@ -41,11 +41,6 @@ inline ColumnLayer make_column_layer(const Layer& layer) {
   return result;
 }
 
-inline bool allows_vectors(const void* pointer, int64_t row_stride, int64_t rows, int element_size) {
-  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0 &&
-         (rows == 1 || row_stride * element_size % kVectorBytes == 0);
-}
-
 inline std::vector<ColumnLayer> make_column_layers(const std::vector<Layer>& layers) {
   std::vector<ColumnLayer> result;
   for (const Layer& layer : layers) {
@@ -59,22 +54,19 @@ inline std::vector<ColumnLayer> make_column_layers(const std::vector<Layer>& lay
   return result;
 }
 
-template <class A>
 struct DeviceWorkspace {
   Tensor partial, tickets;
-  Workspace<A> pointers;
+  Workspace pointers;
 };
 
 // Freshly zeroed tickets: a buffer that lived longer would be shared by streams.
-template <class A>
-inline DeviceWorkspace<A> make_workspace(const Tensor& like, const Plan& plan, int64_t extra_tickets) {
+inline DeviceWorkspace make_workspace(const Tensor& like, const Plan& plan, int64_t extra_tickets) {
   using torch::headeronly::ScalarType;
-  const ScalarType dtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-  DeviceWorkspace<A> workspace{
-      torch::stable::new_empty(like, {2 * plan.partial_columns}, dtype),
+  DeviceWorkspace workspace{
+      torch::stable::new_empty(like, {2 * plan.partial_columns}, ScalarType::Double),
       torch::stable::new_zeros(like, {(plan.partial_columns > 0 ? plan.strips : 0) + extra_tickets}, ScalarType::Int),
       {}};
-  workspace.pointers.partial = static_cast<A*>(workspace.partial.mutable_data_ptr());
+  workspace.pointers.partial = static_cast<double*>(workspace.partial.mutable_data_ptr());
   workspace.pointers.tickets = static_cast<unsigned int*>(workspace.tickets.mutable_data_ptr()) + extra_tickets;
   return workspace;
 }

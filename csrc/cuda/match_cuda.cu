@@ -50,7 +50,7 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
     const int64_t columns = target_mean.numel();
     const int blocks = match_blocks(columns);
     const Tensor losses = torch::stable::new_empty(target_mean, {blocks}, ScalarType::Double);
-    const DeviceWorkspace<A> workspace = make_workspace<A>(target_mean, Plan{}, 1);
+    const DeviceWorkspace workspace = make_workspace(target_mean, Plan{}, 1);
     const auto arguments =
         make_arguments<A>(tensors, correction, loss, {}, losses, workspace.pointers.tickets - 1, blocks);
     launch_match_moments<A>(kind, data<A>(all_mean), target_var ? data<A>(all_var) : nullptr, columns, arguments,
@@ -72,7 +72,7 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
     const Launches launches = plan_launches(make_column_layers(layers), sizeof(T), plan_reduction);
     const int strips = launches.total.strips;
     const Tensor losses = torch::stable::new_empty(target_mean, {strips}, ScalarType::Double);
-    const DeviceWorkspace<A> workspace = make_workspace<A>(target_mean, launches.total, 1);
+    const DeviceWorkspace workspace = make_workspace(target_mean, launches.total, 1);
     const auto arguments =
         make_arguments<A>(tensors, correction, loss, batch_mean, losses, workspace.pointers.tickets - 1, strips);
     launch_match_features<T, A>(kind, launches, workspace.pointers, arguments, stream);

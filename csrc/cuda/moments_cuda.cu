@@ -13,7 +13,7 @@ void moments(std::vector<Tensor> input, int64_t dim, int64_t correction, Tensor 
     using T = decltype(sample);
     using A = accumulate_t<T>;
     const Launches launches = plan_launches(layers, sizeof(T), plan_reduction);
-    const DeviceWorkspace<A> workspace = make_workspace<A>(mean, launches.total, 0);
+    const DeviceWorkspace workspace = make_workspace(mean, launches.total, 0);
     launch_moments<T, A>(launches, workspace.pointers, {data<A>(mean), data<A>(var), correction}, stream);
   });
 }

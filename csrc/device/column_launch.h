@@ -34,7 +34,7 @@ inline Launches plan_launches(std::vector<ColumnLayer> layers, int element_size,
 }
 
 template <class T, class A>
-inline void launch_moments(const Launches& launches, Workspace<A> workspace, MomentsOutput<A> out,
+inline void launch_moments(const Launches& launches, Workspace workspace, MomentsOutput<A> out,
                            MOMENT_OPS_STREAM stream) {
   for (size_t i = 0; i < launches.lists.size(); ++i) {
     MOMENT_OPS_LAUNCH((moments_kernel<T, A>), launches.blocks[i], kThreads, stream, launches.lists[i], workspace, out);
@@ -53,7 +53,7 @@ inline void launch_moments_backward(const Launches& launches, BackwardArguments<
 }
 
 template <class T, class A>
-inline void launch_match_features(Average kind, const Launches& launches, Workspace<A> workspace,
+inline void launch_match_features(Average kind, const Launches& launches, Workspace workspace,
                                   const MatchArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
   for (size_t i = 0; i < launches.lists.size(); ++i) {
     const ColumnLayers& list = launches.lists[i];

@@ -72,6 +72,12 @@ MOMENT_OPS_HOST_DEVICE int64_t strip_columns(const ColumnLayer& layer, int eleme
   return static_cast<int64_t>(layer.narrow ? kNarrowThreads : kThreads) * per_thread;
 }
 
+// Whether rows that begin at `pointer`, `row_stride` elements apart, can be read 16 bytes at a time.
+inline bool allows_vectors(const void* pointer, int64_t row_stride, int64_t rows, int element_size) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0 &&
+         (rows == 1 || row_stride * element_size % kVectorBytes == 0);
+}
+
 struct Plan {
   int32_t blocks = 0;
   int32_t strips = 0;

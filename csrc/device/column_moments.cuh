@@ -1,9 +1,9 @@
 // The reduction over rows for a list of layers in one launch.
 //
-// A block owns a strip of columns and at most kBlockRows of its rows. Every column is shifted by its first row; tiles of
-// eight rows are reduced in registers and merged one after another; groups of threads, then blocks, are merged as trees
-// of a fixed shape. Whoever finishes a strip last folds it: no float is ever added atomically, so results are the same
-// bit for bit in every run.
+// A block owns a strip of columns and at most kBlockRows of its rows. Every column is shifted by the mean of its first
+// rows; tiles of eight rows are reduced in registers and merged one after another; groups of threads, then blocks, are
+// merged in double as trees of a fixed shape. Whoever finishes a strip last folds it: no float is ever added atomically,
+// so results are the same bit for bit in every run.
 #pragma once
 
 #include "device/column_layers.h"
@@ -19,13 +19,30 @@ struct Partial {
   A m2[WIDTH];
 };
 
-// Rows [begin, end) of WIDTH columns; means relative to the pivot.
+// The mean of up to kTileRows rows, relative to the first of them: that of a constant column is the constant.
+template <int WIDTH, class T, class A>
+__device__ __forceinline__ void load_pivot(const T* x, int64_t row_stride, int rows, A (&pivot)[WIDTH]) {
+  const Vector<T, WIDTH> first = load_vector<WIDTH>(x);
+  A sum[WIDTH] = {};
+#pragma unroll
+  for (int r = 1; r < kTileRows; ++r) {
+    if (r >= rows) break;
+    const Vector<T, WIDTH> raw = load_vector<WIDTH>(x + r * row_stride);
+#pragma unroll
+    for (int c = 0; c < WIDTH; ++c) sum[c] += load(raw.values[c]) - load(first.values[c]);
+  }
+  const A share = A(1) / A(rows < kTileRows ? rows : kTileRows);
+#pragma unroll
+  for (int c = 0; c < WIDTH; ++c) pivot[c] = load(first.values[c]) + sum[c] * share;
+}
+
+// Rows [begin, end) of WIDTH columns; means relative to the pivot, which is set, too.
 template <int WIDTH, class T, class A>
 __device__ __forceinline__ Partial<A, WIDTH> reduce_rows(const T* x, int64_t row_stride, int begin, int end,
-                                                         const A (&pivot)[WIDTH]) {
-  Partial<A, WIDTH> total;
-#pragma unroll
-  for (int c = 0; c < WIDTH; ++c) total.mean[c] = total.m2[c] = A(0);
+                                                         A (&pivot)[WIDTH]) {
+  Partial<A, WIDTH> total = {};
+  if (begin == end) return total;
+  load_pivot<WIDTH>(x + begin * row_stride, row_stride, end - begin, pivot);
   int row = begin;
   for (; row + kTileRows <= end; row += kTileRows) {
     Vector<T, WIDTH> raw[kTileRows];  // all loads in flight before the first is used
@@ -53,9 +70,10 @@ __device__ __forceinline__ Partial<A, WIDTH> reduce_rows(const T* x, int64_t row
     const Vector<T, WIDTH> raw = load_vector<WIDTH>(x + row * row_stride);
     const A count = A(row - begin);
     const A share = A(1) / (count + A(1));
+    const MergeFactors<A> factors{share, count * share};
 #pragma unroll
     for (int c = 0; c < WIDTH; ++c) {
-      merge(total.mean[c], total.m2[c], load(raw.values[c]) - pivot[c], A(0), MergeFactors<A>{share, count * share});
+      merge(total.mean[c], total.m2[c], load(raw.values[c]) - pivot[c], A(0), factors);
     }
   }
   return total;
@@ -71,12 +89,17 @@ __device__ __forceinline__ RowRange part_of(RowRange rows, int size, int index) 
   return {begin, min(begin + size, rows.end)};
 }
 
-// Merges the groups of a narrow block through shared memory; group 0 ends up with the block's moments.
-template <int WIDTH, class A>
-__device__ __forceinline__ void merge_groups(Partial<A, WIDTH>& mine, RowRange rows, int group_rows, int lane, int group,
-                                             int groups, A* shared) {
-  A* mean = shared;
-  A* m2 = shared + kThreads * WIDTH;
+// Shared memory of a reduction: the absolute moments of the groups of a narrow block.
+template <int WIDTH>
+struct GroupMoments {
+  double mean[kThreads * WIDTH];
+  double m2[kThreads * WIDTH];
+};
+
+// Merges the groups of a narrow block; group 0 ends up with the block's moments.
+template <int WIDTH>
+__device__ __forceinline__ void merge_groups(Partial<double, WIDTH>& mine, RowRange rows, int group_rows, int lane,
+                                             int group, int groups, double* mean, double* m2) {
   const auto at = [&](int g, int c) { return (g * kNarrowThreads + lane) * WIDTH + c; };
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
@@ -88,7 +111,7 @@ __device__ __forceinline__ void merge_groups(Partial<A, WIDTH>& mine, RowRange r
     if (group % (2 * span) != 0) continue;
     const RowRange a = part_of(rows, group_rows * span, group / span);
     const RowRange b = part_of(rows, group_rows * span, group / span + 1);
-    const MergeFactors<A> factors = merge_factors<A>(a.end - a.begin, b.end - b.begin);
+    const MergeFactors<double> factors = merge_factors<double>(a.end - a.begin, b.end - b.begin);
 #pragma unroll
     for (int c = 0; c < WIDTH; ++c) {
       merge(mean[at(group, c)], m2[at(group, c)], mean[at(group + span, c)], m2[at(group + span, c)], factors);
@@ -114,26 +137,25 @@ __device__ __forceinline__ bool arrives_last(unsigned int* ticket, unsigned int 
 }
 
 // Workspace of a reduction: partial moments of strips with several chunks, and one ticket per strip.
-template <class A>
 struct Workspace {
-  A* partial;
+  double* partial;
   unsigned int* tickets;
 };
 
 // Folds the chunks of a strip as a tree, in place: chunk i takes in chunk i + span.
-template <int WIDTH, class A>
+template <int WIDTH>
 __device__ __forceinline__ void fold_chunks(const ColumnLayer& layer, int64_t column, bool active, int group, int groups,
-                                            A* mean, A* m2) {
+                                            double* mean, double* m2) {
   for (int span = 1; span < layer.chunks; span *= 2) {
     for (int i = 2 * span * group; active && i + span < layer.chunks; i += 2 * span * groups) {
       const RowRange a = part_of({0, layer.rows}, kBlockRows * span, i / span);
       const RowRange b = part_of({0, layer.rows}, kBlockRows * span, i / span + 1);
-      const MergeFactors<A> factors = merge_factors<A>(a.end - a.begin, b.end - b.begin);
+      const MergeFactors<double> factors = merge_factors<double>(a.end - a.begin, b.end - b.begin);
       for (int c = 0; c < WIDTH; ++c) {
         const int64_t to = i * layer.columns + column + c;
         const int64_t from = (i + span) * layer.columns + column + c;
         // Around the L1 cache, which knows nothing of what other blocks wrote.
-        A to_mean = __ldcg(mean + to), to_m2 = __ldcg(m2 + to);
+        double to_mean = __ldcg(mean + to), to_m2 = __ldcg(m2 + to);
         merge(to_mean, to_m2, __ldcg(mean + from), __ldcg(m2 + from), factors);
         __stcg(mean + to, to_mean);
         __stcg(m2 + to, to_m2);
@@ -154,37 +176,45 @@ struct Columns {
 // One block's share of a strip; `strip_done` is set in all threads of the block that completed it.
 template <int WIDTH, class T, class A>
 __device__ __forceinline__ Columns<A, WIDTH> reduce_strip(const ColumnLayer& layer, int strip, int chunk,
-                                                          Workspace<A> workspace, A* shared, bool& strip_done) {
+                                                          Workspace workspace, GroupMoments<WIDTH>& shared,
+                                                          bool& strip_done) {
   const int across = layer.narrow ? kNarrowThreads : kThreads;
   const int groups = kThreads / across;
   const int lane = static_cast<int>(threadIdx.x) % across;
   const int group = static_cast<int>(threadIdx.x) / across;
   const int64_t column = (static_cast<int64_t>(strip) * across + lane) * WIDTH;
   const bool active = column < layer.columns;
-  const T* x = static_cast<const T*>(layer.x) + column;
+  const RowRange rows{chunk * kBlockRows, min((chunk + 1) * kBlockRows, layer.rows)};
+  const int group_rows = ((rows.end - rows.begin + groups - 1) / groups + kTileRows - 1) / kTileRows * kTileRows;
 
   A pivot[WIDTH] = {};
   Partial<A, WIDTH> moments = {};
-  const RowRange rows{chunk * kBlockRows, min((chunk + 1) * kBlockRows, layer.rows)};
-  const int group_rows = ((rows.end - rows.begin + groups - 1) / groups + kTileRows - 1) / kTileRows * kTileRows;
   if (active) {
-    const Vector<T, WIDTH> first = load_vector<WIDTH>(x);
-#pragma unroll
-    for (int c = 0; c < WIDTH; ++c) pivot[c] = load(first.values[c]);
     const RowRange mine = part_of(rows, group_rows, group);
-    moments = reduce_rows<WIDTH>(x, layer.row_stride, mine.begin, mine.end, pivot);
+    moments = reduce_rows<WIDTH>(static_cast<const T*>(layer.x) + column, layer.row_stride, mine.begin, mine.end, pivot);
   }
-  if (groups > 1) merge_groups(moments, rows, group_rows, lane, group, groups, shared);
-
   strip_done = true;
+  if (groups == 1 && layer.chunks == 1) {
+#pragma unroll
+    for (int c = 0; c < WIDTH; ++c) moments.mean[c] += pivot[c];
+    return {active, column, moments};
+  }
+
+  Partial<double, WIDTH> wide;
+#pragma unroll
+  for (int c = 0; c < WIDTH; ++c) {
+    wide.mean[c] = static_cast<double>(pivot[c]) + static_cast<double>(moments.mean[c]);
+    wide.m2[c] = static_cast<double>(moments.m2[c]);
+  }
+  if (groups > 1) merge_groups<WIDTH>(wide, rows, group_rows, lane, group, groups, shared.mean, shared.m2);
   if (layer.chunks > 1) {
-    A* mean = workspace.partial + 2 * layer.partial;
-    A* m2 = mean + layer.columns * layer.chunks;
+    double* mean = workspace.partial + 2 * layer.partial;
+    double* m2 = mean + layer.columns * layer.chunks;
     if (active && group == 0) {
 #pragma unroll
       for (int c = 0; c < WIDTH; ++c) {
-        mean[chunk * layer.columns + column + c] = moments.mean[c];
-        m2[chunk * layer.columns + column + c] = moments.m2[c];
+        mean[chunk * layer.columns + column + c] = wide.mean[c];
+        m2[chunk * layer.columns + column + c] = wide.m2[c];
       }
     }
     strip_done = arrives_last(workspace.tickets + layer.first_strip + strip, layer.chunks);
@@ -192,13 +222,16 @@ __device__ __forceinline__ Columns<A, WIDTH> reduce_strip(const ColumnLayer& lay
     if (strip_done && active) {
 #pragma unroll
       for (int c = 0; c < WIDTH; ++c) {
-        moments.mean[c] = __ldcg(mean + column + c);
-        moments.m2[c] = __ldcg(m2 + column + c);
+        wide.mean[c] = __ldcg(mean + column + c);
+        wide.m2[c] = __ldcg(m2 + column + c);
       }
     }
   }
 #pragma unroll
-  for (int c = 0; c < WIDTH; ++c) moments.mean[c] += pivot[c];
+  for (int c = 0; c < WIDTH; ++c) {
+    moments.mean[c] = static_cast<A>(wide.mean[c]);
+    moments.m2[c] = static_cast<A>(wide.m2[c]);
+  }
   return {strip_done && active && group == 0, column, moments};
 }
 
@@ -217,10 +250,10 @@ __device__ __forceinline__ A variance_scale(const ColumnLayer& layer, int64_t co
 }
 
 template <int WIDTH, class T, class A>
-__device__ __forceinline__ void moments_strip(const ColumnLayer& layer, int strip, int chunk, Workspace<A> workspace,
-                                              A* shared, const MomentsOutput<A>& out) {
+__device__ __forceinline__ void moments_strip(const ColumnLayer& layer, int strip, int chunk, Workspace workspace,
+                                              GroupMoments<WIDTH>& shared, const MomentsOutput<A>& out) {
   bool strip_done;
-  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, T>(layer, strip, chunk, workspace, shared, strip_done);
+  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, T, A>(layer, strip, chunk, workspace, shared, strip_done);
   if (!mine.complete) return;
   const A scale = variance_scale<A>(layer, out.correction);
 #pragma unroll
@@ -231,18 +264,19 @@ __device__ __forceinline__ void moments_strip(const ColumnLayer& layer, int stri
   }
 }
 
+// Four blocks to a multiprocessor hold enough loads in flight; asking for more would spill.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
-    moments_kernel(const __grid_constant__ ColumnLayers list, Workspace<A> workspace, MomentsOutput<A> out) {
+__global__ void __launch_bounds__(kThreads, 4)
+    moments_kernel(const __grid_constant__ ColumnLayers list, Workspace workspace, MomentsOutput<A> out) {
   constexpr int WIDTH = kVectorBytes / sizeof(T);
-  __shared__ A shared[2 * kThreads * WIDTH];
+  __shared__ GroupMoments<WIDTH> shared;
   const ColumnLayer& layer = list.layers[find_layer(list, blockIdx.x)];
   const int block = static_cast<int>(blockIdx.x) - layer.first_block;
   const int strip = block / layer.chunks, chunk = block % layer.chunks;
   if (layer.vectors) {
     moments_strip<WIDTH, T>(layer, strip, chunk, workspace, shared, out);
   } else {
-    moments_strip<1, T>(layer, strip, chunk, workspace, shared, out);
+    moments_strip<1, T>(layer, strip, chunk, workspace, reinterpret_cast<GroupMoments<1>&>(shared), out);
   }
 }
 

@@ -109,12 +109,13 @@ __device__ __forceinline__ void finish_loss(const MatchArguments<A>& arguments, 
 }
 
 template <Average KIND, int WIDTH, class T, class A>
-__device__ __forceinline__ void match_strip(const ColumnLayer& layer, int strip, int chunk, Workspace<A> workspace,
-                                            A* shared, double* shared_losses, const MatchArguments<A>& arguments) {
+__device__ __forceinline__ void match_strip(const ColumnLayer& layer, int strip, int chunk, Workspace workspace,
+                                            GroupMoments<WIDTH>& shared, double* shared_losses,
+                                            const MatchArguments<A>& arguments) {
   __shared__ A shared_step[2];
   prepare_step<KIND>(arguments, shared_step);
   bool strip_done;
-  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, T>(layer, strip, chunk, workspace, shared, strip_done);
+  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, T, A>(layer, strip, chunk, workspace, shared, strip_done);
   if (!strip_done) return;
   __syncthreads();
   double loss = 0;
@@ -134,10 +135,10 @@ __device__ __forceinline__ void match_strip(const ColumnLayer& layer, int strip,
 // Four blocks to a multiprocessor hold enough loads in flight; asking for more would spill.
 template <Average KIND, class T, class A>
 __global__ void __launch_bounds__(kThreads, 4)
-    match_features_kernel(const __grid_constant__ ColumnLayers list, Workspace<A> workspace,
+    match_features_kernel(const __grid_constant__ ColumnLayers list, Workspace workspace,
                           MatchArguments<A> arguments) {
   constexpr int WIDTH = kVectorBytes / sizeof(T);
-  __shared__ A shared[2 * kThreads * WIDTH];
+  __shared__ GroupMoments<WIDTH> shared;
   __shared__ double shared_losses[kThreads];
   const ColumnLayer& layer = list.layers[find_layer(list, blockIdx.x)];
   const int block = static_cast<int>(blockIdx.x) - layer.first_block;
@@ -145,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (layer.vectors) {
     match_strip<KIND, WIDTH, T>(layer, strip, chunk, workspace, shared, shared_losses, arguments);
   } else {
-    match_strip<KIND, 1, T>(layer, strip, chunk, workspace, shared, shared_losses, arguments);
+    match_strip<KIND, 1, T>(layer, strip, chunk, workspace, reinterpret_cast<GroupMoments<1>&>(shared), shared_losses,
+                            arguments);
   }
 }
 

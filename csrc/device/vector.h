@@ -17,6 +17,15 @@ MOMENT_OPS_HOST_DEVICE Vector<T, WIDTH> load_vector(const T* from) {
 
 template <int WIDTH, class T>
 MOMENT_OPS_HOST_DEVICE void store_vector(T* to, const Vector<T, WIDTH>& vector) {
+#if defined(__CUDA_ARCH__)
+  // A struct of values that were just computed would be stored one by one.
+  if constexpr (sizeof(vector) == 16) {
+    uint32_t words[4];
+    memcpy(words, vector.values, 16);
+    __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    return;
+  }
+#endif
   *reinterpret_cast<Vector<T, WIDTH>*>(to) = vector;
 }
 

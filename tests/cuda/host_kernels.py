@@ -1,0 +1,99 @@
+"""The CUDA kernels on the host behind the signatures of `moment_ops.ops.reference`, on CPU tensors."""
+
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moment_ops.ops.layout import statistics_dtype
+
+AVERAGES = {"none": 0, "moving": 1, "adam": 2}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _array(tensor: Tensor | None) -> np.ndarray | None:
+    return (
+        None if tensor is None else tensor.view(torch.uint8).numpy() if tensor.dtype == torch.bool else tensor.numpy()
+    )
+
+
+def _layer(module: ModuleType, x: Tensor, grad: Tensor | None = None, out: Tensor | None = None):
+    """A layer with the batch first whose columns are dense, contiguous or channels-last."""
+    layer = module.Layer()
+    layer.x, layer.rows, layer.row_stride = x.data_ptr(), x.shape[0], x.stride(0)
+    layer.columns = x.numel() // x.shape[0]
+    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
+    layer.inner = x.shape[1] if channels_last else 1
+    layer.outer = layer.columns // x.shape[1] if channels_last else 1
+    if grad is not None:
+        layer.grad, layer.grad_stride = grad.data_ptr(), grad.stride(0)
+    if out is not None:
+        layer.out, layer.out_stride = out.data_ptr(), out.stride(0)
+    return layer
+
+
+def _columns(input: list[Tensor]) -> int:
+    return sum(x.numel() // x.shape[0] for x in input)
+
+
+def moments(module: ModuleType, input: list[Tensor], correction: int = 1, var: bool = True, order: int = 0):
+    """(mean, var, number of launches); poisoned outputs, blocks in an order of the caller's choosing."""
+    mean = torch.full((_columns(input),), float("nan"), dtype=statistics_dtype(input[0].dtype))
+    variance = torch.full_like(mean, float("nan")) if var else None
+    layers = [_layer(module, x) for x in input]
+    launches = module.moments(layers, _name(input[0].dtype), correction, _array(mean), _array(variance), order)
+    return mean, variance, launches
+
+
+def moments_backward(module, input, mean, count, grad_mean, grad_var, grad=(), correction=1, scale=None):
+    out = [torch.full_like(x, float("nan")) for x in input]
+    added = list(grad) or [None] * len(input)
+    layers = [_layer(module, x, g, y) for x, g, y in zip(input, added, out, strict=True)]
+    arrays = (_array(grad_mean), _array(grad_var), _array(mean), _array(count))
+    module.moments_backward(layers, _name(input[0].dtype), *arrays, correction, _array(scale))
+    return out
+
+
+def match_(module, input, mean, var, targets, scales, weights, reduction, average, options, state, update, order=0):
+    """(loss, batch mean, grad_mean, grad_var); `state` advances in place."""
+    target_mean, target_var = targets
+    poisoned = [torch.full_like(target_mean, float("nan")) for _ in range(3)]
+    batch_mean, grad_mean, grad_var = poisoned
+    loss = torch.full((1,), float("nan"), dtype=target_mean.dtype)
+    per_quantity = {"none": 0, "moving": 1, "adam": 3}[average]
+    quantities = []
+    for i, (target, grad) in enumerate(((target_mean, grad_mean), (target_var, grad_var))):
+        if target is None:
+            quantities.append({})
+            continue
+        vectors = {"target": _array(target), "grad": _array(grad), "scale": scales[i]}
+        if weights[i] is not None:
+            vectors["weight"] = _array(weights[i])
+        names = ("average", "exp_avg", "exp_avg_sq")[:per_quantity]
+        vectors |= {name: _array(state[per_quantity * i + k]) for k, name in enumerate(names)}
+        quantities.append(vectors)
+    started = _array(state[-2]) if average == "moving" else None
+    step = _array(state[-1]) if average != "none" else np.zeros(1, dtype=np.int64)
+    layers = [_layer(module, x) for x in input]
+    dtype = _name(input[0].dtype if input else mean.dtype)
+    module.match(
+        layers,
+        dtype,
+        1,
+        _array(batch_mean if input else mean),
+        None if input else _array(var),
+        *quantities,
+        started,
+        step,
+        AVERAGES[average],
+        list(options),
+        reduction,
+        update,
+        _array(loss),
+        order,
+    )
+    return loss[0], batch_mean if input else mean, grad_mean, grad_var if target_var is not None else None
