@@ -57,7 +57,10 @@ demo: build  ## train GFMN on handwritten digits; results in runs/gfmn-mnist
 	@$(BIN)/moment-ops train gfmn $(ARGS)
 
 test: build  ## run every test that needs no GPU
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-gpu: build  ## run every operator on every GPU backend, against float64 on the CPU
+	@$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
 
 lint: build  ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -71,7 +74,10 @@ format: build  ## reformat the Python code
 bench: build  ## time the ops against eager PyTorch and torch.compile
 	@$(BIN)/python -m bench $(ARGS)
 
+bench-gpu: build  ## the same on a GPU; results in bench/results/<device>
+	@$(BIN)/python -m bench --device cuda $(ARGS)
+
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so
 
-.PHONY: help build demo test lint format bench clean
+.PHONY: help build demo test test-gpu lint format bench bench-gpu clean

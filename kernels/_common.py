@@ -17,9 +17,10 @@ def pick(values, starts, program, LAYERS: tl.constexpr):
     A chain of selects, not a table in memory: it keeps what is known about the pointers' alignment, and nothing has to
     be copied to the device.
     """
+    encoded = program * 16
     picked = values[0]
     for i in tl.static_range(1, LAYERS):
-        picked = tl.where(program * 16 >= starts[i], values[i], picked)
+        picked = tl.where(encoded >= starts[i], values[i], picked)
     return picked
 
 
@@ -41,10 +42,10 @@ def locate(
     BLOCK_COLUMNS: tl.constexpr,
     PERMUTED: tl.constexpr,
 ):
-    """Strip and chunk of a program: (strip, strips, chunk, column, mask, packed).
+    """Where a program works: (strips, chunk, column, mask, packed).
 
-    column: (BLOCK_COLUMNS) in memory order; packed: int64 positions in the packed vectors, where a channels-last layer
-    has its columns transposed.
+    strips: of the layer; chunk: of the rows; column: (BLOCK_COLUMNS) in memory order; packed: int64 positions in the
+    packed vectors, where a channels-last layer has its columns transposed.
     """
     local = program - pick_integer(starts, starts, program, LAYERS)
     # Multiplying by VECTOR tells the compiler that loads may be that wide.
@@ -62,7 +63,7 @@ def locate(
         packed = first + (column % inner) * (width // inner) + column // inner
     else:
         packed = first + column
-    return strip, strips, chunk, column, mask, packed
+    return strips, chunk, column, mask, packed
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """How a list of layers is dealt out to launches and programs, from shapes, strides and alignment alone.
 
 A launch takes up to MAX_LAYERS layers that have the same number of rows and agree on whether 128-bit accesses are
-possible. A program takes a strip of columns of one layer, over all rows where strips are many, else over a chunk of them.
+possible. A program takes a strip of columns of one layer, over all rows where strips are many, else over some of them.
 """
 
 import functools
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moment_ops.kernels._order import inner_columns
 
 # Layers per launch. Kernel arguments are limited to 4 KiB on every driver; a layer takes up to 64 bytes of them.
 MAX_LAYERS = 32
@@ -40,7 +42,7 @@ _TILES = {
 }
 _NARROW_COLUMNS = 8192
 
-# Registers per thread: 512 threads per processor. With four rows of 128-bit loads each, they keep 32 KiB in flight.
+# Registers per thread: 512 threads per processor, which keep 64 KiB in flight with eight rows of 128-bit loads each.
 REGISTERS = 128
 # Eight 16-bit columns per thread need more where their moments are folded in float64; 384 threads.
 _WIDE_FOLD_REGISTERS = 168
@@ -89,12 +91,17 @@ class Group:
     @property
     def registers(self) -> int:
         """Registers per thread for kernels that reduce."""
-        return _WIDE_FOLD_REGISTERS if self.chunks > 1 and self.itemsize == 2 else REGISTERS
+        return _WIDE_FOLD_REGISTERS if self.folded and self.itemsize == 2 else REGISTERS
 
     @property
     def long(self) -> bool:
-        """Whether a program's rows are merged in float64."""
+        """Whether a program merges its rows in float64."""
         return self.chunk_rows > BLOCK_ROWS
+
+    @property
+    def folded(self) -> bool:
+        """Whether anything is merged in float64."""
+        return self.long or self.chunks > 1
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -116,21 +123,22 @@ class Launch:
     programs: int
     arguments: dict[str, Any]
     warps: int
-    registers: int = REGISTERS
+    registers: int | None = None
 
-    @property
-    def options(self) -> dict[str, int]:
+    def options(self, hip: bool) -> dict[str, int]:
         """Compiler options."""
-        # Left to itself, ptxas spills a few registers to reach the next step of occupancy. ROCm has no such option.
-        limit = {} if torch.version.hip else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, **limit}
+        # In large kernels ptxas, left to itself, spills to reach the next step of occupancy. ROCm has no such option.
+        if self.registers is None or hip:
+            return {"num_warps": self.warps}
+        return {"num_warps": self.warps, "maxnreg": self.registers}
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Launch on the current stream of the tensors' device."""
+    hip = torch.version.hip is not None
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
-            launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
+            launch.kernel[(launch.programs,)](**launch.arguments, **launch.options(hip))
 
 
 def bits(value: float) -> int:
@@ -150,32 +158,6 @@ def _padded(values: list[Any], filler: Any) -> tuple[Any, ...]:
     """Filled up to a power of two, so that networks of 17 and 18 layers share a compiled kernel."""
     size = 1 << (len(values) - 1).bit_length()
     return (*values, *[filler] * (size - len(values)))
-
-
-def memory_order(x: Tensor) -> tuple[int, ...]:
-    """The feature dimensions of `x`, rows on dimension 0, from outermost to innermost in memory."""
-    return tuple(sorted((i for i in range(1, x.dim())), key=lambda i: (-x.stride(i) if x.shape[i] != 1 else 0, i)))
-
-
-def _inner(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
-    """The columns that channels-last layouts put innermost: memory order is the logical order, rotated.
-
-    1 for plain layouts; None for any other order of dimensions.
-    """
-    dims = [i for i in range(1, len(shape)) if shape[i] != 1]
-    order = sorted(dims, key=lambda i: -stride[i])
-    for k in range(max(1, len(dims))):
-        if order == dims[k:] + dims[:k]:
-            inner = 1
-            for i in dims[:k]:
-                inner *= shape[i]
-            return inner
-    return None
-
-
-def has_native_order(x: Tensor) -> bool:
-    """Whether the kernels know where the columns of `x` go in the packed vectors."""
-    return _inner(x.shape, x.stride()) is not None
 
 
 Key = tuple[tuple[tuple[int, ...], tuple[int, ...], int, tuple[tuple[int, int], ...]], ...]
@@ -204,14 +186,18 @@ def _groups(kind: str, itemsize: int, key: Key) -> tuple[Group, ...]:
         columns.append(torch.Size(shape[1:]).numel())
         offsets.append(offset)
         addresses = (address, *(a for _, a in others))
-        lengths = (stride[0], *(s for s, _ in others), columns[i], offset)
+        # A single row has no stride that matters.
+        strides = (stride[0], *(s for s, _ in others)) if shape[0] > 1 else ()
+        lengths = (*strides, columns[i], offset)
         aligned = not any(addresses) and all(length % wide == 0 for length in lengths)
         members.setdefault((shape[0], wide if aligned else 1), []).append(i)
         offset += columns[i]
     result = []
     for (rows, vector), indices in members.items():
         for begin in range(0, len(indices), MAX_LAYERS):
-            result.append(_group(kind, itemsize, key, indices[begin : begin + MAX_LAYERS], rows, vector, columns, offsets))
+            result.append(
+                _group(kind, itemsize, key, indices[begin : begin + MAX_LAYERS], rows, vector, columns, offsets)
+            )
     return tuple(result)
 
 
@@ -230,8 +216,8 @@ def _group(
     strips = [-(-columns[i] // tile.columns) for i in layers]
     chunk_rows = _chunk_rows(kind, rows, sum(strips), tile)
     chunks = -(-rows // chunk_rows)
-    if kind == "reduce" and chunks > 1:
-        # Folding the chunks in float64 takes the registers of half the rows.
+    if kind == "reduce" and (chunks > 1 or chunk_rows > BLOCK_ROWS):
+        # Merging in float64 takes the registers of half the rows.
         tile = tile._replace(rows=tile.rows // 2)
     starts, start = [], 0
     for count in strips:
@@ -241,7 +227,7 @@ def _group(
     last = 2**27 - 1
     if start > last or max(columns[i] for i in layers) >= 2**31:
         raise ValueError(f"a launch over {rows} rows takes at most {last} programs and layers of 2**31 columns")
-    inners = [_inner(key[i][0], key[i][1]) or 1 for i in layers]
+    inners = [inner_columns(key[i][0], key[i][1]) or 1 for i in layers]
     strides = [[key[i][1][0] for i in layers]]
     strides += [[key[i][3][j][0] for i in layers] for j in range(len(key[0][3]))]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moment_ops.kernels import _plan
 from moment_ops.kernels._common import arrive, double
+from moment_ops.kernels._order import is_native
 from moment_ops.kernels._reduce import reduce_columns
 from moment_ops.kernels.moments import moments, reduction_arguments
 
@@ -48,11 +49,7 @@ def complement_of_power(complement, exponent):
 @triton.jit
 def square_root(x):
     """Correctly rounded in both dtypes; `tl.sqrt` of float32 is approximate and flushes subnormals."""
-    if x.dtype == tl.float32:
-        root = tl.sqrt_rn(x)
-    else:
-        root = tl.sqrt(x)
-    return root
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
 @triton.jit
@@ -95,41 +92,43 @@ def match_quantity(
     scalars,
     bias_correction1,
     bias_correction2,
+    WEIGHTED: tl.constexpr,
     AVERAGE: tl.constexpr,
     UPDATE: tl.constexpr,
 ):
     """Match means or variances of (BLOCK_COLUMNS) columns; returns their share of the loss, float64.
 
-    vectors: (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each, absent ones None.
+    vectors: (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each; those that are not used may be anything.
     scalars: float64 (reduction, decay, lr, beta1, beta2, eps, gradient_scale).
     """
+    target, weight, grad, average, exp_avg, exp_avg_sq = vectors
     dtype = value.dtype
     w = scale.to(dtype)
-    if vectors[1] is not None:
-        w = tl.load(vectors[1] + packed, mask=mask, other=0.0) * w
-    target = tl.load(vectors[0] + packed, mask=mask, other=0.0)
+    if WEIGHTED:
+        w = tl.load(weight + packed, mask=mask, other=0.0) * w
+    goal = tl.load(target + packed, mask=mask, other=0.0)
     if AVERAGE == NONE:
-        terms, slope = match_none(value, target, w, scalars[0].to(dtype))
+        terms, slope = match_none(value, goal, w, scalars[0].to(dtype))
     elif AVERAGE == MOVING:
         decay = scalars[1]
-        old = tl.load(vectors[3] + packed, mask=mask, other=0.0)
+        old = tl.load(average + packed, mask=mask, other=0.0)
         terms, slope, new = match_moving(
-            value, target, w, scalars[0].to(dtype), decay.to(dtype), (1.0 - decay).to(dtype), begun, old
+            value, goal, w, scalars[0].to(dtype), decay.to(dtype), (1.0 - decay).to(dtype), begun, old
         )
         # Selecting values keeps the stores wide; a mask by column would not.
         if UPDATE:
-            tl.store(vectors[3] + packed, tl.where(finite, new, old), mask=mask)
+            tl.store(average + packed, tl.where(finite, new, old), mask=mask)
     else:
-        difference = target - value
-        average = tl.load(vectors[3] + packed, mask=mask, other=0.0)
+        difference = goal - value
+        latest = tl.load(average + packed, mask=mask, other=0.0)
         if UPDATE:
-            exp_avg = tl.load(vectors[4] + packed, mask=mask, other=0.0)
-            exp_avg_sq = tl.load(vectors[5] + packed, mask=mask, other=0.0)
-            next_average, next_exp_avg, next_exp_avg_sq = adam_step(
+            first = tl.load(exp_avg + packed, mask=mask, other=0.0)
+            second = tl.load(exp_avg_sq + packed, mask=mask, other=0.0)
+            next_average, next_first, next_second = adam_step(
                 difference,
-                average,
-                exp_avg,
-                exp_avg_sq,
+                latest,
+                first,
+                second,
                 (1.0 - scalars[3]).to(dtype),
                 scalars[4].to(dtype),
                 (1.0 - scalars[4]).to(dtype),
@@ -138,13 +137,13 @@ def match_quantity(
                 (scalars[2] / bias_correction1).to(dtype),
                 tl.sqrt(bias_correction2).to(dtype),
             )
-            average = tl.where(finite, next_average, average)
-            tl.store(vectors[3] + packed, average, mask=mask)
-            tl.store(vectors[4] + packed, tl.where(finite, next_exp_avg, exp_avg), mask=mask)
-            tl.store(vectors[5] + packed, tl.where(finite, next_exp_avg_sq, exp_avg_sq), mask=mask)
-        weighted = w * average
+            latest = tl.where(finite, next_average, latest)
+            tl.store(average + packed, latest, mask=mask)
+            tl.store(exp_avg + packed, tl.where(finite, next_first, first), mask=mask)
+            tl.store(exp_avg_sq + packed, tl.where(finite, next_second, second), mask=mask)
+        weighted = w * latest
         terms, slope = weighted * difference, -weighted
-    tl.store(vectors[2] + packed, slope, mask=mask)
+    tl.store(grad + packed, slope, mask=mask)
     return tl.sum(tl.where(mask, terms.to(tl.float64), 0.0), axis=0)
 
 
@@ -161,6 +160,8 @@ def match_columns(
     scalars,
     started,
     step,
+    MEAN_WEIGHT: tl.constexpr,
+    VAR_WEIGHT: tl.constexpr,
     AVERAGE: tl.constexpr,
     UPDATE: tl.constexpr,
 ):
@@ -180,12 +181,12 @@ def match_columns(
         bias_correction2 = complement_of_power(1.0 - scalars[4], next_step)
     loss = match_quantity(
         mean, finite, begun, packed, mask, mean_vectors, mean_scale, scalars, bias_correction1, bias_correction2,
-        AVERAGE, UPDATE,
+        MEAN_WEIGHT, AVERAGE, UPDATE,
     )  # fmt: skip
     if var_vectors is not None:
         loss += match_quantity(
             var, finite, begun, packed, mask, var_vectors, var_scale, scalars, bias_correction1, bias_correction2,
-            AVERAGE, UPDATE,
+            VAR_WEIGHT, AVERAGE, UPDATE,
         )  # fmt: skip
     if AVERAGE == MOVING and UPDATE:
         tl.store(started + packed, (begun | finite).to(tl.uint8), mask=mask)
@@ -216,17 +217,17 @@ def match_kernel(
     mean,  # (columns)
     var,  # (columns) or None
     columns,
-    mean_vectors,  # (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each or None
+    mean_vectors,  # (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each
     var_vectors,  # likewise, or None
-    mean_scale: "i64",  # bits of float64, as all scalars
-    var_scale: "i64",
-    reduction: "i64",
-    decay: "i64",
-    lr: "i64",
-    beta1: "i64",
-    beta2: "i64",
-    eps: "i64",
-    gradient_scale: "i64",
+    mean_scale: tl.int64,  # bits of float64, as all scalars
+    var_scale: tl.int64,
+    reduction: tl.int64,
+    decay: tl.int64,
+    lr: tl.int64,
+    beta1: tl.int64,
+    beta2: tl.int64,
+    eps: tl.int64,
+    gradient_scale: tl.int64,
     started,  # (F) uint8, or None
     step,  # () int64, or None
     loss,  # ()
@@ -235,6 +236,8 @@ def match_kernel(
     arrivals,
     entries,
     first_entry,
+    MEAN_WEIGHT: tl.constexpr,
+    VAR_WEIGHT: tl.constexpr,
     AVERAGE: tl.constexpr,
     UPDATE: tl.constexpr,
     FOLD: tl.constexpr,
@@ -252,7 +255,7 @@ def match_kernel(
                double(gradient_scale))  # fmt: skip
     share = match_columns(
         batch_mean, batch_var, packed, mask, mean_vectors, var_vectors, double(mean_scale), double(var_scale), scalars,
-        started, step, AVERAGE, UPDATE,
+        started, step, MEAN_WEIGHT, VAR_WEIGHT, AVERAGE, UPDATE,
     )  # fmt: skip
     finish_loss(share, first_entry + program, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
 
@@ -272,17 +275,17 @@ def match_features_kernel(
     chunk_rows,
     chunks,
     correction,
-    mean_vectors,  # (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each or None
+    mean_vectors,  # (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each
     var_vectors,  # likewise, or None
-    mean_scale: "i64",  # bits of float64, as all scalars
-    var_scale: "i64",
-    reduction: "i64",
-    decay: "i64",
-    lr: "i64",
-    beta1: "i64",
-    beta2: "i64",
-    eps: "i64",
-    gradient_scale: "i64",
+    mean_scale: tl.int64,  # bits of float64, as all scalars
+    var_scale: tl.int64,
+    reduction: tl.int64,
+    decay: tl.int64,
+    lr: tl.int64,
+    beta1: tl.int64,
+    beta2: tl.int64,
+    eps: tl.int64,
+    gradient_scale: tl.int64,
     started,  # (F) uint8, or None
     step,  # () int64, or None
     loss,  # ()
@@ -291,6 +294,8 @@ def match_features_kernel(
     arrivals,
     entries,
     first_entry,
+    MEAN_WEIGHT: tl.constexpr,
+    VAR_WEIGHT: tl.constexpr,
     AVERAGE: tl.constexpr,
     UPDATE: tl.constexpr,
     FOLD: tl.constexpr,
@@ -313,7 +318,7 @@ def match_features_kernel(
                    double(gradient_scale))  # fmt: skip
         share = match_columns(
             mean, var, packed, mask, mean_vectors, var_vectors, double(mean_scale), double(var_scale), scalars,
-            started, step, AVERAGE, UPDATE,
+            started, step, MEAN_WEIGHT, VAR_WEIGHT, AVERAGE, UPDATE,
         )  # fmt: skip
         finish_loss(share, first_entry + first, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
 
@@ -348,15 +353,18 @@ def match_arguments(
 ) -> dict[str, Any]:
     """What the kernels that match have in common."""
     names = _OPTIONS[average]
-    scalars = {"mean_scale": mean_scale, "var_scale": var_scale, "reduction": reduction, **dict.fromkeys(_SCALARS[3:], 0.0)}
+    scalars = dict.fromkeys(_SCALARS, 0.0)
+    scalars.update(mean_scale=mean_scale, var_scale=var_scale, reduction=reduction)
     scalars.update(zip(names, options, strict=True))
-    vectors: list[tuple[Tensor | None, ...] | None] = [None, None]
+    vectors: list[tuple[Tensor, ...] | None] = [None, None]
     quantities = ((target_mean, mean_weight, grad_mean), (target_var, var_weight, grad_var))
     averages = _AVERAGE_VECTORS[average]
-    for i, quantity in enumerate(quantities):
-        if quantity[0] is not None:
-            absent = [None] * (3 - averages)
-            vectors[i] = (*quantity, *state[i * averages : (i + 1) * averages], *absent)
+    for i, (target, weight, grad) in enumerate(quantities):
+        if target is not None:
+            assert grad is not None
+            # Triton 3.6 does not pass on tuples with absent entries: the target stands in for them.
+            average_vectors = [*state[i * averages : (i + 1) * averages], *[target] * (3 - averages)]
+            vectors[i] = (target, target if weight is None else weight, grad, *average_vectors)
     return {
         "mean_vectors": vectors[0],
         "var_vectors": vectors[1],
@@ -364,6 +372,8 @@ def match_arguments(
         # Triton's booleans are single bits; torch's are bytes.
         "started": state[-2].view(torch.uint8) if average == MOVING.value else None,
         "step": state[-1] if average != NONE.value else None,
+        "MEAN_WEIGHT": mean_weight is not None,
+        "VAR_WEIGHT": var_weight is not None,
         "AVERAGE": average,
         "UPDATE": update and average != NONE.value,
     }
@@ -443,7 +453,7 @@ def match_(
         grad_mean,
         grad_var,
     )
-    if mean is None and not all(_plan.has_native_order(x) for x in input):
+    if mean is None and not all(map(is_native, input)):
         assert batch_mean is not None
         mean, var = batch_mean, None if target_var is None else torch.empty_like(batch_mean)
         moments(input, 0, correction, mean, var)

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from moment_ops.kernels import _plan
 from moment_ops.kernels._common import locate, pick, pick_integer
+from moment_ops.kernels._order import (
+    in_memory_order,
+    restore_logical_order,
+    rows_first,
+    vector_in_memory_order,
+)
 from moment_ops.kernels._reduce import reduce_columns
 
 
@@ -38,7 +44,7 @@ def moments_kernel(
     LONG: tl.constexpr,
 ):
     """Mean and variance of every column, packed."""
-    complete, mean, var, packed, mask, first = reduce_columns(
+    complete, mean, var, packed, mask, _ = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
         mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS, LONG,
     )  # fmt: skip
@@ -77,7 +83,7 @@ def moments_backward_kernel(
 ):
     """`[grad +] a + b * (x - mean)` for every layer."""
     program = tl.program_id(0)
-    strip, strips, chunk, column, mask, packed = locate(
+    _, chunk, column, mask, packed = locate(
         starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
     )
     accumulate = mean.dtype.element_ty
@@ -117,35 +123,6 @@ def moments_backward_kernel(
         tl.store(y[None, :] + row * y_stride, value.to(y.dtype.element_ty), mask=here)
 
 
-def rows_first(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
-    """Views with the reduced dimension on 0, and the columns in memory order where the kernels know no better."""
-    if dim != 0:
-        tensors = [x.movedim(dim, 0) for x in tensors]
-    return [x if _plan.has_native_order(x) else x.permute(0, *_plan.memory_order(x)) for x in tensors]
-
-
-def _in_memory_order(vector: Tensor | None, layers: Sequence[Tensor]) -> Tensor | None:
-    """A packed vector as `rows_first` packs it; itself where that is the logical order."""
-    if vector is None or all(_plan.has_native_order(x) for x in layers):
-        return vector
-    parts = vector.split([x[0].numel() for x in layers])
-    ordered = []
-    for part, x in zip(parts, layers, strict=True):
-        if not _plan.has_native_order(x):
-            part = part.view(x.shape[1:]).permute([i - 1 for i in _plan.memory_order(x)]).reshape(-1)
-        ordered.append(part)
-    return torch.cat(ordered)
-
-
-def in_logical_order(vector: Tensor, layers: Sequence[Tensor]) -> None:
-    """Reorder in place what was packed as `rows_first` packs it."""
-    for part, x in zip(vector.split([x[0].numel() for x in layers]), layers, strict=True):
-        if not _plan.has_native_order(x):
-            order = [i - 1 for i in _plan.memory_order(x)]
-            inverse = sorted(range(len(order)), key=order.__getitem__)
-            part.copy_(part.view([x.shape[i + 1] for i in order]).permute(inverse).reshape(-1))
-
-
 def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction: int) -> dict[str, Any]:
     """What the kernels that reduce over rows have in common, workspace included."""
     x = layers[0]
@@ -172,9 +149,7 @@ def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction
     }
 
 
-def moments_launches(
-    layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None
-) -> list[_plan.Launch]:
+def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None) -> list[_plan.Launch]:
     """The launches of `moments` over layers whose rows are on dimension 0."""
     return [
         _plan.Launch(
@@ -191,11 +166,10 @@ def moments_launches(
 def moments(input: Sequence[Tensor], dim: int, correction: int, mean: Tensor, var: Tensor | None) -> None:
     """Fill the packed mean and variance."""
     layers = rows_first(input, dim)
-    _plan.run(moments_launches(layers, correction, mean, var), mean.device)
-    originals = input if dim == 0 else [x.movedim(dim, 0) for x in input]
+    _plan.run(moments_launches(in_memory_order(layers), correction, mean, var), mean.device)
     for vector in (mean, var):
         if vector is not None:
-            in_logical_order(vector, originals)
+            restore_logical_order(vector, layers)
 
 
 def backward_launches(
@@ -251,17 +225,18 @@ def moments_backward(
     out: Sequence[Tensor],
 ) -> None:
     """Fill the gradients `out`; `grad`, empty or one per layer, has the strides of `out`."""
-    originals = input if dim == 0 else [x.movedim(dim, 0) for x in input]
-    grad_mean, grad_var = _in_memory_order(grad_mean, originals), _in_memory_order(grad_var, originals)
+    layers = rows_first(input, dim)
+    ordered_mean = vector_in_memory_order(mean, layers)
+    assert ordered_mean is not None
     launches = backward_launches(
-        rows_first(grad, dim),
-        grad_mean,
-        grad_var,
-        rows_first(input, dim),
-        _in_memory_order(mean, originals),
+        in_memory_order(rows_first(grad, dim)),
+        vector_in_memory_order(grad_mean, layers),
+        vector_in_memory_order(grad_var, layers),
+        in_memory_order(layers),
+        ordered_mean,
         count,
         correction,
         scale,
-        rows_first(out, dim),
+        in_memory_order(rows_first(out, dim)),
     )
     _plan.run(launches, mean.device)

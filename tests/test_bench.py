@@ -18,6 +18,9 @@ BENCHES = {"moments": MomentsBench, "match": MatchBench}
 class FixedTimes(Cpu):
     """A machine whose calls all take a millisecond."""
 
+    def begin(self) -> None:
+        pass
+
     def prepare(self) -> None:
         pass
 

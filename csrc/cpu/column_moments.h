@@ -1,10 +1,10 @@
 // Mean and sum of squared deviations of a strip of columns, over a range of rows.
 //
-// Rows go in blocks of 512. Every column of a block is shifted by a pivot, the mean of its first eight rows, on load:
-// without it the merges lose the bound of 1e-5 at |mean| / std = 1e3, and with the first row alone an outlier there
-// costs the digits of all other rows. Tiles of eight rows are reduced in registers and merged one after another. Blocks
-// are merged in double as a pairwise tree whose shape depends on the row numbers alone; longer runs of sequential merges
-// in float break the bound at a million rows.
+// Rows go in blocks of 512. Every column of a block is shifted by a pivot, the mean of its first tile, on load: without
+// it the merges lose the bound of 1e-5 at |mean| / std = 1e3, and with the first row alone an outlier there costs the
+// digits of all other rows. Tiles of eight rows, or of four, are reduced in registers and merged one after another.
+// Blocks are merged in double as a pairwise tree whose shape depends on the row numbers alone; longer runs of sequential
+// merges in float break the bound at a million rows.
 #pragma once
 
 #include <cstdint>
@@ -19,15 +19,15 @@ namespace moment_ops::cpu {
 
 inline constexpr int64_t kBlockRows = 512;
 
-// One tile of ROWS rows, whose means are relative to the pivot. The FIRST of a block makes the pivot and writes its
-// moments without reading any, which saves a pass over them.
-template <bool FIRST, int ROWS, class T, class A>
-inline void reduce_tile(const T* __restrict x, int64_t row_stride, int64_t columns, A* __restrict pivot,
-                        MergeFactors<A> factors, A* __restrict mean, A* __restrict m2) {
+// One tile of ROWS rows, given by read(row, column), whose means are relative to the pivot. The FIRST of a block makes
+// the pivot and writes its moments without reading any, which saves a pass over them.
+template <bool FIRST, int ROWS, class A, class Read>
+inline void reduce_tile(Read read, int64_t columns, A* __restrict pivot, MergeFactors<A> factors, A* __restrict mean,
+                        A* __restrict m2) {
 #pragma GCC ivdep
   for (int64_t j = 0; j < columns; ++j) {
     A value[ROWS];
-    for (int r = 0; r < ROWS; ++r) value[r] = load(x[r * row_stride + j]);
+    for (int r = 0; r < ROWS; ++r) value[r] = read(r, j);
     A shift;
     if constexpr (FIRST) {
       // Relative to the first row, so that the pivot of a constant column is that constant.
@@ -58,23 +58,23 @@ inline void reduce_tile(const T* __restrict x, int64_t row_stride, int64_t colum
   }
 }
 
-// Tiles of eight rows, then of four, two and one.
-template <class T, class A>
-inline void block_moments(const T* x, int64_t row_stride, int64_t rows, int64_t columns, A* pivot, A* mean, A* m2) {
+// The moments of a block of rows, given by read(row, column), in tiles of TILE rows, then of four, two and one.
+template <int TILE, class A, class Read>
+inline void block_moments(Read read, int64_t rows, int64_t columns, A* pivot, A* mean, A* m2) {
   int64_t row = 0;
   const auto tiles = [&](auto tile_rows) {
     constexpr int ROWS = decltype(tile_rows)::value;
     for (; row + ROWS <= rows; row += ROWS) {
-      const T* tile = x + row * row_stride;
+      const auto read_tile = [=](int r, int64_t j) { return read(row + r, j); };
       const MergeFactors<A> factors = merge_factors<A>(row, ROWS);
       if (row == 0) {
-        reduce_tile<true, ROWS>(tile, row_stride, columns, pivot, factors, mean, m2);
+        reduce_tile<true, ROWS>(read_tile, columns, pivot, factors, mean, m2);
       } else {
-        reduce_tile<false, ROWS>(tile, row_stride, columns, pivot, factors, mean, m2);
+        reduce_tile<false, ROWS>(read_tile, columns, pivot, factors, mean, m2);
       }
     }
   };
-  tiles(std::integral_constant<int, 8>{});
+  if (TILE > 4) tiles(std::integral_constant<int, TILE>{});
   tiles(std::integral_constant<int, 4>{});
   tiles(std::integral_constant<int, 2>{});
   tiles(std::integral_constant<int, 1>{});

@@ -84,7 +84,8 @@ struct ColumnLoops;
     using A = accumulate_t<T>;                                                                                     \
     MOMENT_OPS_CLONES static void block(const T* x, int64_t row_stride, int64_t rows, int64_t columns, A* pivot,   \
                                         A* mean, A* m2) {                                                          \
-      block_moments(x, row_stride, rows, columns, pivot, mean, m2);                                                \
+      const auto read = [=](int64_t row, int64_t column) { return load(x[row * row_stride + column]); };           \
+      block_moments<8>(read, rows, columns, pivot, mean, m2);                                                      \
     }                                                                                                              \
   };
 MOMENT_OPS_COLUMN_LOOPS(double)
@@ -92,6 +93,16 @@ MOMENT_OPS_COLUMN_LOOPS(float)
 MOMENT_OPS_COLUMN_LOOPS(Half)
 MOMENT_OPS_COLUMN_LOOPS(BFloat16)
 #undef MOMENT_OPS_COLUMN_LOOPS
+
+// Reduces a block of rows of a strip as they lie in memory; other blocks may compute the rows first.
+template <class T>
+struct ReadBlock {
+  using A = accumulate_t<T>;
+  void operator()(const Layer& layer, const Strip& strip, int64_t row, int64_t rows, StripMoments<A>& out) const {
+    ColumnLoops<T>::block(layer.data<T>() + row * layer.row_stride + strip.begin, layer.row_stride, rows,
+                          strip.end - strip.begin, out.pivot.data(), out.mean.data(), out.m2.data());
+  }
+};
 
 // One worker's memory.
 template <class A>
@@ -101,21 +112,22 @@ struct Scratch {
 };
 
 // Rows [begin, end) of a strip, one block after another, into the worker's tree.
-template <class T, class A>
-inline void reduce_blocks(const Layer& layer, const Strip& strip, int64_t begin, int64_t end, Scratch<A>& mine) {
+template <class A, class Block>
+inline void reduce_blocks(const Layer& layer, const Strip& strip, int64_t begin, int64_t end, Scratch<A>& mine,
+                          const Block& block) {
   const int64_t columns = strip.end - strip.begin;
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, end - row);
-    ColumnLoops<T>::block(layer.data<T>() + row * layer.row_stride + strip.begin, layer.row_stride, rows, columns,
-                          mine.strip.pivot.data(), mine.strip.mean.data(), mine.strip.m2.data());
+    block(layer, strip, row, rows, mine.strip);
     mine.strip.widen(columns, mine.tree.next());
     mine.tree.push(rows, 1);
   }
 }
 
 // Calls epilogue(strip number, strip, moments) once per strip.
-template <class T, class Epilogue>
-inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<Strip>& strips, Epilogue epilogue) {
+template <class T, class Epilogue, class Block = ReadBlock<T>>
+inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<Strip>& strips, Epilogue epilogue,
+                           const Block& block = {}) {
   using A = accumulate_t<T>;
   struct Piece {
     int64_t strip, chunk;
@@ -140,13 +152,12 @@ inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<S
     Scratch<A>& mine = scratch[worker];
     mine.strip.resize(columns);
     if (layer.rows <= kBlockRows) {
-      ColumnLoops<T>::block(layer.data<T>() + strip.begin, layer.row_stride, layer.rows, columns,
-                            mine.strip.pivot.data(), mine.strip.mean.data(), mine.strip.m2.data());
+      block(layer, strip, 0, layer.rows, mine.strip);
       return epilogue(index, strip, mine.strip);
     }
     mine.tree.start(columns);
     const int64_t begin = chunk * strip.chunk_rows;
-    reduce_blocks<T>(layer, strip, begin, std::min(begin + strip.chunk_rows, layer.rows), mine);
+    reduce_blocks(layer, strip, begin, std::min(begin + strip.chunk_rows, layer.rows), mine, block);
     const double* moments = mine.tree.finish();
     if (strip.chunks == 1) {
       mine.strip.narrow(columns, moments);

@@ -23,4 +23,9 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
             std::vector<double> options, std::vector<Tensor> state, bool update, Tensor loss,
             std::optional<Tensor> batch_mean, Tensor grad_mean, std::optional<Tensor> grad_var);
 
+void relu_moments(Tensor x, std::optional<Tensor> bias, int64_t correction, Tensor y, Tensor mean, Tensor var);
+
+void relu_moments_backward(std::optional<Tensor> grad, std::optional<Tensor> grad_mean, std::optional<Tensor> grad_var,
+                           Tensor y, Tensor mean, int64_t correction, Tensor out);
+
 }  // namespace moment_ops::cuda

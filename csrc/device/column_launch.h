@@ -6,6 +6,7 @@
 
 #include "device/match.cuh"
 #include "device/moments_backward.cuh"
+#include "device/relu_moments.cuh"
 
 namespace moment_ops {
 
@@ -73,6 +74,18 @@ inline void launch_match_features(Average kind, const Launches& launches, Worksp
         break;
     }
   }
+}
+
+template <class T, class A>
+inline void launch_relu_moments(const ColumnLayer& layer, const Plan& plan, const ReluArguments<T>& arguments,
+                                Workspace workspace, MomentsOutput<A> out, MOMENT_OPS_STREAM stream) {
+  MOMENT_OPS_LAUNCH((relu_moments_kernel<T, A>), plan.blocks, kThreads, stream, layer, arguments, workspace, out);
+}
+
+template <class T, class A>
+inline void launch_relu_moments_backward(const ColumnLayer& layer, const Plan& plan,
+                                         const ReluBackwardArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
+  MOMENT_OPS_LAUNCH((relu_moments_backward_kernel<T, A>), plan.blocks, kThreads, stream, layer, arguments);
 }
 
 inline int match_blocks(int64_t columns) { return static_cast<int>((columns + kMatchColumns - 1) / kMatchColumns); }

@@ -19,17 +19,29 @@ struct Partial {
   A m2[WIDTH];
 };
 
+// Where a thread's rows come from: its columns of the features as they are. Another source may change values on their way
+// (`value`) and keep them (`keep`), as a tap does.
+template <class T, int WIDTH>
+struct FeatureRows {
+  const T* x;
+  int64_t row_stride;
+
+  __device__ __forceinline__ Vector<T, WIDTH> load(int row) const { return load_vector<WIDTH>(x + row * row_stride); }
+  __device__ __forceinline__ Vector<T, WIDTH> value(const Vector<T, WIDTH>& raw) const { return raw; }
+  __device__ __forceinline__ void keep(int, const Vector<T, WIDTH>&) const {}
+};
+
 // The mean of up to kTileRows rows, relative to the first of them: that of a constant column is the constant.
-template <int WIDTH, class T, class A>
-__device__ __forceinline__ void load_pivot(const T* x, int64_t row_stride, int rows, A (&pivot)[WIDTH]) {
-  const Vector<T, WIDTH> first = load_vector<WIDTH>(x);
+template <int WIDTH, class Rows, class A>
+__device__ __forceinline__ void load_pivot(const Rows& source, int begin, int rows, A (&pivot)[WIDTH]) {
+  const auto first = source.value(source.load(begin));
   A sum[WIDTH] = {};
 #pragma unroll
   for (int r = 1; r < kTileRows; ++r) {
     if (r >= rows) break;
-    const Vector<T, WIDTH> raw = load_vector<WIDTH>(x + r * row_stride);
+    const auto next = source.value(source.load(begin + r));
 #pragma unroll
-    for (int c = 0; c < WIDTH; ++c) sum[c] += load(raw.values[c]) - load(first.values[c]);
+    for (int c = 0; c < WIDTH; ++c) sum[c] += load(next.values[c]) - load(first.values[c]);
   }
   const A share = A(1) / A(rows < kTileRows ? rows : kTileRows);
 #pragma unroll
@@ -37,17 +49,21 @@ __device__ __forceinline__ void load_pivot(const T* x, int64_t row_stride, int r
 }
 
 // Rows [begin, end) of WIDTH columns; means relative to the pivot, which is set, too.
-template <int WIDTH, class T, class A>
-__device__ __forceinline__ Partial<A, WIDTH> reduce_rows(const T* x, int64_t row_stride, int begin, int end,
-                                                         A (&pivot)[WIDTH]) {
+template <int WIDTH, class Rows, class A>
+__device__ __forceinline__ Partial<A, WIDTH> reduce_rows(const Rows& source, int begin, int end, A (&pivot)[WIDTH]) {
   Partial<A, WIDTH> total = {};
   if (begin == end) return total;
-  load_pivot<WIDTH>(x + begin * row_stride, row_stride, end - begin, pivot);
+  load_pivot<WIDTH>(source, begin, end - begin, pivot);
   int row = begin;
   for (; row + kTileRows <= end; row += kTileRows) {
-    Vector<T, WIDTH> raw[kTileRows];  // all loads in flight before the first is used
+    decltype(source.load(row)) raw[kTileRows];  // all loads in flight before the first is used
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) raw[r] = load_vector<WIDTH>(x + (row + r) * row_stride);
+    for (int r = 0; r < kTileRows; ++r) raw[r] = source.load(row + r);
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      raw[r] = source.value(raw[r]);
+      source.keep(row + r, raw[r]);
+    }
     const A count = A(row - begin);
     const A share = A(kTileRows) / (count + A(kTileRows));
     const MergeFactors<A> factors{share, count * share};
@@ -67,7 +83,8 @@ __device__ __forceinline__ Partial<A, WIDTH> reduce_rows(const T* x, int64_t row
     }
   }
   for (; row < end; ++row) {
-    const Vector<T, WIDTH> raw = load_vector<WIDTH>(x + row * row_stride);
+    const auto raw = source.value(source.load(row));
+    source.keep(row, raw);
     const A count = A(row - begin);
     const A share = A(1) / (count + A(1));
     const MergeFactors<A> factors{share, count * share};
@@ -173,11 +190,12 @@ struct Columns {
   Partial<A, WIDTH> moments;  // means absolute
 };
 
-// One block's share of a strip; `strip_done` is set in all threads of the block that completed it.
-template <int WIDTH, class T, class A>
+// One block's share of a strip; `strip_done` is set in all threads of the block that completed it. `rows_of(column)` is
+// the source of a thread's rows.
+template <int WIDTH, class A, class RowsOf>
 __device__ __forceinline__ Columns<A, WIDTH> reduce_strip(const ColumnLayer& layer, int strip, int chunk,
                                                           Workspace workspace, GroupMoments<WIDTH>& shared,
-                                                          bool& strip_done) {
+                                                          bool& strip_done, const RowsOf& rows_of) {
   const int across = layer.narrow ? kNarrowThreads : kThreads;
   const int groups = kThreads / across;
   const int lane = static_cast<int>(threadIdx.x) % across;
@@ -191,7 +209,7 @@ __device__ __forceinline__ Columns<A, WIDTH> reduce_strip(const ColumnLayer& lay
   Partial<A, WIDTH> moments = {};
   if (active) {
     const RowRange mine = part_of(rows, group_rows, group);
-    moments = reduce_rows<WIDTH>(static_cast<const T*>(layer.x) + column, layer.row_stride, mine.begin, mine.end, pivot);
+    moments = reduce_rows<WIDTH>(rows_of(column), mine.begin, mine.end, pivot);
   }
   strip_done = true;
   if (groups == 1 && layer.chunks == 1) {
@@ -235,6 +253,15 @@ __device__ __forceinline__ Columns<A, WIDTH> reduce_strip(const ColumnLayer& lay
   return {strip_done && active && group == 0, column, moments};
 }
 
+template <int WIDTH, class T>
+struct FeaturesOf {
+  const ColumnLayer& layer;
+
+  __device__ __forceinline__ FeatureRows<T, WIDTH> operator()(int64_t column) const {
+    return {static_cast<const T*>(layer.x) + column, layer.row_stride};
+  }
+};
+
 template <class A>
 struct MomentsOutput {
   A* mean;
@@ -249,11 +276,12 @@ __device__ __forceinline__ A variance_scale(const ColumnLayer& layer, int64_t co
   return freedom > 0 ? A(1) / A(freedom) : A(NAN);
 }
 
-template <int WIDTH, class T, class A>
+template <int WIDTH, class A, class RowsOf>
 __device__ __forceinline__ void moments_strip(const ColumnLayer& layer, int strip, int chunk, Workspace workspace,
-                                              GroupMoments<WIDTH>& shared, const MomentsOutput<A>& out) {
+                                              GroupMoments<WIDTH>& shared, const MomentsOutput<A>& out,
+                                              const RowsOf& rows_of) {
   bool strip_done;
-  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, T, A>(layer, strip, chunk, workspace, shared, strip_done);
+  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, A>(layer, strip, chunk, workspace, shared, strip_done, rows_of);
   if (!mine.complete) return;
   const A scale = variance_scale<A>(layer, out.correction);
 #pragma unroll
@@ -274,9 +302,10 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int block = static_cast<int>(blockIdx.x) - layer.first_block;
   const int strip = block / layer.chunks, chunk = block % layer.chunks;
   if (layer.vectors) {
-    moments_strip<WIDTH, T>(layer, strip, chunk, workspace, shared, out);
+    moments_strip<WIDTH>(layer, strip, chunk, workspace, shared, out, FeaturesOf<WIDTH, T>{layer});
   } else {
-    moments_strip<1, T>(layer, strip, chunk, workspace, reinterpret_cast<GroupMoments<1>&>(shared), out);
+    moments_strip<1>(layer, strip, chunk, workspace, reinterpret_cast<GroupMoments<1>&>(shared), out,
+                     FeaturesOf<1, T>{layer});
   }
 }
 

@@ -115,7 +115,8 @@ __device__ __forceinline__ void match_strip(const ColumnLayer& layer, int strip,
   __shared__ A shared_step[2];
   prepare_step<KIND>(arguments, shared_step);
   bool strip_done;
-  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, T, A>(layer, strip, chunk, workspace, shared, strip_done);
+  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, A>(layer, strip, chunk, workspace, shared, strip_done,
+                                                            FeaturesOf<WIDTH, T>{layer});
   if (!strip_done) return;
   __syncthreads();
   double loss = 0;

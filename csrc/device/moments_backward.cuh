@@ -19,6 +19,22 @@ struct BackwardArguments {
 
 inline constexpr int kApplyTile = 4;
 
+// The coefficients of WIDTH columns: a = grad_mean * mean_scale, b = grad_var * var_scale.
+template <int WIDTH, class A>
+__device__ __forceinline__ void load_coefficients(const ColumnLayer& layer, int64_t column, const A* grad_mean,
+                                                  const A* grad_var, const A* packed_mean, A mean_scale, A var_scale,
+                                                  A (&a)[WIDTH], A (&b)[WIDTH], A (&mean)[WIDTH]) {
+#pragma unroll
+  for (int c = 0; c < WIDTH; ++c) {
+    const int64_t packed = layer.packed(column + c);
+    a[c] = grad_mean != nullptr ? grad_mean[packed] * mean_scale : A(0);
+    const A var_gradient = grad_var != nullptr ? grad_var[packed] : A(0);
+    // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
+    b[c] = var_gradient == A(0) ? A(0) : var_gradient * var_scale;
+    mean[c] = packed_mean[packed];
+  }
+}
+
 // ROWS rows of WIDTH columns; all loads are in flight before the first is used.
 template <int ROWS, bool ADD, int WIDTH, class T, class A>
 __device__ __forceinline__ void apply_rows(const ColumnLayer& layer, int64_t row, int64_t column, const A (&a)[WIDTH],
@@ -66,15 +82,8 @@ __device__ __forceinline__ void backward_strip(const ColumnLayer& layer, int ind
   const A mean_scale = static_cast<A>(factor / rows);
   const A var_scale = static_cast<A>(2 * factor / (rows - static_cast<double>(arguments.correction)));
   A a[WIDTH], b[WIDTH], mean[WIDTH];
-#pragma unroll
-  for (int c = 0; c < WIDTH; ++c) {
-    const int64_t packed = layer.packed(column + c);
-    a[c] = arguments.grad_mean != nullptr ? arguments.grad_mean[packed] * mean_scale : A(0);
-    const A grad_var = arguments.grad_var != nullptr ? arguments.grad_var[packed] : A(0);
-    // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-    b[c] = grad_var == A(0) ? A(0) : grad_var * var_scale;
-    mean[c] = arguments.mean[packed];
-  }
+  load_coefficients<WIDTH>(layer, column, arguments.grad_mean, arguments.grad_var, arguments.mean, mean_scale, var_scale,
+                           a, b, mean);
   if (layer.grad != nullptr) {
     apply_chunk<true, WIDTH, T>(layer, chunk, column, a, b, mean);
   } else {

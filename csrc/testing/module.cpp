@@ -112,6 +112,36 @@ void moments_backward(const std::vector<LayerDescription>& layers, const std::st
   });
 }
 
+void relu_moments(const LayerDescription& description, const std::string& dtype, std::optional<py::array> bias,
+                  int64_t channel_columns, int64_t correction, py::array mean, py::array var, unsigned int block_order) {
+  shim::block_order_seed = block_order;
+  dispatch(dtype, [&](auto sample) {
+    using T = decltype(sample);
+    using A = accumulate_t<T>;
+    ColumnLayer layer = make_layers({description}, sizeof(T))[0];
+    Plan plan;
+    plan_reduction(layer, sizeof(T), plan);
+    HostWorkspace workspace(plan);
+    const ReluArguments<T> arguments{pointer<T>(bias), static_cast<T*>(layer.out), layer.out_stride, channel_columns};
+    launch_relu_moments<T, A>(layer, plan, arguments, workspace.pointers, {pointer<A>(mean), pointer<A>(var), correction},
+                              0);
+  });
+}
+
+void relu_moments_backward(const LayerDescription& description, const std::string& dtype,
+                           std::optional<py::array> grad_mean, std::optional<py::array> grad_var, py::array mean,
+                           int64_t correction) {
+  dispatch(dtype, [&](auto sample) {
+    using T = decltype(sample);
+    using A = accumulate_t<T>;
+    ColumnLayer layer = make_layers({description}, sizeof(T))[0];
+    Plan plan;
+    plan_elementwise(layer, sizeof(T), plan);
+    launch_relu_moments_backward<T, A>(layer, plan,
+                                       {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), correction}, 0);
+  });
+}
+
 template <class A>
 MatchVectors<A> match_vectors(const py::dict& d) {
   const auto get = [&](const char* name) -> A* {
@@ -205,6 +235,8 @@ PYBIND11_MODULE(moment_ops_testing, m) {
   m.def("moments", &moments);
   m.def("moments_backward", &moments_backward);
   m.def("match", &match);
+  m.def("relu_moments", &relu_moments);
+  m.def("relu_moments_backward", &relu_moments_backward);
   m.def("to_bits", &to_bits);
   m.def("from_bits", &from_bits);
   m.def("merge", &merge_pair);

@@ -181,6 +181,14 @@ def _check_shapes(shapes: Sequence[Sequence[int]], target: Sequence[Sequence[int
             raise ValueError(f"input[{i}]: got features of shape {tuple(got)}, expected {tuple(expected)} as in target")
 
 
+def _check_names(names: Sequence[str] | None, target: Sequence[str] | None) -> None:
+    """Layers of equal shapes may still be other layers."""
+    if names is None or target is None or tuple(names) == tuple(target):
+        return
+    i = next(i for i, (got, expected) in enumerate(zip(names, target, strict=True)) if got != expected)
+    raise ValueError(f"input: got layer {names[i]!r} at position {i}, expected {target[i]!r} as in target")
+
+
 class Matcher:
     """One evaluation of the loss: the paths from features and from moments meet here."""
 
@@ -195,9 +203,10 @@ class Matcher:
         state: Sequence[Tensor] = (),
         update: bool = False,
         merge: Callable[..., tuple[Tensor, Tensor | None, Tensor]] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.mean, self.var = target
-        self.shapes, self.correction = shapes, correction
+        self.shapes, self.names, self.correction = shapes, names, correction
         (mean_scale, self.mean_weight), (var_scale, self.var_weight) = weights
         self.scalars = (mean_scale, var_scale, 1 / self.mean.shape[0] if reduction == "mean" else 1.0)
         self.average: tuple[str, list[float], float] = ("none", [], 1.0)
@@ -235,6 +244,7 @@ class Matcher:
 
     def _from_input_moments(self, input: Moments) -> Tensor:
         _check_shapes(input.shapes, self.shapes)
+        _check_names(input.names, self.names)
         self._check_device(input.mean.device)
         if self.var is not None and input.var is None:
             raise ValueError("input: got moments without variances, but target has variances")

@@ -42,7 +42,7 @@ def moment_loss(
         merges over processes.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, devices or shapes, with the argument's name.
+        TypeError, ValueError: wrong types, dtypes, devices, shapes or names, with the argument's name.
 
     Cost: one read of the features and one launch; backward one read, one write, one launch.
     """
@@ -52,7 +52,10 @@ def moment_loss(
         unpack_weight(mean_weight, "mean_weight", target.sizes, target.mean),
         unpack_weight(var_weight, "var_weight", target.sizes, target.mean),
     )
-    return Matcher((target.mean, target.var), target.shapes, target.correction, weights, reduction)(input)
+    matcher = Matcher(
+        (target.mean, target.var), target.shapes, target.correction, weights, reduction, names=target.names
+    )
+    return matcher(input)
 
 
 class MomentLoss(nn.Module):
@@ -125,6 +128,7 @@ class MomentLoss(nn.Module):
             state,
             self.training and self.average is not None,
             merge,
+            self.names,
         )
         return matcher(input)
 
@@ -154,22 +158,13 @@ class MomentLoss(nn.Module):
         var = None if target.var is None else target.var.detach().to(dtype, copy=True).contiguous()
         mean_scale, mean_weight = unpack_weight(self._weights["mean"], "mean_weight", target.sizes, mean)
         var_scale, var_weight = unpack_weight(self._weights["var"], "var_weight", target.sizes, mean)
-        self.shapes, self.correction = target.shapes, target.correction
+        self.shapes, self.names, self.correction = target.shapes, target.names, target.correction
         self._mean_scale, self._var_scale = mean_scale, var_scale
         self._set_buffer("target_mean", mean)
         self._set_buffer("target_var", var)
         self._set_buffer("mean_weight", mean_weight, persistent=False)
         self._set_buffer("var_weight", var_weight, persistent=False)
-        self._set_buffer("layer_sizes", torch.tensor(target.sizes, device=mean.device))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """As usual, but for targets of other layers with as many columns: their numbers would land in wrong places."""
-        error_messages = arguments[-1]
-        sizes = state_dict.get(f"{prefix}layer_sizes")
-        if sizes is not None and sizes.tolist() != self.layer_sizes.tolist():
-            error_messages.append(f"layers of {sizes.tolist()} columns, expected {self.layer_sizes.tolist()}")
-            return
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._set_buffer("layer_sizes", torch.tensor(target.sizes, device=mean.device), persistent=False)
 
     def _set_buffer(self, name: str, value: Tensor | None, persistent: bool = True) -> None:
         old = self._buffers.get(name)

@@ -100,6 +100,8 @@ def _cannot_run(name: str, operator: str, device_type: str) -> str | None:
         return "it has no kernel for it"
     if name != "reference" and _DEVICE[name] != device_type and not (name == "triton" and interpreted()):
         return f"it runs on {_DEVICE[name]} tensors, got {device_type}"
+    if name in ("cpu", "cuda"):
+        return extension.missing(name.upper(), operator)
     return unavailable(name)
 
 

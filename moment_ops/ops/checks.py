@@ -75,6 +75,21 @@ def correction(value: Any) -> int:
     return value
 
 
+def channel_bias(bias: Any, x: Tensor) -> None:
+    """One value per channel, dimension 1 of `x`."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias: got {type(bias).__name__}, expected a Tensor")
+    if bias.dtype != x.dtype:
+        raise TypeError(f"bias: got dtype {bias.dtype}, expected {x.dtype} as x")
+    if bias.device != x.device:
+        raise ValueError(f"bias: got device {bias.device}, expected {x.device} as x")
+    if x.dim() < 2:
+        raise ValueError(f"bias: x has shape {tuple(x.shape)}, without channels on dimension 1")
+    if bias.dim() != 1 or bias.shape[0] != x.shape[1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({x.shape[1]},)")
+    _no_forward_mode([bias], "bias")
+
+
 def option(value: Any, name: str, options: Sequence[str]) -> str:
     """One of several words."""
     if value not in options:

@@ -91,6 +91,32 @@ def moments_backward(
     return outputs
 
 
+def relu_moments(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.relu(x + bias)`, bias (C,) on dimension 1, and the packed moments of the rounded result."""
+    if bias is not None:
+        x = x + bias.view(-1, *[1] * (x.dim() - 2))
+    y = torch.relu(x)
+    mean, var = moments([y], 0, correction, True)
+    assert var is not None
+    return y, mean, var
+
+
+def relu_moments_backward(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    correction: int,
+) -> Tensor:
+    """`(grad + a + b * (y - mean)) * mask` with the mask of torch's ReLU, which lets NaN pass."""
+    count = torch.full((1,), y.shape[0], device=y.device)
+    rows = [] if grad is None else [_rows(grad, 0).reshape(grad.shape)]
+    wide = _rows(y, 0).reshape(y.shape)
+    (dx,) = moments_backward(rows, grad_mean, grad_var, [wide], mean, count, 0, correction, None)
+    return torch.where(y <= 0, 0, dx).to(y.dtype)
+
+
 def _finite(mean: Tensor, var: Tensor | None) -> Tensor:
     return mean.isfinite() if var is None else mean.isfinite() & var.isfinite()
 

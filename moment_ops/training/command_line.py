@@ -155,12 +155,14 @@ def train_gfmn_command(options: argparse.Namespace) -> int:
 
 
 def moments_command(options: argparse.Namespace) -> None:
+    import moment_ops as mo
     from moment_ops.training import data, gfmn
     from moment_ops.training.networks import choose_device
 
     images = data.load(options.data).to(choose_device(options.device))
     path = options.extractor or Path("runs") / f"extractor-{images.name}.pt"
-    target = gfmn.target_moments(images, gfmn.load_or_train_extractor(images, path))
+    extractor = mo.MomentExtractor(gfmn.load_or_train_extractor(images, path))
+    target = gfmn.target_moments(images, extractor)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     target.save(options.output)
     print(f"{options.output}: {len(target.mean):,} means and variances of {len(images.train):,} images")

@@ -56,9 +56,9 @@ class Settings(LoopSettings):
 
 
 class Objective(nn.Module):
-    """The matching loss of generated images: a frozen extractor and a ``MomentLoss`` on its features."""
+    """The matching loss of generated images: a frozen extractor and a ``MomentLoss`` on its moments."""
 
-    def __init__(self, extractor: Classifier, target: mo.Moments, settings: Settings) -> None:
+    def __init__(self, extractor: mo.MomentExtractor, target: mo.Moments, settings: Settings) -> None:
         super().__init__()
         self.extractor = extractor
         self.moment_loss = mo.MomentLoss(
@@ -71,7 +71,7 @@ class Objective(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.moment_loss(self.extractor.features(images))
+        return self.moment_loss(self.extractor(images))
 
 
 def fingerprint(data: ImageData) -> str:
@@ -128,16 +128,16 @@ def restore_extractor(state: dict[str, Tensor], device: torch.device) -> Classif
     return freeze(extractor).to(device)
 
 
-def target_moments(data: ImageData, extractor: Classifier, *, batch_size: int = 250) -> mo.Moments:
+def target_moments(data: ImageData, extractor: mo.MomentExtractor, *, batch_size: int = 250) -> mo.Moments:
     """Moments of the extractor's features over all training images."""
 
-    def features(images: Tensor) -> list[Tensor]:
-        return extractor.features(scale(images))
+    def moments(images: Tensor) -> mo.Moments:
+        return extractor(scale(images))
 
-    return mo.dataset_moments(features, data.train.split(batch_size), progress=sys.stderr.isatty())
+    return mo.dataset_moments(moments, data.train.split(batch_size), progress=sys.stderr.isatty())
 
 
-def new_trainer(data: ImageData, extractor: Classifier, target: mo.Moments, settings: Settings) -> Trainer:
+def new_trainer(data: ImageData, extractor: mo.MomentExtractor, target: mo.Moments, settings: Settings) -> Trainer:
     torch.manual_seed(settings.seed)
     device = data.train.device
     generator = Generator(data.channels, settings.latent_size).to(device)
@@ -146,12 +146,9 @@ def new_trainer(data: ImageData, extractor: Classifier, target: mo.Moments, sett
 
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> Trainer:
     """The trainer of a checkpoint, which needs no file besides: extractor and targets are in it."""
-    objective = state["trainer"]["objective"]
-    prefix = "extractor."
-    network = {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
-    extractor = restore_extractor(network, data.train.device)
+    extractor = mo.MomentExtractor(Classifier(data.channels)).to(data.train.device)
     with torch.no_grad():
-        placeholder = mo.moments(extractor.features(scale(data.train[:2])))
+        placeholder = extractor(scale(data.train[:2]))
     trainer = new_trainer(data, extractor, placeholder, settings)
     trainer.load_state_dict(state["trainer"])
     return trainer
@@ -185,7 +182,8 @@ def train(
         if earlier is not None:
             say(f"the earlier run is kept in {earlier}")
         extractor_path = extractor_path or run.parent / f"extractor-{data.name}.pt"
-        extractor = load_or_train_extractor(data, extractor_path, iterations=settings.extractor_iterations, say=say)
+        classifier = load_or_train_extractor(data, extractor_path, iterations=settings.extractor_iterations, say=say)
+        extractor = mo.MomentExtractor(classifier)
         target = target_moments(data, extractor)
         target.save(run / TARGET)
         evaluator = Evaluator(data)

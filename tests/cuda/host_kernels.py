@@ -97,3 +97,23 @@ def match_(module, input, mean, var, targets, scales, weights, reduction, averag
         order,
     )
     return loss[0], batch_mean if input else mean, grad_mean, grad_var if target_var is not None else None
+
+
+def relu_moments(module, x, bias=None, correction=1, order=0):
+    """(y, mean, var)."""
+    y = torch.full_like(x, float("nan"))
+    mean = torch.full((_columns([x]),), float("nan"), dtype=statistics_dtype(x.dtype))
+    var = torch.full_like(mean, float("nan"))
+    channel_columns = 1 if bias is None else mean.numel() // bias.numel()
+    bits = None if bias is None else _array(bias.view(torch.int16) if bias.element_size() == 2 else bias)
+    layer = _layer(module, x, out=y)
+    module.relu_moments(layer, _name(x.dtype), bits, channel_columns, correction, _array(mean), _array(var), order)
+    return y, mean, var
+
+
+def relu_moments_backward(module, y, mean, grad=None, grad_mean=None, grad_var=None, correction=1):
+    out = torch.full_like(y, float("nan"))
+    layer = _layer(module, y, grad, out)
+    arrays = (_array(grad_mean), _array(grad_var), _array(mean))
+    module.relu_moments_backward(layer, _name(y.dtype), *arrays, correction)
+    return out

@@ -27,7 +27,7 @@ def build(*flags: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(f".{os.getpid()}")
         includes = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", _python_include()]
-        warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes"]
+        warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-maybe-uninitialized"]
         command = [compiler, "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", *flags, *warnings, *includes]
         subprocess.run([*command, str(ROOT / "csrc/testing/module.cpp"), "-o", str(temporary)], check=True)
         temporary.rename(target)

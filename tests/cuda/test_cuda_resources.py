@@ -18,6 +18,8 @@ DTYPES = ("float", "double", "Half", "BFloat16")
 # A register file of 65,536 holds four blocks of 128 threads with 128 registers each. That keeps 4 * 128 threads * 8
 # loads * 16 bytes = 64 KB in flight per multiprocessor, more than bandwidth times latency asks for (about 40 KB).
 REDUCTION_REGISTERS = 128
+# A tap holds its columns' bias besides, and three blocks still keep 48 KB in flight.
+TAP_REGISTERS = 168
 # An elementwise pass has four or eight loads in flight per thread and wants one block more.
 ELEMENTWISE_REGISTERS = 96
 # Two doubles for each of 128 * 8 columns of a narrow block, and a block's losses. Four blocks fit in 80 KB.
@@ -31,6 +33,8 @@ BUDGETS = {
     "match_features_kernel": (REDUCTION_REGISTERS, REDUCTION_SHARED, 16, 0),
     "match_moments_kernel": (72, 4 * 1024, 0, 0),
     "moments_backward_kernel": (ELEMENTWISE_REGISTERS, 0, 12, 8),
+    "relu_moments_kernel": (TAP_REGISTERS, REDUCTION_SHARED, 16, 8),
+    "relu_moments_backward_kernel": (ELEMENTWISE_REGISTERS, 0, 12, 8),
 }
 
 
@@ -98,6 +102,8 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
             "match_features_kernel": 3 * len(DTYPES),
             "match_moments_kernel": 3 * 2,
             "moments_backward_kernel": len(DTYPES),
+            "relu_moments_kernel": len(DTYPES),
+            "relu_moments_backward_kernel": len(DTYPES),
         }, architecture
 
 

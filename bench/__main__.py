@@ -1,0 +1,3 @@
+from bench.command_line import main
+
+main()

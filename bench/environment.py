@@ -1,0 +1,69 @@
+"""Where and with what a result was measured."""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moment_ops
+from moment_ops.ops import backends
+
+_ROOT = Path(__file__).parent.parent
+
+
+def cpu_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def commit() -> str:
+    """The commit that is checked out; `+` where tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """The environment as it goes into a result."""
+    gpu = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else f"{cpu_name()}, {cores()} cores",
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "moment_ops": moment_ops.__version__,
+        "backend": backends.chosen(torch.device(device).type),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def line(environment: dict[str, Any]) -> str:
+    """The environment in one line."""
+    return (
+        f"{environment['device']}, {environment['threads']} threads, {environment['instructions']};"
+        f" Python {environment['python']}, torch {environment['torch']}, moment_ops {environment['moment_ops']}"
+        f" ({environment['backend']} backend, commit {environment['commit']}); {environment['date']},"
+        f" load before the run {environment['load']}"
+    )

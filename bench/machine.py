@@ -1,0 +1,112 @@
+"""Devices to measure on: their clock, their bandwidth, their memory. A new kind of device is one more class here."""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from bench.memory import peak_over_rest, return_freed_memory
+from moment_ops.training.allocator import keep_freed_memory
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that have to move: in passes that only read, and in passes that read and write."""
+
+    read: int
+    read_write: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.read + self.read_write
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A call whose traffic is known, to measure bandwidth with."""
+
+    call: Call
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed call."""
+
+    seconds: float
+    page_faults: int = 0
+
+
+class Machine(Protocol):
+    """What the harness needs of a device."""
+
+    device: str
+
+    def begin(self) -> None:
+        """Called before anything is allocated: from here on peak memory is measured."""
+
+    def prepare(self) -> None:
+        """Called before a series of timed calls: from here on their memory may be kept for reuse."""
+
+    def time(self, call: Call) -> Sample: ...
+
+    def probes(self, size: int) -> dict[str, Probe]:
+        """`read` and `read_write`, on flat tensors of `size` bytes."""
+
+    def peak_memory(self, call: Call) -> int | None: ...
+
+
+class Cpu:
+    """Wall time, page faults of the process, resident memory."""
+
+    device = "cpu"
+
+    def begin(self) -> None:
+        return_freed_memory()
+
+    def prepare(self) -> None:
+        keep_freed_memory()
+
+    def time(self, call: Call) -> Sample:
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        return Sample(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+
+    def probes(self, size: int) -> dict[str, Probe]:
+        source = torch.ones(size // 4)
+        target = torch.ones_like(source)
+        moved = source.numel() * source.itemsize
+        return {
+            "read": Probe(source.sum, moved),
+            "read_write": Probe(lambda: torch.mul(source, 1.0001, out=target), 2 * moved),
+        }
+
+    def peak_memory(self, call: Call) -> int | None:
+        return peak_over_rest(call)
+
+
+def pytorch_calls(call: Call) -> int:
+    """Operators and compiled graphs that a call enters; those inside other operators do not count."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+
+    def is_operator(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
+        return "CompiledFxGraph" in event.name or ("::" in event.name and not event.name.startswith("autograd::"))
+
+    def is_outermost(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
+        parent = event.cpu_parent
+        while parent is not None:
+            if is_operator(parent):
+                return False
+            parent = parent.cpu_parent
+        return True
+
+    return sum(is_operator(event) and is_outermost(event) for event in profile.events())

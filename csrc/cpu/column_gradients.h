@@ -1,0 +1,158 @@
+// The gradient pass over columns: out = [grad +] a + b * (x - mean), for features and for what a ReLU made of them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/reduce_columns.h"
+#include "cpu/stream_store.h"
+
+namespace moment_ops::cpu {
+
+// Rows that are handled together share the loads of the coefficients. Eight read and eight written, a power of two
+// apart, would fall into one set of the L1 cache and run several times slower.
+inline constexpr int kBackwardRows = 4;
+// Columns whose coefficients are made at once, and columns that pass through the L1 cache on their way out.
+inline constexpr int64_t kBackwardStrip = 2048;
+inline constexpr int64_t kBackwardColumns = 256;
+
+// out = grad + a + b * (x - mean); MASKED, 0 where x <= 0: the mask of torch's ReLU on its output, which NaN passes.
+template <int ROWS, bool ADD, bool MASKED, class T, class A>
+inline void apply_rows(const T* __restrict x, int64_t x_stride, const T* __restrict grad, int64_t grad_stride,
+                       const A* __restrict a, const A* __restrict b, const A* __restrict mean, int64_t columns,
+                       T* __restrict out, int64_t out_stride) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int r = 0; r < ROWS; ++r) {
+      const A feature = load(x[r * x_stride + j]);
+      A value = a[j] + b[j] * (feature - mean[j]);
+      if (ADD) value += load(grad[r * grad_stride + j]);
+      if (MASKED) value = feature <= 0 ? A(0) : value;
+      store(out[r * out_stride + j], value);
+    }
+  }
+}
+
+template <class T, bool MASKED>
+struct BackwardLoops;
+
+#define MOMENT_OPS_BACKWARD_LOOPS(T, MASKED)                                                                        \
+  template <>                                                                                                       \
+  struct BackwardLoops<T, MASKED> {                                                                                 \
+    using A = accumulate_t<T>;                                                                                      \
+    template <int ROWS>                                                                                             \
+    static inline void rows(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a,           \
+                            const A* b, const A* mean, int64_t columns, T* out, int64_t out_stride) {               \
+      if (grad) {                                                                                                   \
+        apply_rows<ROWS, true, MASKED>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);       \
+      } else {                                                                                                      \
+        apply_rows<ROWS, false, MASKED>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);      \
+      }                                                                                                             \
+    }                                                                                                               \
+    MOMENT_OPS_CLONES static void tile(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride,            \
+                                       const A* a, const A* b, const A* mean, int64_t columns, T* out,              \
+                                       int64_t out_stride) {                                                        \
+      rows<kBackwardRows>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);                    \
+    }                                                                                                               \
+    MOMENT_OPS_CLONES static void single(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride,          \
+                                         const A* a, const A* b, const A* mean, int64_t columns, T* out,            \
+                                         int64_t out_stride) {                                                      \
+      rows<1>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);                                \
+    }                                                                                                               \
+  };
+MOMENT_OPS_BACKWARD_LOOPS(double, false)
+MOMENT_OPS_BACKWARD_LOOPS(float, false)
+MOMENT_OPS_BACKWARD_LOOPS(Half, false)
+MOMENT_OPS_BACKWARD_LOOPS(BFloat16, false)
+MOMENT_OPS_BACKWARD_LOOPS(double, true)
+MOMENT_OPS_BACKWARD_LOOPS(float, true)
+MOMENT_OPS_BACKWARD_LOOPS(Half, true)
+MOMENT_OPS_BACKWARD_LOOPS(BFloat16, true)
+#undef MOMENT_OPS_BACKWARD_LOOPS
+
+// The coefficients of a strip: a = scale * grad_mean / N and b = scale * 2 grad_var / (N - correction).
+template <class A>
+struct Coefficients {
+  std::vector<A> a, b, mean, buffer;
+
+  explicit Coefficients(int64_t columns) : a(columns), b(columns), mean(columns), buffer(columns) {}
+
+  void fill(const Layer& layer, int64_t begin, int64_t end, const A* grad_mean, const A* grad_var, const A* packed_mean,
+            double mean_scale, double var_scale) {
+    const int64_t columns = end - begin;
+    if (grad_mean) {
+      const A* values = gather(layer, grad_mean, begin, end, buffer.data());
+      for (int64_t j = 0; j < columns; ++j) a[j] = values[j] * A(mean_scale);
+    } else {
+      std::fill_n(a.begin(), columns, A(0));
+    }
+    if (grad_var) {
+      const A* values = gather(layer, grad_var, begin, end, buffer.data());
+      // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
+      for (int64_t j = 0; j < columns; ++j) b[j] = values[j] == 0 ? A(0) : values[j] * A(var_scale);
+    } else {
+      std::fill_n(b.begin(), columns, A(0));
+    }
+    const A* values = gather(layer, packed_mean, begin, end, buffer.data());
+    std::copy_n(values, columns, mean.begin());
+  }
+};
+
+// `counts` are the rows of the statistics, per layer, and `grad` is empty or has one tensor per layer.
+template <bool MASKED>
+inline void column_gradients(const std::vector<Tensor>& grad, const std::optional<Tensor>& grad_mean,
+                             const std::optional<Tensor>& grad_var, const std::vector<Tensor>& input,
+                             const Tensor& mean, const int64_t* counts, int64_t dim, int64_t correction,
+                             const std::optional<Tensor>& scale, const std::vector<Tensor>& out) {
+  const std::vector<Layer> layers = make_layers(input, dim);
+  const std::vector<Layer> outputs = make_layers(out, dim);
+  const std::vector<Layer> added = make_layers(grad, dim);
+  dispatch_dtype(input[0], [&](auto sample) {
+    using T = decltype(sample);
+    using A = accumulate_t<T>;
+    using Loops = BackwardLoops<T, MASKED>;
+    const auto packed = [](const std::optional<Tensor>& tensor) {
+      return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
+    };
+    const double factor = scale ? static_cast<double>(*packed(scale)) : 1.0;
+    const std::vector<Strip> strips = make_strips<A>(layers, kBackwardStrip * sizeof(A));
+    int64_t elements = 0;
+    for (const Layer& layer : layers) elements += layer.rows * layer.columns;
+    const bool stream = elements * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+    std::vector<Coefficients<A>> scratch(torch::stable::get_num_threads(), Coefficients<A>(kBackwardStrip));
+
+    for_each_piece(strips.size(), workers_for(elements), [&](int64_t index, int64_t worker) {
+      const Strip& strip = strips[index];
+      const Layer& layer = layers[strip.layer];
+      const Layer& output = outputs[strip.layer];
+      const double rows = static_cast<double>(counts[strip.layer]);
+      Coefficients<A>& c = scratch[worker];
+      c.fill(layer, strip.begin, strip.end, packed(grad_mean), packed(grad_var), packed(mean), factor / rows,
+             2 * factor / (rows - static_cast<double>(correction)));
+      alignas(64) T buffer[kBackwardRows * kBackwardColumns];
+      for (int64_t row = 0; row < layer.rows;) {
+        const int64_t step = row + kBackwardRows <= layer.rows ? kBackwardRows : 1;
+        const auto apply = step == kBackwardRows ? Loops::tile : Loops::single;
+        const T* x = layer.template data<T>() + row * layer.row_stride;
+        const T* g = added.empty() ? nullptr : added[strip.layer].template data<T>() + row * added[strip.layer].row_stride;
+        const int64_t g_stride = added.empty() ? 0 : added[strip.layer].row_stride;
+        T* y = static_cast<T*>(output.tensor.mutable_data_ptr()) + row * output.row_stride;
+        for (int64_t begin = strip.begin; begin < strip.end; begin += kBackwardColumns) {
+          const int64_t columns = std::min(kBackwardColumns, strip.end - begin);
+          const int64_t at = begin - strip.begin;
+          apply(x + begin, layer.row_stride, g ? g + begin : nullptr, g_stride, c.a.data() + at, c.b.data() + at,
+                c.mean.data() + at, columns, stream ? buffer : y + begin, stream ? kBackwardColumns : output.row_stride);
+          for (int64_t r = 0; stream && r < step; ++r) {
+            stream_store(buffer + r * kBackwardColumns, y + r * output.row_stride + begin, columns * sizeof(T));
+          }
+        }
+        row += step;
+      }
+      if (stream) stream_fence();
+    });
+  });
+}
+
+}  // namespace moment_ops::cpu

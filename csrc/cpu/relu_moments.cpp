@@ -1,0 +1,118 @@
+// relu_moments and its backward on the CPU. Outputs are allocated, and arguments checked, in Python.
+#include "cpu/relu_moments.h"
+
+#include <type_traits>
+
+#include "cpu/column_gradients.h"
+#include "cpu/reduce_columns.h"
+
+namespace moment_ops::cpu {
+namespace {
+
+// Rows that are handled together: eight read and eight written, a power of two apart, would fall into one set of the L1
+// cache and run twice as slowly.
+constexpr int kTapRows = 4;
+// One layer has to keep all threads busy.
+constexpr int64_t kTapStripBytes = 16 * 1024;
+
+// torch's ReLU on the CPU: everything below zero becomes zero; NaN and -0 stay.
+inline double relu(double value) { return value < 0 ? 0 : value; }
+inline float relu(float value) { return value < 0 ? 0 : value; }
+inline Half relu(Half value) {
+  const bool below = value.bits > 0x8000u && value.bits <= 0xFC00u;
+  return {static_cast<uint16_t>(below ? 0 : value.bits)};
+}
+inline BFloat16 relu(BFloat16 value) {
+  const bool below = value.bits > 0x8000u && value.bits <= 0xFF80u;
+  return {static_cast<uint16_t>(below ? 0 : value.bits)};
+}
+
+// The ReLU of a block of rows goes to `y`, the moments of what is stored there to `mean` and `m2`.
+template <class T, class A>
+inline void relu_block(const T* x, int64_t x_stride, const A* bias, int64_t rows, int64_t columns, T* y,
+                       int64_t y_stride, A* pivot, A* mean, A* m2) {
+  const auto pass = [=](auto has_bias) {
+    const auto read = [=](int64_t row, int64_t column) {
+      T value = x[row * x_stride + column];
+      // Rounded before the ReLU, as by an addition of its own.
+      if (has_bias) store(value, load(value) + bias[column]);
+      value = relu(value);
+      y[row * y_stride + column] = value;
+      return load(value);
+    };
+    block_moments<kTapRows>(read, rows, columns, pivot, mean, m2);
+  };
+  if (bias) {
+    pass(std::true_type{});
+  } else {
+    pass(std::false_type{});
+  }
+}
+
+template <class T>
+struct ReluLoops;
+
+#define MOMENT_OPS_RELU_LOOPS(T)                                                                                    \
+  template <>                                                                                                       \
+  struct ReluLoops<T> {                                                                                             \
+    using A = accumulate_t<T>;                                                                                      \
+    MOMENT_OPS_CLONES static void block(const T* x, int64_t x_stride, const A* bias, int64_t rows, int64_t columns, \
+                                        T* y, int64_t y_stride, A* pivot, A* mean, A* m2) {                         \
+      relu_block(x, x_stride, bias, rows, columns, y, y_stride, pivot, mean, m2);                                   \
+    }                                                                                                               \
+  };
+MOMENT_OPS_RELU_LOOPS(double)
+MOMENT_OPS_RELU_LOOPS(float)
+MOMENT_OPS_RELU_LOOPS(Half)
+MOMENT_OPS_RELU_LOOPS(BFloat16)
+#undef MOMENT_OPS_RELU_LOOPS
+
+// The bias of every column, in memory order; empty without one.
+template <class T, class A>
+std::vector<A> column_bias(const Layer& layer, const std::optional<Tensor>& bias) {
+  if (!bias) return {};
+  const T* values = static_cast<const T*>(bias->const_data_ptr());
+  // Channels are the first feature dimension: outermost in the packed order.
+  const int64_t channel_columns = layer.columns / bias->numel();
+  std::vector<A> result(layer.columns);
+  for_each_logical(layer, 0, layer.columns,
+                   [&](int64_t column, int64_t logical) { result[column] = load(values[logical / channel_columns]); });
+  return result;
+}
+
+}  // namespace
+
+void relu_moments(Tensor x, std::optional<Tensor> bias, int64_t correction, Tensor y, Tensor mean, Tensor var) {
+  const std::vector<Layer> layers = make_layers({x}, 0);
+  const Layer output = make_layer(y, 0, 0);
+  dispatch_dtype(x, [&](auto sample) {
+    using T = decltype(sample);
+    using A = accumulate_t<T>;
+    A* mean_out = static_cast<A*>(mean.mutable_data_ptr());
+    A* var_out = static_cast<A*>(var.mutable_data_ptr());
+    T* out = static_cast<T*>(y.mutable_data_ptr());
+    const std::vector<A> per_column = column_bias<T, A>(layers[0], bias);
+    const auto relu_rows = [&](const Layer& layer, const Strip& strip, int64_t row, int64_t rows,
+                               StripMoments<A>& moments) {
+      ReluLoops<T>::block(layer.data<T>() + row * layer.row_stride + strip.begin, layer.row_stride,
+                          bias ? per_column.data() + strip.begin : nullptr, rows, strip.end - strip.begin,
+                          out + row * output.row_stride + strip.begin, output.row_stride, moments.pivot.data(),
+                          moments.mean.data(), moments.m2.data());
+    };
+    const auto store_moments = [&](int64_t, const Strip& strip, StripMoments<A>& moments) {
+      moments.finish(strip.end - strip.begin, output.rows, correction);
+      scatter(layers[0], moments.mean.data(), strip.begin, strip.end, mean_out);
+      scatter(layers[0], moments.m2.data(), strip.begin, strip.end, var_out);
+    };
+    reduce_columns<T>(layers, make_strips<A>(layers, kTapStripBytes), store_moments, relu_rows);
+  });
+}
+
+void relu_moments_backward(std::optional<Tensor> grad, std::optional<Tensor> grad_mean, std::optional<Tensor> grad_var,
+                           Tensor y, Tensor mean, int64_t correction, Tensor out) {
+  const std::vector<Tensor> added = grad ? std::vector<Tensor>{*grad} : std::vector<Tensor>{};
+  const int64_t rows = y.size(0);
+  column_gradients<true>(added, grad_mean, grad_var, {y}, mean, &rows, 0, correction, std::nullopt, {out});
+}
+
+}  // namespace moment_ops::cpu

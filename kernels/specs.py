@@ -1,0 +1,344 @@
+"""What the kernels must compile to, checked without a GPU: registers, spills, 128-bit accesses, shared memory.
+
+A spec builds its launch with the functions that launch on a GPU, on tensors without memory, so that what is compiled
+here is what runs. `python -m moment_ops.kernels.specs` prints the resources of every spec.
+"""
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from moment_ops.kernels import match, moments
+from moment_ops.kernels._plan import Launch
+
+ARCHITECTURES = (80, 90, 100)
+
+# A network of 32 layers, as GFMN's; a tall matrix of many strips; tokens of a few features.
+NETWORK = ((64, 65536),) * 12 + ((64, 512, 8, 8),) * 10 + ((64, 2048),) * 10
+TALL = ((200_000, 65536),) * 2
+TOKENS = ((100_000, 64),)
+ODD = ((64, 999), (64, 10_001))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses; accesses are instructions in the machine code."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bounds on Resources; stack and spills are always 0."""
+
+    registers: int
+    shared: int
+    wide_loads: int = 0  # at least
+    narrow_loads: int | None = None
+    wide_stores: int = 0  # at least
+    narrow_stores: int | None = None
+
+    def violations(self, got: Resources) -> list[str]:
+        """The names of the resources that are outside of the budget."""
+        most = {
+            "registers": self.registers,
+            "stack": 0,
+            "spills": 0,
+            "shared": self.shared,
+            "narrow_loads": self.narrow_loads,
+            "narrow_stores": self.narrow_stores,
+        }
+        least = {"wide_loads": self.wide_loads, "wide_stores": self.wide_stores}
+        values = asdict(got)
+        over = [name for name, limit in most.items() if limit is not None and values[name] > limit]
+        return over + [name for name, limit in least.items() if values[name] < limit]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel as it is launched for typical tensors, and its budget."""
+
+    name: str
+    launch: Callable[[], Launch]
+    budget: Callable[[Launch], Budget]
+    architectures: tuple[int, ...]
+
+
+def _empty(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, channels_last: bool = False) -> list[Tensor]:
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+    if channels_last:
+        tensors = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in tensors]
+    return tensors
+
+
+def _vector(layers: Sequence[Tensor]) -> Tensor:
+    """A packed vector of the layers."""
+    dtype = torch.float64 if layers[0].dtype == torch.float64 else torch.float32
+    return torch.empty(sum(x[0].numel() for x in layers), dtype=dtype, device="meta")
+
+
+def _moments(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, channels_last: bool = False) -> Launch:
+    layers = _empty(shapes, dtype, channels_last)
+    return moments.moments_launches(layers, 1, _vector(layers), _vector(layers))[0]
+
+
+def _backward(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, added: bool = False) -> Launch:
+    layers = _empty(shapes, dtype)
+    grad_mean, grad_var, mean = (_vector(layers) for _ in range(3))
+    count = torch.empty(len(layers), dtype=torch.int64, device="meta")
+    grad = _empty(shapes, dtype) if added else []
+    out, scale = _empty(shapes, dtype), mean.new_empty(())
+    return moments.backward_launches(grad, grad_mean, grad_var, layers, mean, count, 1, scale, out)[0]
+
+
+def _matching(packed: Tensor, average: int) -> dict[str, Any]:
+    """Arguments of a match with variances and an average, without weights."""
+    vectors = 2 * (0, 1, 3)[average]
+    state = [torch.empty_like(packed) for _ in range(vectors)]
+    if average == match.MOVING.value:
+        state.append(torch.empty_like(packed, dtype=torch.bool))
+    state.append(torch.empty((), dtype=torch.int64, device="meta"))
+    options = ([], [0.9], [1e-5, 0.5, 0.999, 1e-8, 1e-6])[average]
+    return match.match_arguments(
+        torch.empty_like(packed),
+        torch.empty_like(packed),
+        1.0,
+        1.0,
+        None,
+        None,
+        1.0,
+        average,
+        options,
+        state,
+        True,
+        torch.empty_like(packed),
+        torch.empty_like(packed),
+    )
+
+
+def _match_features(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, average: int) -> Launch:
+    layers = _empty(shapes, dtype)
+    packed = _vector(layers)
+    matching = _matching(packed, average)
+    return match.match_features_launches(layers, 1, packed, packed.new_empty(()), matching)[0]
+
+
+def _match(dtype: torch.dtype, average: int) -> Launch:
+    packed = torch.empty(851_968, dtype=dtype, device="meta")
+    matching = _matching(packed, average)
+    return match.match_launches(packed, torch.empty_like(packed), packed.new_empty(()), matching)[0]
+
+
+def _vectors_per_thread(launch: Launch, itemsize: int, rows: int) -> int:
+    """128-bit accesses that a thread makes for a tile of so many rows."""
+    return max(1, rows * launch.arguments["BLOCK_COLUMNS"] * itemsize // (16 * 32 * launch.warps))
+
+
+def _column_shared(launch: Launch) -> int:
+    """One float64 per column and warp where rows are spread over warps, else per column, to exchange columns."""
+    columns = launch.arguments["BLOCK_COLUMNS"]
+    return 8 * columns * (launch.warps if columns < 128 else 1)
+
+
+def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
+    """Budget of a kernel that reduces over rows.
+
+    Features are loaded in three places, the first tile of a block, the loop and the tail, and once more in each where
+    blocks are merged, always in 128 bits. What is narrower are scalars: the step, and shares of the loss.
+    """
+
+    def budget(launch: Launch) -> Budget:
+        inputs = launch.arguments["inputs"]
+        rows = launch.arguments["BLOCK_ROWS"]
+        places = 6 if launch.arguments["LONG"] else 3
+        loads = places * _vectors_per_thread(launch, inputs[0].element_size(), rows)
+        strips_are_wide = launch.arguments["BLOCK_COLUMNS"] >= 128 and not launch.arguments["PERMUTED"]
+        # Scalars: the step read for the bias and for its increment, the share of the loss, loss and step written.
+        scalars = 3 if "loss" in launch.arguments else 0
+        return Budget(
+            registers=launch.registers or 0,
+            shared=_column_shared(launch),
+            wide_loads=loads if wide else 0,
+            narrow_loads=scalars if wide and strips_are_wide else None,
+            wide_stores=2 if wide and strips_are_wide else 0,
+            narrow_stores=scalars if wide and strips_are_wide and "started" not in launch.arguments else None,
+        )
+
+    return budget
+
+
+def applies(launch: Launch) -> Budget:
+    """Budget of a kernel that passes over features: reads, and writes as often; rows of a strip share coefficients.
+
+    Half the registers that a reduction may have: nothing is accumulated. Narrow are the layer's count and the scale.
+    """
+    arguments = launch.arguments
+    accesses = _vectors_per_thread(launch, arguments["inputs"][0].element_size(), arguments["BLOCK_ROWS"])
+    streams = 2 if arguments["grads"] is not None else 1
+    return Budget(
+        registers=96,
+        shared=_column_shared(launch),
+        wide_loads=streams * accesses,
+        narrow_loads=2 if arguments["BLOCK_COLUMNS"] >= 128 else None,
+        wide_stores=accesses,
+        narrow_stores=0,
+    )
+
+
+def matches(launch: Launch) -> Budget:
+    """Budget of the elementwise match: every vector in 128 bits, 5 read and 4 written per quantity with ADAM."""
+    moving = launch.arguments["started"] is not None
+    state = 1 if moving else 3
+    return Budget(
+        registers=96,
+        # The sum of the loss over warps.
+        shared=8 * 32,
+        wide_loads=2 * (2 + state),
+        narrow_loads=None if moving else 3,
+        wide_stores=2 * (1 + state),
+        narrow_stores=None if moving else 3,
+    )
+
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+NONE, MOVING, ADAM = match.NONE.value, match.MOVING.value, match.ADAM.value
+
+# What a training step of GFMN launches is compiled for all architectures, the rest for one.
+SPECS = tuple(
+    Spec(name, functools.partial(build, *arguments), budget, architectures)
+    for architectures, name, build, arguments, budget in (
+        (ARCHITECTURES, "moments fp32", _moments, (NETWORK, F32), reduces()),
+        (ARCHITECTURES, "moments bf16", _moments, (NETWORK, BF16), reduces()),
+        ((90,), "moments fp64", _moments, (NETWORK, F64), reduces()),
+        ((90,), "moments bf16, channels last", _moments, (NETWORK, BF16, True), reduces()),
+        ((90,), "moments fp32, tall", _moments, (TALL, F32), reduces()),
+        (ARCHITECTURES, "moments bf16, tall", _moments, (TALL, BF16), reduces()),
+        ((90,), "moments bf16, tokens", _moments, (TOKENS, BF16), reduces()),
+        ((90,), "moments fp32, unaligned", _moments, (ODD, F32), reduces(wide=False)),
+        (ARCHITECTURES, "moments_backward fp32", _backward, (NETWORK, F32), applies),
+        (ARCHITECTURES, "moments_backward bf16", _backward, (NETWORK, BF16), applies),
+        ((90,), "moments_backward fp32, grad added", _backward, (NETWORK, F32, True), applies),
+        ((90,), "moments_backward bf16, grad added", _backward, (NETWORK, BF16, True), applies),
+        ((90,), "moments_backward fp16, tokens", _backward, (TOKENS, F16), applies),
+        ((90,), "match_ ADAM fp32", _match, (F32, ADAM), matches),
+        ((90,), "match_ moving fp64", _match, (F64, MOVING), matches),
+        (ARCHITECTURES, "match_ of features, ADAM fp32", _match_features, (NETWORK, F32, ADAM), reduces()),
+        (ARCHITECTURES, "match_ of features, ADAM bf16", _match_features, (NETWORK, BF16, ADAM), reduces()),
+        ((90,), "match_ of features, ADAM bf16, tall", _match_features, (TALL, BF16, ADAM), reduces()),
+        ((90,), "match_ of features, moving fp32", _match_features, (NETWORK, F32, MOVING), reduces()),
+        ((90,), "match_ of features, none fp16", _match_features, (NETWORK, F16, NONE), reduces()),
+    )
+)
+
+
+def compile_launch(launch: Launch, architecture: int | str) -> Any:
+    """Compile what a launch would compile on a GPU: of compute capability 90, or of AMD's gfx942; needs no driver."""
+    kernel = launch.kernel
+    hip = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    keywords = {**launch.arguments, **launch.options(hip), "debug": False}
+    # As JITFunction.run does, which wants a driver.
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run([str(tools / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled: Any) -> Resources:
+    """Read the machine code with the tools that Triton brings."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        code = _tool("nvdisasm", "-c", str(cubin))
+
+    def used(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"{name}:(\d+)", usage))
+
+    # Strong accesses go to the workspace that programs share.
+    loads = [load for load in re.findall(r"\bLDG\S*", code) if ".STRONG" not in load]
+    stores = re.findall(r"\bSTG\S*", code)
+    return Resources(
+        registers=used("REG"),
+        stack=used("STACK"),
+        # ptxas shows spills as stack, not as local memory.
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        shared=compiled.metadata.shared,
+        wide_loads=sum(".128" in load for load in loads),
+        narrow_loads=sum(".128" not in load for load in loads),
+        wide_stores=sum(".128" in store for store in stores),
+        narrow_stores=sum(".128" not in store for store in stores),
+    )
+
+
+def without_alignment(launch: Launch) -> Launch:
+    """The same launch, compiled as if nothing were known about alignment."""
+    return replace(launch, arguments={**launch.arguments, "VECTOR": 1})
+
+
+def table(rows: Sequence[tuple[str, Resources | None, Resources]]) -> str:
+    """Resources of named kernels, `old -> new` where they differ from those before."""
+    names = list(Resources.__dataclass_fields__)
+    width = max(len(name) for name, _, _ in rows) + 2
+    lines = ["kernel".ljust(width) + "".join(name.rjust(15) for name in names)]
+    for name, old, new in rows:
+        cells = []
+        for field in names:
+            before, now = getattr(old, field, None), getattr(new, field)
+            cells.append((f"{now}" if before in (None, now) else f"{before} -> {now}").rjust(15))
+        lines.append(name.ljust(width) + "".join(cells))
+    return "\n".join(lines)
+
+
+def recorded(path: Path) -> dict[str, Resources]:
+    """The resources that were recorded last, by `kernel, sm_xx`."""
+    return {name: Resources(**values) for name, values in json.loads(path.read_text()).items()}
+
+
+def main() -> None:
+    """Print the resources of all specs, against those in a file; with `--record`, write them there."""
+    parser = argparse.ArgumentParser(prog="python -m moment_ops.kernels.specs", description=main.__doc__)
+    parser.add_argument("file", type=Path, nargs="?", help="a JSON file of recorded resources")
+    parser.add_argument("--record", action="store_true", help="write the file")
+    arguments = parser.parse_args()
+    old = recorded(arguments.file) if arguments.file and arguments.file.exists() else {}
+    new = {
+        f"{spec.name}, sm_{architecture}": resources(compile_launch(spec.launch(), architecture))
+        for spec in SPECS
+        for architecture in spec.architectures
+    }
+    print(table([(name, old.get(name), got) for name, got in new.items()]))
+    if arguments.record:
+        arguments.file.write_text(json.dumps({name: asdict(got) for name, got in new.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Taps: `relu_moments`, its backward, and the identity that collects moments on its way."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops import backends, checks, reference
+from moment_ops.ops.layout import has_same_columns, statistics_dtype, with_dense_columns
+from moment_ops.ops.library import LIBRARY, define, define_native
+
+define_native(
+    "relu_moments.native(Tensor x, Tensor? bias, int correction, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()"
+)
+define_native(
+    "relu_moments_backward.native(Tensor? grad, Tensor? grad_mean, Tensor? grad_var, Tensor y, Tensor mean,"
+    " int correction, Tensor(a!) out) -> ()"
+)
+
+
+def _columns(x: Tensor) -> int:
+    return x.numel() // x.shape[0]
+
+
+def _relu_moments(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tensor, Tensor, Tensor]:
+    name = backends.select("relu_moments", x)
+    # Strides as the shape function promises: those of the input where it is dense.
+    y = torch.empty_like(x)
+    if name == "reference":
+        result, mean, var = reference.relu_moments(x, bias, correction)
+        return y.copy_(result), mean, var
+    mean = x.new_empty(_columns(x), dtype=statistics_dtype(x.dtype))
+    var = torch.empty_like(mean)
+    native = with_dense_columns(x, 0)
+    # The kernel writes columns in the order in which it reads them.
+    written = y if has_same_columns(y, native, 0) else torch.empty_like(native)
+    dense_bias = None if bias is None else bias.contiguous()
+    backends.implementation(name, "relu_moments")(native, dense_bias, correction, written, mean, var)
+    return y if y is written else y.copy_(written), mean, var
+
+
+def _relu_moments_fake(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(_columns(x), dtype=statistics_dtype(x.dtype))
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def _relu_moments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, ctx.correction = inputs
+    y, mean, _ = output
+    # The next layer saves y too: what is kept besides is the mean.
+    ctx.save_for_backward(y, mean)
+    ctx.set_materialize_grads(False)
+
+
+def _relu_moments_derivative(
+    ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None]:
+    y, mean = ctx.saved_tensors
+    if grad_mean is not None or grad_var is not None:
+        dx = torch.ops.moment_ops.relu_moments_backward(grad, grad_mean, grad_var, y, mean, ctx.correction)
+    elif grad is not None:
+        dx = torch.ops.aten.threshold_backward(grad, y, 0)
+    else:
+        return None, None, None
+    d_bias = dx.sum([d for d in range(dx.dim()) if d != 1]) if ctx.needs_input_grad[1] else None
+    return dx, d_bias, None
+
+
+def _relu_moments_backward(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    correction: int,
+) -> Tensor:
+    out = torch.empty_like(y)
+    name = backends.select("relu_moments_backward", y)
+    if name == "reference":
+        return out.copy_(reference.relu_moments_backward(grad, grad_mean, grad_var, y, mean, correction))
+    native = with_dense_columns(y, 0)
+    written = out if has_same_columns(out, native, 0) else torch.empty_like(native)
+    if grad is not None and not has_same_columns(grad, native, 0):
+        grad = torch.empty_like(native).copy_(grad)
+
+    def dense(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector.contiguous()
+
+    backends.implementation(name, "relu_moments_backward")(
+        grad, dense(grad_mean), dense(grad_var), native, mean.contiguous(), correction, written
+    )
+    return out if out is written else out.copy_(written)
+
+
+def _relu_moments_backward_fake(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    correction: int,
+) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _relu_moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, grad_mean, grad_var, y, mean, ctx.correction = inputs
+    ctx.has_grad, ctx.has_mean = grad is not None, grad_mean is not None
+    ctx.save_for_backward(y, mean, grad_var)
+
+
+def _relu_moments_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Derivative of `dx = (grad + a + b (y - mean)) * mask`, in PyTorch that is itself differentiable."""
+    y, mean, grad_var = ctx.saved_tensors
+    h = torch.where(y <= 0, 0, h)
+    h_rows = h.reshape(h.shape[0], -1).to(mean.dtype)
+    h_sum = h_rows.sum(0)
+    d_grad_mean = h_sum / y.shape[0] if ctx.has_mean else None
+    d_grad_var = d_y = d_mean = None
+    freedom = y.shape[0] - ctx.correction
+    if grad_var is not None:
+        slope = 2 / freedom if freedom > 0 else 0.0
+        y_rows = y.reshape(y.shape[0], -1).to(mean.dtype)
+        d_grad_var = slope * (h_rows * (y_rows - mean)).sum(0)
+        b = slope * grad_var
+        d_y = (b * h_rows).reshape(y.shape).to(y.dtype)
+        d_mean = -b * h_sum
+    return h if ctx.has_grad else None, d_grad_mean, d_grad_var, d_y, d_mean, None
+
+
+define(
+    "relu_moments(Tensor x, Tensor? bias, int correction) -> (Tensor y, Tensor mean, Tensor var)",
+    _relu_moments,
+    _relu_moments_fake,
+)
+define(
+    "relu_moments_backward(Tensor? grad, Tensor? grad_mean, Tensor? grad_var, Tensor y, Tensor mean, int correction)"
+    " -> Tensor",
+    _relu_moments_backward,
+    _relu_moments_backward_fake,
+)
+torch.library.register_autograd(
+    "moment_ops::relu_moments", _relu_moments_derivative, setup_context=_relu_moments_setup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "moment_ops::relu_moments_backward",
+    _relu_moments_backward_derivative,
+    setup_context=_relu_moments_backward_setup,
+    lib=LIBRARY,
+)
+
+
+def relu_moments(x: Tensor, bias: Tensor | None = None, *, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """`y = relu(x + bias)` and the mean and variance of y over the batch, as one autograd node.
+
+    Args:
+        x: (N, ...), float32, bfloat16, float16 or float64; contiguous, channels-last and row-sliced layouts are read
+            as they are, others are copied once.
+        bias: (C,) of the channels on dimension 1, in the dtype of x.
+        correction: c in sum of squares / (N - c). N <= c gives NaN variances.
+
+    Returns:
+        (y, mean, var): y bit for bit `torch.relu(x + bias)`, in the strides of x; (F,) vectors in the row-major order
+        of a row's shape, float32 (float64 for float64). Differentiable, twice in eager mode; gradients that arrive at
+        y, mean and var are joined in one pass.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, rank, bias or batch.
+
+    Cost: one launch, x is read and y written; backward one launch, the gradient and y are read, one gradient is
+    written: the bytes that the ReLU alone moves. Of its own it saves the mean.
+    """
+    checks.batch(checks.features(x, "x"), 0, "x")
+    if bias is not None:
+        checks.channel_bias(bias, x)
+    return torch.ops.moment_ops.relu_moments(x, bias, checks.correction(correction))
+
+
+class _IdentityMoments(torch.autograd.Function):
+    """An operator may not return its input, so this is a Function around two of them."""
+
+    @staticmethod
+    def forward(x: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, var, count = torch.ops.moment_ops.moments([x], 0, correction, True)
+        return x.view_as(x), mean, var, count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        x, ctx.correction = inputs
+        _, mean, _, count = output
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(x, mean, count)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, _: None
+    ) -> tuple[Tensor | None, None]:
+        x, mean, count = ctx.saved_tensors
+        if grad_mean is None and grad_var is None:
+            return grad, None
+        added = [] if grad is None else [grad]
+        (dx,) = torch.ops.moment_ops.moments_backward(
+            added, grad_mean, grad_var, [x], mean, count, 0, ctx.correction, None
+        )
+        return dx, None
+
+
+def identity_moments(x: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """x, passed on, and its mean and variance over the batch, as one autograd node.
+
+    Arguments and results as in `relu_moments`, where y is x.
+
+    Cost: one launch and one read; backward one launch, x and the gradient are read, one gradient is written.
+    """
+    checks.batch(checks.features(x, "x"), 0, "x")
+    y, mean, var, _ = _IdentityMoments.apply(x, checks.correction(correction))
+    return y, mean, var

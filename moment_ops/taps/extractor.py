@@ -1,0 +1,160 @@
+"""`MomentExtractor`: the moments of a frozen network's features, collected while the features are made."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moment_ops.statistics import Moments
+from moment_ops.taps.functions import Collected
+from moment_ops.taps.recording import RecordedNetwork
+from moment_ops.taps.selection import Layers, Selection
+from moment_ops.taps.tracing import Untraceable, trace
+
+
+class MomentExtractor(nn.Module):
+    """Moments of the features of one frozen network, or of several as one feature set.
+
+    A tap stands at every chosen call, in execution order. That of a ReLU is the ReLU, which collects the moments of
+    its output on the way; that of anything else passes on what the module returns. It is one autograd node: the
+    gradients of the next layer and of the moments arrive together.
+
+    Args:
+        nets: a module, or several in a sequence or a mapping, called with the images alone. They stay as they are: the
+            extractor has copies, frozen and in evaluation mode whatever `train()` says, without what follows the last
+            tap. A BatchNorm that alone reads a convolution is folded into it, in float32 and float64: for a network in
+            16 bits, convert the extractor, not the network.
+        layers: what to tap: a module type or several, where `torch.nn.ReLU` includes calls of `torch.relu` and
+            `torch.nn.functional.relu`; names from `names`, of one call ("layer1.0.relu:1") or of a module, which are
+            all its calls; or a predicate (name, module) -> bool, which gets `nn.ReLU()` for a function.
+
+    Attributes:
+        names: one per tap, module path and call index, after "index/" or "key/" of the network where there are several.
+            None before the first call where a network has to be watched, see below.
+
+    Networks are traced with `torch.fx`. One that cannot be is watched while it runs: then nothing is folded, taps are
+    known after the first call, and calls that take another path raise ValueError.
+
+    Raises:
+        TypeError, ValueError: wrong types; a network without a chosen call, or a name that there is not: all names are
+            listed. For watched networks, on the first call.
+
+    Cost: a ReLU with a tap moves the bytes of a ReLU, a forward or backward of the network takes what it takes without
+    taps; memory beyond the network's is a few (F,) vectors. Another tap reads its features once more, and its backward
+    joins its gradients in a pass of its own.
+
+    Source: dos Santos et al. 2019, whose features are all ReLU outputs of VGG19 and ResNet18 together.
+    """
+
+    def __init__(self, nets: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module], layers: Layers = nn.ReLU):
+        super().__init__()
+        self.nets = nn.ModuleList()
+        self._selection = Selection(layers)
+        self._names: list[list[str] | None] = []
+        self._checked = False
+        self._available: list[str] = []
+        for prefix, net in _by_prefix(nets).items():
+            self._add(net, prefix)
+        super().train(False)
+        self._check_names()
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """One name per tap."""
+        found = [net.names if isinstance(net, RecordedNetwork) else names for net, names in self._pairs()]
+        return None if None in found else tuple(name for names in found if names for name in names)
+
+    def forward(self, images: Tensor) -> Moments:
+        """Moments over all taps of all networks, with their names; differentiable to images, twice in eager mode.
+
+        Args:
+            images: what the networks take.
+
+        Returns:
+            Moments with correction 1 and variances, float32 (float64 for float64 features).
+        """
+        taps: list[Collected] = self._run(images, True)
+        rows = [tap.rows for tap in taps]
+        first = taps[0].mean
+        if all(n == rows[0] for n in rows):
+            count = first.new_full((len(rows),), rows[0], dtype=torch.int64)
+        else:
+            count = torch.cat([first.new_full((1,), n, dtype=torch.int64) for n in rows])
+        return Moments(
+            torch.cat([tap.mean for tap in taps]),
+            torch.cat([tap.var for tap in taps]),
+            count=count,
+            shapes=tuple(tap.shape for tap in taps),
+            names=self.names,
+            validate=False,
+        )
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The features of all taps, one (N, ...) Tensor each, in the order of the moments."""
+        return self._run(images, False)
+
+    def train(self, mode: bool = True) -> "MomentExtractor":
+        """Stays in evaluation mode."""
+        return self
+
+    def extra_repr(self) -> str:
+        names = self.names
+        return "taps not known yet" if names is None else f"taps={len(names)}"
+
+    def _pairs(self) -> Iterable[tuple[nn.Module, list[str] | None]]:
+        return zip(self.nets, self._names, strict=True)
+
+    def _run(self, images: Tensor, moments: bool) -> list[Any]:
+        statistics = [statistic for net in self.nets for statistic in net(images, moments)]
+        if not self._checked:
+            self._check_names()
+        return statistics
+
+    def _add(self, net: nn.Module, prefix: str) -> None:
+        where = f"network {prefix.removesuffix('/')}" if prefix else "the network"
+        try:
+            traced, names, available = trace(_own_copy(net), self._selection, prefix)
+        except Untraceable:
+            self.nets.append(RecordedNetwork(_own_copy(net), self._selection, prefix, where))
+            self._names.append(None)
+            return
+        if not names:
+            raise self._selection.no_tap(where, available)
+        self.nets.append(traced)
+        self._names.append(names)
+        self._available += available
+
+    def _check_names(self) -> None:
+        watched = [net for net in self.nets if isinstance(net, RecordedNetwork)]
+        if all(net.names is not None for net in watched):
+            passed = [name for net in watched for name in net.passed]
+            self._selection.check_all_found([*self._available, *passed])
+            self._checked = True
+
+
+def _by_prefix(nets: Any) -> dict[str, nn.Module]:
+    """Networks by the prefix of their names."""
+    if isinstance(nets, (Mapping, nn.ModuleDict)):
+        named = {f"{key}/": net for key, net in nets.items()}
+    elif isinstance(nets, nn.ModuleList) or not isinstance(nets, nn.Module):
+        if not isinstance(nets, Iterable):
+            raise TypeError(f"nets: got {type(nets).__name__}, expected a Module or several")
+        named = {f"{i}/": net for i, net in enumerate(nets)}
+    else:
+        return {"": nets}
+    if not named:
+        raise ValueError("nets: got none, expected at least one Module")
+    for prefix, net in named.items():
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"nets[{prefix.removesuffix('/')}]: got {type(net).__name__}, expected a Module")
+    return named
+
+
+def _own_copy(net: nn.Module) -> nn.Module:
+    """A frozen copy in evaluation mode, without gradients; of a compiled module, what was compiled."""
+    own = copy.deepcopy(getattr(net, "_orig_mod", net)).eval().requires_grad_(False)
+    for parameter in own.parameters():
+        parameter.grad = None
+    return own

@@ -1,0 +1,215 @@
+"""Taps in a traced network: call sites are found, and replaced, in its graph."""
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from moment_ops.taps import aliasing, functions
+from moment_ops.taps.folding import CONVOLUTION_MODULES, CONVOLUTIONS, argument, fold_batch_norms, set_argument
+from moment_ops.taps.selection import (
+    RELU,
+    RELU_FUNCTIONS,
+    Selection,
+    Site,
+    Sites,
+    function_path,
+    has_hooks,
+    is_plain_relu,
+)
+
+_RELU_METHODS = ("relu", "relu_")
+
+
+class Untraceable(Exception):
+    """`torch.fx` cannot trace the network: its forward depends on values, or does what cannot be recorded."""
+
+
+class _Root(nn.Module):
+    """Calls a network with its input alone, so that it is a submodule with a name, its other arguments at defaults."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Any:
+        return self.net(images)
+
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; `fx` takes it for `x = x + y`, which other names of x would not see."""
+
+    def _in_place(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+
+class _Tracer(fx.Tracer):
+    """Records the call sites of a `_Root`, and what each returns."""
+
+    def __init__(self, sites: Sites | None = None) -> None:
+        # Unpickling a graph module traces its code anew, with a tracer made by default.
+        super().__init__(autowrap_functions=functions.ALL)
+        self.found: list[tuple[Site, fx.Node]] = []
+        self._sites = sites or Sites()
+        self._callers: list[str] = [""]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, nn.ReLU):
+            return True
+        if isinstance(m, CONVOLUTION_MODULES) and not has_hooks(m):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m).partition("net")[2].removeprefix(".")
+        self._callers.append(path)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        finally:
+            self._callers.pop()
+        self._record(path or type(m).__name__, m, result)
+        return result
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        if _is_relu_function(proxy.node):
+            self._record(function_path(self._callers[-1]), RELU, proxy)
+        return proxy
+
+    def _record(self, path: str, module: nn.Module, result: Any) -> None:
+        values = result if isinstance(result, (tuple, list)) else (result,)
+        proxy = next((value for value in values if isinstance(value, fx.Proxy)), None)
+        site = self._sites.add(path, module)
+        if proxy is not None:
+            self.found.append((site, proxy.node))
+
+
+def _is_relu_function(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in RELU_FUNCTIONS
+    return node.op == "call_method" and node.target in _RELU_METHODS
+
+
+def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphModule, list[str], list[str]]:
+    """A network as a graph that maps (images, moments) to the statistics of its taps.
+
+    Args:
+        net: in evaluation mode; its convolutions' parameters may be replaced.
+        prefix: of the sites' names.
+
+    Returns:
+        (graph module, names of the taps, names of all call sites).
+
+    Raises:
+        Untraceable: where `torch.fx` cannot trace the network.
+    """
+    root = _Root(net)
+    tracer = _Tracer(Sites(prefix))
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        raise Untraceable(str(error)) from error
+    available = [site.name for site, _ in tracer.found]
+    chosen = [(site, node) for site, node in tracer.found if selection(site, prefix)]
+    if not chosen:
+        return fx.GraphModule(root, graph), [], available
+    folded = fold_batch_norms(root, graph, {node for _, node in chosen})
+    statistics = _Rewriter(root, graph).tap([folded.get(node, node) for _, node in chosen])
+    _return(graph, statistics)
+    graph.lint()
+    return fx.GraphModule(root, graph), [site.name for site, _ in chosen], available
+
+
+class _Rewriter:
+    """Puts taps into a graph."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root, self.graph = root, graph
+        images = next(node for node in graph.nodes if node.op == "placeholder")
+        with graph.inserting_after(images):
+            self.moments = graph.placeholder("moments")
+
+    def tap(self, nodes: list[fx.Node]) -> list[fx.Node]:
+        """Tap the values of the nodes; returns the nodes of their statistics."""
+        replaced: dict[fx.Node, fx.Node] = {}
+        statistics = []
+        for node in nodes:
+            value = replaced.get(node, node)
+            plain = self._is_relu(value) and not aliasing.is_seen_by_others(self.root, self.graph, value)
+            y, statistic = self._tap_relu(value) if plain else self._tap_identity(value)
+            replaced[node] = y
+            statistics.append(statistic)
+        return statistics
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return is_plain_relu(self.root.get_submodule(str(node.target)))
+        return _is_relu_function(node)
+
+    def _tap_relu(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        x = argument(node, 0, "input")
+        in_place = aliasing.is_in_place(self.root, node)
+        # What an in-place ReLU leaves in its input is what later uses of the input see.
+        later = aliasing.users_after(self.graph, x, node) if in_place else []
+        bias = self._move_bias(node, x)
+        y, statistic = self._insert(node, functions.relu_tap, (x, bias, self.moments))
+        for user in later:
+            user.replace_input_with(x, y)
+        node.replace_all_uses_with(y)
+        self.graph.erase_node(node)
+        aliasing.protect(self.root, self.graph, y)
+        return y, statistic
+
+    def _tap_identity(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        users = set(node.users)
+        y, statistic = self._insert(node, functions.identity_tap, (node, self.moments))
+        node.replace_all_uses_with(y, delete_user_cb=lambda user: user in users)
+        aliasing.protect(self.root, self.graph, y)
+        return y, statistic
+
+    def _insert(self, node: fx.Node, function: Any, args: tuple[Any, ...]) -> tuple[fx.Node, fx.Node]:
+        with self.graph.inserting_after(node):
+            tap = self.graph.call_function(function, args)
+        with self.graph.inserting_after(tap):
+            y = self.graph.call_function(operator.getitem, (tap, 0))
+        with self.graph.inserting_after(y):
+            statistic = self.graph.call_function(operator.getitem, (tap, 1))
+        return y, statistic
+
+    def _move_bias(self, relu: fx.Node, x: fx.Node) -> fx.Node | None:
+        """Move the bias of a convolution that only the ReLU reads into the tap, where that pays."""
+        if x.op != "call_function" or x.target not in CONVOLUTIONS or set(x.users) != {relu}:
+            return None
+        bias = argument(x, 2, "bias")
+        if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+            return None
+        with self.graph.inserting_before(x):
+            in_convolution = self.graph.call_function(functions.bias_in_convolution, (bias,))
+            in_tap = self.graph.call_function(functions.bias_in_tap, (bias,))
+        set_argument(x, 2, "bias", in_convolution)
+        return in_tap
+
+
+def _return(graph: fx.Graph, statistics: list[fx.Node]) -> None:
+    """Make the statistics the result, and drop all that runs after the last of them."""
+    nodes = list(graph.nodes)
+    last = max(nodes.index(statistic) for statistic in statistics)
+    for node in reversed(nodes[last + 1 :]):
+        graph.erase_node(node)
+    with graph.inserting_after(nodes[last]):
+        graph.output(statistics)

@@ -1,0 +1,201 @@
+"""What is particular to the Triton kernels: tiles and tails, chunks of rows, many launches, every dtype."""
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    assert_close,
+    assert_moments,
+    assert_same_bits,
+    exact_moments,
+    make_features,
+    make_target,
+    mean_bound,
+    mean_error,
+    state_of,
+    var_bound,
+    var_error,
+)
+from test_match import AVERAGES, Case, assert_state
+from test_moments import backward_in_float64
+
+import moment_ops as mo
+from moment_ops.kernels import _plan
+from moment_ops.ops.moments import moments, moments_backward
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Wide tiles for few columns, too: the interpreter is slow."""
+    monkeypatch.setattr(_plan, "_NARROW_COLUMNS", 0)
+    _plan._groups.cache_clear()
+    yield
+    _plan._groups.cache_clear()
+
+
+def bound(dtype, exact):
+    """The interpreter truncates where it stores bfloat16: a whole unit in the last place, not half of one."""
+    return torch.finfo(dtype).eps * exact.abs() + 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 64, 129])
+def test_narrow_tiles_and_their_tails(rows, dtype):
+    layers = make_features(rows, ((5,), (70,), (3, 4, 4), (1,)), dtype)
+    m = mo.moments(layers, correction=0)
+    assert_moments(m, layers, correction=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 4, 17, 65])
+def test_wide_tiles_and_their_tails(wide, rows, dtype):
+    layers = make_features(rows, ((1024,), (513,), (520,)), dtype)
+    assert all(group.tile.columns >= 256 for group in _plan.groups("reduce", layers))
+    m = mo.moments(layers, correction=0)
+    assert_moments(m, layers, correction=0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(65, 40), (300, 40), (1100, 3)])
+def test_chunks_of_rows_are_folded_without_a_seam(rows, columns):
+    layers = make_features(rows, ((columns,), (2,)))
+    assert all(group.chunks > 1 for group in _plan.groups("reduce", layers))
+    assert_moments(mo.moments(layers), layers)
+
+
+def test_chunks_of_wide_tiles_are_folded_without_a_seam(wide):
+    layers = make_features(300, ((1024,), (515,)))
+    assert all(group.chunks > 1 for group in _plan.groups("reduce", layers))
+    assert_moments(mo.moments(layers), layers)
+
+
+def test_chunks_of_more_than_one_block_are_merged_without_a_seam(monkeypatch):
+    monkeypatch.setattr(_plan, "_MOST_CHUNKS", 2)
+    _plan._groups.cache_clear()
+    layers = make_features(2100, ((5,), (2, 2)))
+    (group,) = _plan.groups("reduce", layers)
+    assert group.long
+    assert group.chunks == 2
+    m = mo.moments(layers)
+    _plan._groups.cache_clear()
+    assert_moments(m, layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [2, 64, 700])
+def test_the_ladder_of_means_stays_within_the_bounds(rows, dtype):
+    for ratio in (0.0, 1.0, 1e2, 1e3, 1e4):
+        x = ((torch.randn(rows, 32, dtype=torch.float64) + ratio) * 0.1).to(dtype)
+        mean, var = exact_moments([x])
+        m = mo.moments(x)
+        assert mean_error(m.mean, mean, var) <= mean_bound(dtype)
+        assert var_error(m.var, var) <= var_bound(dtype, ratio)
+
+
+@pytest.mark.parametrize("layers", [_plan.MAX_LAYERS, _plan.MAX_LAYERS + 3])
+def test_more_layers_than_a_launch_takes(layers):
+    features = make_features(5, [(8 + 8 * (i % 3),) for i in range(layers)])
+    assert len(_plan.groups("reduce", features)) == -(-layers // _plan.MAX_LAYERS)
+    m = mo.moments(features)
+    assert_moments(m, features)
+    grad_mean, grad_var = torch.randn_like(m.mean), torch.randn_like(m.mean)
+    got = moments_backward(features, m.mean, m.count, grad_mean, grad_var)
+    for dx, exact in zip(got, backward_in_float64(features, m.mean, m.count, grad_mean, grad_var), strict=True):
+        assert_close(dx, exact)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_loss_over_several_launches_is_one_loss(average):
+    """Aligned layers and others are launched apart; the last program of the last launch adds the loss up."""
+    case = Case(average, shapes=[(8,)] * (_plan.MAX_LAYERS + 1) + [(3, 3)], weighted=True)
+    assert len(_plan.groups("reduce", case.layers)) == 3
+    expected, grads, state = case.expected()
+    loss, mean, grad_mean, grad_var = case.from_features()
+    assert_close(mean, case.mean)
+    assert_close(loss, expected, rows=case.columns)
+    assert_close(grad_mean, grads[0])
+    assert_close(grad_var, grads[1])
+    assert_state(case, state)
+
+
+@pytest.mark.parametrize("average", ["moving", "adam"])
+@pytest.mark.parametrize("rows", [11, 200])
+def test_wide_and_chunked_features_are_matched(wide, average, rows):
+    shapes = ((515,), (256,))
+    case = Case(average, shapes=shapes, weighted=True)
+    case.layers = make_features(rows, shapes, torch.float64)
+    case.mean, case.var, _ = moments(case.layers)
+    expected, grads, state = case.expected()
+    loss, _, grad_mean, grad_var = case.from_features()
+    assert_close(loss, expected, rows=case.columns)
+    assert_close(grad_mean, grads[0])
+    assert_close(grad_var, grads[1])
+    assert_state(case, state)
+
+
+def test_the_losses_of_more_programs_than_are_folded_at_a_time_add_up(monkeypatch):
+    from moment_ops.kernels import match
+
+    monkeypatch.setattr(match, "_FOLD_LOSSES", 4)
+    case = Case("none", shapes=((1400,),))
+    expected, *_ = case.expected()
+    assert_close(case.from_moments()[0], expected, rows=case.columns)
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 999, 10**6])
+def test_adam_corrects_its_bias_at_any_step(step):
+    case = Case("adam")
+    case.state[-1].fill_(step)
+    expected, _, state = case.expected()
+    loss, *_ = case.from_moments()
+    assert_close(loss, expected, rows=case.columns)
+    # `expected` forms 1 - beta**step, and loses digits where beta**step is close to 1.
+    for got, wanted in zip(case.state, state, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", ["mean", "var", "both"])
+@pytest.mark.parametrize("added", [False, True])
+def test_backward_in_every_dtype(dtype, parts, added):
+    layers = make_features(35, ((70,), (3, 2, 2)), dtype)
+    layers[1] = layers[1].to(memory_format=torch.channels_last)
+    mean, _, count = moments(layers)
+    grad_mean = torch.randn_like(mean) if parts != "var" else None
+    grad_var = torch.randn_like(mean) if parts != "mean" else None
+    grad = [torch.randn_like(x) for x in layers] if added else None
+    got = moments_backward(layers, mean, count, grad_mean, grad_var, grad=grad or ())
+    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad_mean, grad_var, grad), strict=True):
+        assert dx.dtype == dtype
+        assert bool(((dx.double() - exact).abs() <= bound(dtype, exact)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_of_wide_layers_in_chunks(wide, dtype):
+    layers = make_features(30, ((513,), (1024,)), dtype)
+    mean, _, count = moments(layers)
+    grad = torch.randn_like(mean)
+    got = moments_backward(layers, mean, count, grad, grad)
+    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad, grad), strict=True):
+        assert bool(((dx.double() - exact).abs() <= bound(dtype, exact)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_features_are_matched_in_float32(dtype):
+    layers, target = make_features(9, dtype=dtype), make_target()
+    losses = []
+    for name in ("triton", "reference"):
+        with mo.backend(name):
+            losses.append(mo.MomentLoss(target, mo.AdamMovingAverage(lr=0.01))(layers))
+    assert losses[0].dtype == torch.float32
+    assert_close(losses[0], losses[1].double(), rows=20)
+
+
+def test_a_second_run_gives_the_same_bits():
+    layers = make_features(200, ((40,), (3, 4, 4)))
+    results = []
+    for _ in range(2):
+        loss = mo.MomentLoss(make_target(((40,), (3, 4, 4))), mo.AdamMovingAverage(lr=0.1))
+        results.append([loss(layers), state_of(loss)])
+    assert_same_bits(*results)

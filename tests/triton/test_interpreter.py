@@ -1,0 +1,22 @@
+"""The kernels' numbers, without a GPU: in Triton's interpreter, which is chosen when the kernels are imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parent / "interpreter"
+
+
+def test_the_kernels_compute_what_the_reference_computes():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=FOLDER.parents[2],
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
