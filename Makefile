@@ -10,7 +10,7 @@ TORCH ?= auto
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 SOURCES := setup.py $(shell find csrc -type f)
 
 help:  ## list the targets
@@ -35,18 +35,18 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 		fi
 		CONSTRAINTS=constraints.txt
 	fi
-	$(BIN)/python -m pip --disable-pip-version-check install -q -c $$CONSTRAINTS setuptools wheel
+	$(BIN)/python -m pip --disable-pip-version-check install -qq -c $$CONSTRAINTS setuptools wheel
 	$(BIN)/python - <<-'PY' > $(VENV)/requirements.txt
 		import re, pathlib
 		extras = re.findall(r'^(?:train|dev) = \[(.*?)\]$$', pathlib.Path("pyproject.toml").read_text(), re.M | re.S)
 		print("\n".join(name for extra in extras for name in re.findall(r'"([^"]+)"', extra)))
 	PY
-	$(BIN)/python -m pip --disable-pip-version-check install -q -c $$CONSTRAINTS -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip --disable-pip-version-check install -qq -c $$CONSTRAINTS -r $(VENV)/requirements.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@echo "building the extension"
-	MOMENT_OPS_EXTENSION=0 $(BIN)/python -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
+	MOMENT_OPS_EXTENSION=0 $(BIN)/python -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps -e .
 	$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	grep "^moment_ops:" $(VENV)/build.log || true
 	touch $@

@@ -12,7 +12,7 @@ import torch
 from bench import environment, report, results
 from bench.harness import Bench, measure
 from bench.isolation import isolated
-from bench.machine import Cpu
+from bench.machine import MACHINES
 from bench.workloads import DTYPES, WORKLOADS
 
 OPERATORS = ("moments", "match")
@@ -52,18 +52,27 @@ def parser(operators: Sequence[str]) -> argparse.ArgumentParser:
         "--quick", action="store_true", help="one small workload, few repetitions; results are not kept"
     )
     parser.add_argument("--repeat", type=positive, help=f"timed rounds (default: as many as fit into {SECONDS:g} s)")
+    parser.add_argument("--device", choices=tuple(MACHINES), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--output", type=Path, help="folder for the results (default: bench/results/<device>)")
     return parser
 
 
-def run_case(operator: str, workload: str, dtype: str, quick: bool, repeat: int | None, threads: int) -> dict[str, Any]:
+def describe(device: str) -> dict[str, Any]:
+    """The environment, where the device is there."""
+    MACHINES[device]().begin()
+    return environment.describe(device)
+
+
+def run_case(
+    operator: str, workload: str, dtype: str, device: str, quick: bool, repeat: int | None, threads: int
+) -> dict[str, Any]:
     """Measure one case, in a process that has done nothing else."""
     torch.set_num_threads(threads)
     kind = bench_class(operator)
     return measure(
-        kind(WORKLOADS[workload], dtype),
-        Cpu(),
+        kind(WORKLOADS[workload], dtype, device),
+        MACHINES[device](),
         seconds=QUICK_SECONDS if quick else SECONDS,
         repeat=repeat,
         contestants=[name for name in kind.contestants if not (quick and name in kind.slow_to_prepare)],
@@ -76,7 +85,7 @@ def main(arguments: Sequence[str] | None = None, operators: Sequence[str] = OPER
     options = parser(operators).parse_args(arguments)
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    described = isolated(environment.describe)
+    described = isolated(describe, options.device)
     folder = options.output or (None if options.quick else results.device_folder(described))
     print(environment.line(described), flush=True)
     if (described["load"] or 0) > BUSY:
@@ -85,7 +94,9 @@ def main(arguments: Sequence[str] | None = None, operators: Sequence[str] = OPER
     for operator in operators:
         for workload, dtype in cases(bench_class(operator), options.workload, options.quick):
             print(f"\n{operator}, {workload}, {dtype}", flush=True)
-            result = isolated(run_case, operator, workload, dtype, options.quick, options.repeat, threads)
+            result = isolated(
+                run_case, operator, workload, dtype, options.device, options.quick, options.repeat, threads
+            )
             print("\n" + report.table(result), flush=True)
             if not report.ours_agrees(result):
                 wrong.append(f"{operator} {workload} {dtype}")

@@ -92,6 +92,49 @@ class Cpu:
         return peak_over_rest(call)
 
 
+class Gpu:
+    """Time between events on the device, memory of its caching allocator."""
+
+    device = "cuda"
+    # What is written before a call is timed, so that the call finds nothing of its inputs in the L2 cache.
+    FLUSH_BYTES = 256 << 20
+
+    def begin(self) -> None:
+        if not torch.cuda.is_available():
+            raise SystemExit("there is no GPU that torch can use")
+        torch.cuda.empty_cache()
+
+    def prepare(self) -> None:
+        self.flush = torch.empty(self.FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+
+    def time(self, call: Call) -> Sample:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The flush keeps the device busy while the host gets ahead: what is timed is the device, not the launch.
+        self.flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return Sample(start.elapsed_time(end) / 1e3)
+
+    def probes(self, size: int) -> dict[str, Probe]:
+        source = torch.ones(size // 4, device=self.device)
+        target = torch.empty_like(source)
+        moved = source.numel() * source.itemsize
+        return {"read": Probe(source.sum, moved), "read_write": Probe(lambda: target.copy_(source), 2 * moved)}
+
+    def peak_memory(self, call: Call) -> int | None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        rest = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - rest
+
+
+MACHINES: dict[str, type[Cpu] | type[Gpu]] = {"cpu": Cpu, "cuda": Gpu}
+
+
 def pytorch_calls(call: Call) -> int:
     """Operators and compiled graphs that a call enters; those inside other operators do not count."""
     activities = [torch.profiler.ProfilerActivity.CPU]

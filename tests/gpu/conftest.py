@@ -1,4 +1,4 @@
-"""`make test-gpu`: every operator on every GPU backend against float64 on the CPU; skipped without a GPU."""
+"""`make test-gpu`: every operator on every GPU backend against float64 on the CPU; all skipped without a GPU."""
 
 from collections.abc import Iterator
 from pathlib import Path
