@@ -15,7 +15,7 @@ from bench.isolation import isolated
 from bench.machine import MACHINES
 from bench.workloads import DTYPES, WORKLOADS
 
-OPERATORS = ("moments", "match")
+OPERATORS = ("moments", "match", "relu_moments")
 SECONDS, QUICK_SECONDS = 6.0, 0.5
 # Load beyond which a warning is printed.
 BUSY = 0.5

@@ -87,6 +87,13 @@ def test_a_forced_backend_that_cannot_run_says_why(name):
         mo.moments(torch.randn(4, 3))
 
 
+def test_an_operator_without_a_kernel_of_its_own_runs_on_the_reference(monkeypatch):
+    monkeypatch.setattr(backends, "_warned", True)
+    assert backends.select("no_such_operator", torch.ones(1)) == "reference"
+    with mo.backend("cpu"), pytest.raises(RuntimeError, match=r"no_such_operator: .* has no CPU kernel for it"):
+        backends.select("no_such_operator", torch.ones(1))
+
+
 def test_a_forced_backend_that_cannot_run_leaves_the_state():
     loss = mo.MomentLoss(make_target([(3,)]), mo.AdamMovingAverage())
     x = torch.randn(4, 3)

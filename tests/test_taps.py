@@ -235,9 +235,13 @@ print(4 * len(loss.target_mean))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's high-water mark")
 def test_the_peak_of_a_step_is_that_of_the_plain_network():
-    result = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    plain, tapped, plain_in_place, tapped_in_place, vector = map(int, result.stdout.split())
+    # How many activations fit into the holes of a process's memory is chance: one in six takes one more.
+    peaks = []
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        peaks.append(map(int, result.stdout.split()))
+    plain, tapped, plain_in_place, tapped_in_place, vector = map(min, zip(*peaks, strict=True))
     # Half an activation: moments, their gradients, and what the allocator rounds up.
     assert tapped <= plain + 8 * vector
     assert tapped_in_place <= plain_in_place + 8 * vector

@@ -136,14 +136,15 @@ inline void column_gradients(const std::vector<Tensor>& grad, const std::optiona
         const int64_t step = row + kBackwardRows <= layer.rows ? kBackwardRows : 1;
         const auto apply = step == kBackwardRows ? Loops::tile : Loops::single;
         const T* x = layer.template data<T>() + row * layer.row_stride;
-        const T* g = added.empty() ? nullptr : added[strip.layer].template data<T>() + row * added[strip.layer].row_stride;
         const int64_t g_stride = added.empty() ? 0 : added[strip.layer].row_stride;
+        const T* g = added.empty() ? nullptr : added[strip.layer].template data<T>() + row * g_stride;
         T* y = static_cast<T*>(output.tensor.mutable_data_ptr()) + row * output.row_stride;
         for (int64_t begin = strip.begin; begin < strip.end; begin += kBackwardColumns) {
           const int64_t columns = std::min(kBackwardColumns, strip.end - begin);
           const int64_t at = begin - strip.begin;
           apply(x + begin, layer.row_stride, g ? g + begin : nullptr, g_stride, c.a.data() + at, c.b.data() + at,
-                c.mean.data() + at, columns, stream ? buffer : y + begin, stream ? kBackwardColumns : output.row_stride);
+                c.mean.data() + at, columns, stream ? buffer : y + begin,
+                stream ? kBackwardColumns : output.row_stride);
           for (int64_t r = 0; stream && r < step; ++r) {
             stream_store(buffer + r * kBackwardColumns, y + r * output.row_stride + begin, columns * sizeof(T));
           }

@@ -3,7 +3,7 @@
 // Rows go in blocks of 512. Every column of a block is shifted by a pivot, the mean of its first tile, on load: without
 // it the merges lose the bound of 1e-5 at |mean| / std = 1e3, and with the first row alone an outlier there costs the
 // digits of all other rows. Tiles of eight rows, or of four, are reduced in registers and merged one after another.
-// Blocks are merged in double as a pairwise tree whose shape depends on the row numbers alone; longer runs of sequential
+// Blocks are merged in double as a pairwise tree whose shape depends on the row numbers alone; longer sequential runs of
 // merges in float break the bound at a million rows.
 #pragma once
 
@@ -58,19 +58,20 @@ inline void reduce_tile(Read read, int64_t columns, A* __restrict pivot, MergeFa
   }
 }
 
-// The moments of a block of rows, given by read(row, column), in tiles of TILE rows, then of four, two and one.
-template <int TILE, class A, class Read>
-inline void block_moments(Read read, int64_t rows, int64_t columns, A* pivot, A* mean, A* m2) {
+// The moments of a block of rows, in tiles of TILE rows, then of four, two and one; tile_at(row) is the `read` of the
+// tile that begins there.
+template <int TILE, class A, class TileAt>
+inline void block_moments(TileAt tile_at, int64_t rows, int64_t columns, A* pivot, A* mean, A* m2) {
   int64_t row = 0;
   const auto tiles = [&](auto tile_rows) {
     constexpr int ROWS = decltype(tile_rows)::value;
     for (; row + ROWS <= rows; row += ROWS) {
-      const auto read_tile = [=](int r, int64_t j) { return read(row + r, j); };
+      const auto read = tile_at(row);
       const MergeFactors<A> factors = merge_factors<A>(row, ROWS);
       if (row == 0) {
-        reduce_tile<true, ROWS>(read_tile, columns, pivot, factors, mean, m2);
+        reduce_tile<true, ROWS>(read, columns, pivot, factors, mean, m2);
       } else {
-        reduce_tile<false, ROWS>(read_tile, columns, pivot, factors, mean, m2);
+        reduce_tile<false, ROWS>(read, columns, pivot, factors, mean, m2);
       }
     }
   };

@@ -84,8 +84,11 @@ struct ColumnLoops;
     using A = accumulate_t<T>;                                                                                     \
     MOMENT_OPS_CLONES static void block(const T* x, int64_t row_stride, int64_t rows, int64_t columns, A* pivot,   \
                                         A* mean, A* m2) {                                                          \
-      const auto read = [=](int64_t row, int64_t column) { return load(x[row * row_stride + column]); };           \
-      block_moments<8>(read, rows, columns, pivot, mean, m2);                                                      \
+      const auto tile_at = [=](int64_t row) {                                                                      \
+        const T* tile = x + row * row_stride;                                                                      \
+        return [=](int r, int64_t column) { return load(tile[r * row_stride + column]); };                         \
+      };                                                                                                           \
+      block_moments<8>(tile_at, rows, columns, pivot, mean, m2);                                                   \
     }                                                                                                              \
   };
 MOMENT_OPS_COLUMN_LOOPS(double)

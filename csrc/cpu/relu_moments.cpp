@@ -32,15 +32,19 @@ template <class T, class A>
 inline void relu_block(const T* x, int64_t x_stride, const A* bias, int64_t rows, int64_t columns, T* y,
                        int64_t y_stride, A* pivot, A* mean, A* m2) {
   const auto pass = [=](auto has_bias) {
-    const auto read = [=](int64_t row, int64_t column) {
-      T value = x[row * x_stride + column];
-      // Rounded before the ReLU, as by an addition of its own.
-      if (has_bias) store(value, load(value) + bias[column]);
-      value = relu(value);
-      y[row * y_stride + column] = value;
-      return load(value);
+    const auto tile_at = [=](int64_t row) {
+      const T* from = x + row * x_stride;
+      T* to = y + row * y_stride;
+      return [=](int r, int64_t column) {
+        T value = from[r * x_stride + column];
+        // Rounded before the ReLU, as by an addition of its own.
+        if (has_bias) store(value, load(value) + bias[column]);
+        value = relu(value);
+        to[r * y_stride + column] = value;
+        return load(value);
+      };
     };
-    block_moments<kTapRows>(read, rows, columns, pivot, mean, m2);
+    block_moments<kTapRows>(tile_at, rows, columns, pivot, mean, m2);
   };
   if (bias) {
     pass(std::true_type{});

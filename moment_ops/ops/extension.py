@@ -43,4 +43,6 @@ def missing(dispatch_key: str = "CPU", operator: str = "moments") -> str | None:
 @functools.cache
 def _has_kernel(operator: str, dispatch_key: str) -> bool:
     """Asked on every call of an operator, and slow to ask: 5 us."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"moment_ops::{operator}.native", dispatch_key)
+    name = f"moment_ops::{operator}.native"
+    # Asking for a key of an unknown operator raises.
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
