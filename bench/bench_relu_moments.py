@@ -11,6 +11,7 @@ from bench import agreement, baselines
 from bench.harness import BOTH, FORWARD, OURS, Bench, Entry
 from bench.machine import Traffic
 from bench.workloads import make_vectors
+from moment_ops.taps.functions import FEATURES
 from moment_ops.training.extractors import VGG19, ResNet18
 from moment_ops.training.networks import Classifier
 
@@ -89,7 +90,7 @@ class ReluMomentsBench(Bench):
         return lambda images: _squared_distance(reduction(self.extractor.features(images)), self.target)
 
     def _last(self, images: Tensor) -> list[Tensor]:
-        return [net(images, False)[-1] for net in self.extractor.nets]
+        return [net(images, FEATURES)[-1] for net in self.extractor.nets]
 
     def entry(self, contestant: str) -> Entry:
         loss = self._loss(contestant)

@@ -166,8 +166,31 @@ class Moments:
         mean = mean.to(dtype)
         return Moments(mean, var, cov, count, first.correction, first.shapes, names=first.names, validate=False)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.npz` file that numpy opens without pickle. Another program's file at `path` is not overwritten."""
+    def save(self, path: str | os.PathLike[str], *, format: str = "moments") -> None:
+        """Write a `.npz` file that numpy opens without pickle. Another program's file at `path` is not overwritten.
+
+        Args:
+            path: of the file.
+            format: "moments" for all there is, bit for bit; "fid" for what the FID tools (pytorch-fid, clean-fid,
+                torch-fidelity) read: float64 `mu` (D,) and `sigma` (D, D) of a single layer. `load` reads both.
+        """
+        checks.option(format, "format", ("moments", "fid"))
+        files.write(Path(path), self._arrays() if format == "moments" else self._fid_arrays())
+
+    def _fid_arrays(self) -> dict[str, np.ndarray]:
+        if self.cov is None or len(self.cov) != 1:
+            layers = "none" if self.cov is None else len(self.cov)
+            raise ValueError(f"format: got 'fid' for moments with {layers} covariances, expected exactly one")
+        arrays = {
+            "mu": files.to_numpy(self.mean.double()),
+            "sigma": files.to_numpy(self.cov[0].double()),
+            "correction": np.array(self.correction),
+        }
+        if self.count is not None:
+            arrays["count"] = files.to_numpy(self.count)
+        return arrays
+
+    def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {
             "mean": files.to_numpy(self.mean),
             "dtype": np.array(str(self.mean.dtype).removeprefix("torch.")),
@@ -182,16 +205,20 @@ class Moments:
             arrays["names"] = np.array(json.dumps(self.names))
         for i, matrix in enumerate(self.cov or ()):
             arrays[f"cov_{i}"] = files.to_numpy(matrix)
-        files.write(Path(path), arrays)
+        return arrays
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Moments":
-        """Read a file of `save`, or a `mu`/`sigma` file of the FID tools (its count is not known). On the CPU."""
+        """Read a file of `save`, or a `mu`/`sigma` file of the FID tools (theirs do not tell the count). On the CPU."""
         arrays = files.read(Path(path))
         try:
             if "mu" in arrays:
                 sigma = torch.from_numpy(arrays["sigma"])
-                return Moments(torch.from_numpy(arrays["mu"]), sigma.diagonal().clone(), (sigma,))
+                fid_count = torch.from_numpy(arrays["count"]) if "count" in arrays else None
+                fid_correction = int(arrays.get("correction", 1))
+                return Moments(
+                    torch.from_numpy(arrays["mu"]), sigma.diagonal().clone(), (sigma,), fid_count, fid_correction
+                )
             shapes = tuple(tuple(shape) for shape in json.loads(str(arrays["shapes"])))
             names = tuple(json.loads(str(arrays["names"]))) if "names" in arrays else None
             dtype = getattr(torch, str(arrays["dtype"]))

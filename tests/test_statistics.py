@@ -184,6 +184,37 @@ def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
     assert stat.S_IMODE(os.stat(tmp_path / "m.npz").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
 
 
+def moments_with_covariance(layers=1):
+    x = torch.randn(50, 4, dtype=torch.float64)
+    cov = (torch.cov(x.mT),) * layers
+    mean, var = x.mean(0).repeat(layers), x.var(0).repeat(layers)
+    return mo.Moments(mean.float(), var.float(), tuple(c.float() for c in cov), 50, shapes=((4,),) * layers)
+
+
+def test_a_single_covariance_is_exported_as_the_fid_tools_read_it(tmp_path):
+    m = moments_with_covariance()
+    m.save(tmp_path / "stats.npz", format="fid")
+    with np.load(tmp_path / "stats.npz") as file:
+        assert file["mu"].dtype == file["sigma"].dtype == np.float64
+        assert np.array_equal(file["mu"], m.mean)
+        assert np.array_equal(file["sigma"], m.cov[0])
+    loaded = mo.Moments.load(tmp_path / "stats.npz")
+    assert torch.equal(loaded.cov[0], m.cov[0].double())
+    assert (loaded.count.tolist(), loaded.correction) == ([50], 1)
+    # A file of ours may be written again.
+    m.save(tmp_path / "stats.npz", format="fid")
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_fid_format_holds_exactly_one_covariance(tmp_path, layers):
+    m = moments_with_covariance(layers) if layers else mo.Moments(torch.zeros(3))
+    with pytest.raises(
+        ValueError, match="format: got 'fid' for moments with (none|2) covariances, expected exactly one"
+    ):
+        m.save(tmp_path / "stats.npz", format="fid")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_mu_and_sigma_of_the_fid_tools_load(tmp_path, dtype):
     data = np.random.default_rng(0).normal(size=(50, 4))

@@ -70,6 +70,22 @@ def test_moments_and_gradients_are_those_of_the_plain_network(kind, layout):
     assert relative(gradient(extractor, images), expected) < 1e-12
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_moments_and_features_come_from_one_run(kind):
+    extractor, images = mo.MomentExtractor(make_network(kind)), make_images()
+    m, features = extractor.moments_and_features(images)
+    alone = extractor(images)
+    assert_same_bits(m.mean, alone.mean)
+    assert_same_bits(m.var, alone.var)
+    for ours, theirs in zip(features, extractor.features(images), strict=True):
+        assert_same_bits(ours, theirs)
+    total = score(m) + sum(y.sin().sum() for y in features)
+    plain = plain_features(make_network(kind), images)
+    expected = score(mo.moments(plain)) + sum(y.sin().sum() for y in plain)
+    gradients = [torch.autograd.grad(value, images)[0] for value in (total, expected)]
+    assert relative(*gradients) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [Chain, Residual, Shared, Flow])
 def test_in_every_dtype_the_error_is_that_of_the_plain_network(kind, dtype):
@@ -202,7 +218,7 @@ def test_what_is_saved_beside_the_plain_network_is_the_means(kind):
     extractor = mo.MomentExtractor(net)
     # BatchNorm is folded on both sides: unfolded it saves its input.
     plain_net = copy.deepcopy(extractor.nets[0])
-    plain, _ = saved_bytes(lambda: plain_net(images, False))
+    plain, _ = saved_bytes(lambda: plain_net(images, functions.FEATURES))
     tapped, m = saved_bytes(lambda: extractor(images))
     assert tapped <= plain + 4 * m.mean.numel()
     unfolded, _ = saved_bytes(lambda: net.eval().requires_grad_(False)(images))

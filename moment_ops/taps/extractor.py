@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moment_ops.statistics import Moments
-from moment_ops.taps.functions import Collected
+from moment_ops.taps.functions import BOTH, FEATURES, MOMENTS, Collected
 from moment_ops.taps.recording import RecordedNetwork
 from moment_ops.taps.selection import Layers, Selection
 from moment_ops.taps.tracing import Untraceable, trace
@@ -75,7 +75,18 @@ class MomentExtractor(nn.Module):
         Returns:
             Moments with correction 1 and variances, float32 (float64 for float64 features).
         """
-        taps: list[Collected] = self._run(images, True)
+        return self._packed(self._run(images, MOMENTS))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The features of all taps, one (N, ...) Tensor each, in the order of the moments."""
+        return self._run(images, FEATURES)
+
+    def moments_and_features(self, images: Tensor) -> tuple[Moments, list[Tensor]]:
+        """Both, of one run of the networks: moments by the taps, and features for what needs more than moments."""
+        taps: list[Collected] = self._run(images, BOTH)
+        return self._packed(taps), [tap.features for tap in taps if tap.features is not None]
+
+    def _packed(self, taps: list[Collected]) -> Moments:
         rows = [tap.rows for tap in taps]
         first = taps[0].mean
         if all(n == rows[0] for n in rows):
@@ -91,10 +102,6 @@ class MomentExtractor(nn.Module):
             validate=False,
         )
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The features of all taps, one (N, ...) Tensor each, in the order of the moments."""
-        return self._run(images, False)
-
     def train(self, mode: bool = True) -> "MomentExtractor":
         """Stays in evaluation mode."""
         return self
@@ -106,8 +113,8 @@ class MomentExtractor(nn.Module):
     def _pairs(self) -> Iterable[tuple[nn.Module, list[str] | None]]:
         return zip(self.nets, self._names, strict=True)
 
-    def _run(self, images: Tensor, moments: bool) -> list[Any]:
-        statistics = [statistic for net in self.nets for statistic in net(images, moments)]
+    def _run(self, images: Tensor, wanted: str) -> list[Any]:
+        statistics = [statistic for net in self.nets for statistic in net(images, wanted)]
         if not self._checked:
             self._check_names()
         return statistics

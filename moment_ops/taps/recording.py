@@ -1,6 +1,7 @@
 """Taps in a network that cannot be traced: its calls are watched while they happen."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class RecordedNetwork(nn.Module):
     """A network whose calls are tapped by hooks, ReLU functions by a `TorchFunctionMode`.
 
     Nothing is folded; an in-place ReLU stays in place, with the tap after it; what other modules return goes on as a
-    copy. Which calls there are is known after
-    the first forward; a later one that takes another path raises.
+    copy. Which calls there are is known after the first forward; a later one that takes another path raises.
 
     Args:
         net: in evaluation mode; it gets hooks.
@@ -46,9 +46,9 @@ class RecordedNetwork(nn.Module):
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave)
 
-    def forward(self, images: Tensor, moments: bool) -> list[Any]:
+    def forward(self, images: Tensor, wanted: str) -> list[Any]:
         """The statistics of the taps."""
-        self._sites, self._callers, self._moments = Sites(self._prefix), [self.net], moments
+        self._sites, self._callers, self._wanted = Sites(self._prefix), [self.net], wanted
         self._statistics: list[Any] = []
         self._tapped: list[str] = []
         self.passed: list[str] = []
@@ -74,7 +74,7 @@ class RecordedNetwork(nn.Module):
         if module in self._plain_relus or not self._chooses(self._paths[module] or type(module).__name__, module):
             return None
         # Whether the network will write to its output cannot be known.
-        return self._keep(*functions.identity_tap(output, self._moments, copied=True))
+        return self._keep(*functions.identity_tap(output, self._wanted, copied=True))
 
     def _call_relu(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         caller = self._callers[-1]
@@ -86,10 +86,15 @@ class RecordedNetwork(nn.Module):
         if not self._chooses(path, module):
             return function(*args, **kwargs)
         if function in IN_PLACE_RELU_FUNCTIONS or kwargs.get("inplace") or args[1:2] == (True,):
-            y, statistic = functions.identity_tap(function(*args, **kwargs), self._moments)
+            y, statistic = functions.identity_tap(function(*args, **kwargs), self._wanted)
         else:
-            y, statistic = functions.relu_tap(args[0] if args else kwargs["input"], None, self._moments)
-        return self._keep(y, statistic if self._moments else statistic.clone())
+            y, statistic = functions.relu_tap(args[0] if args else kwargs["input"], None, self._wanted)
+        # The network may write to what it got.
+        if self._wanted == functions.FEATURES:
+            statistic = statistic.clone()
+        elif self._wanted == functions.BOTH:
+            statistic = replace(statistic, features=y.clone())
+        return self._keep(y, statistic)
 
     def _chooses(self, path: str, module: nn.Module) -> bool:
         site = self._sites.add(path, module)

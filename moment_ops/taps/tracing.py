@@ -106,7 +106,7 @@ def _is_relu_function(node: fx.Node) -> bool:
 
 
 def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphModule, list[str], list[str]]:
-    """A network as a graph that maps (images, moments) to the statistics of its taps.
+    """A network as a graph that maps (images, wanted) to the statistics of its taps.
 
     Args:
         net: in evaluation mode; its convolutions' parameters may be replaced.
@@ -142,7 +142,7 @@ class _Rewriter:
         self.root, self.graph = root, graph
         images = next(node for node in graph.nodes if node.op == "placeholder")
         with graph.inserting_after(images):
-            self.moments = graph.placeholder("moments")
+            self.wanted = graph.placeholder("wanted")
 
     def tap(self, nodes: list[fx.Node]) -> list[fx.Node]:
         """Tap the values of the nodes; returns the nodes of their statistics."""
@@ -167,7 +167,7 @@ class _Rewriter:
         # What an in-place ReLU leaves in its input is what later uses of the input see.
         later = aliasing.users_after(self.graph, x, node) if in_place else []
         bias = self._move_bias(node, x)
-        y, statistic = self._insert(node, functions.relu_tap, (x, bias, self.moments))
+        y, statistic = self._insert(node, functions.relu_tap, (x, bias, self.wanted))
         for user in later:
             user.replace_input_with(x, y)
         node.replace_all_uses_with(y)
@@ -177,7 +177,7 @@ class _Rewriter:
 
     def _tap_identity(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         users = set(node.users)
-        y, statistic = self._insert(node, functions.identity_tap, (node, self.moments))
+        y, statistic = self._insert(node, functions.identity_tap, (node, self.wanted))
         node.replace_all_uses_with(y, delete_user_cb=lambda user: user in users)
         aliasing.protect(self.root, self.graph, y)
         return y, statistic
