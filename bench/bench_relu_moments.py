@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import moment_ops as mo
 from bench import agreement, baselines
-from bench.harness import BOTH, FORWARD, OURS, Bench, Entry
+from bench.harness import BOTH, COMPILED, FORWARD, OURS, Bench, Entry
 from bench.machine import Traffic
 from bench.workloads import make_vectors
 from moment_ops.taps.functions import FEATURES
@@ -21,6 +21,8 @@ NETWORKS: dict[str, Callable[[], Sequence[nn.Module]]] = {
     "digits": lambda: (Classifier(),),
 }
 WITHOUT = "the network without matching"
+GROUPED = "grouped moments of the features"
+EAGER = "eager: mean, var"
 
 
 def _squared_distance(moments: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
@@ -34,7 +36,8 @@ class ReluMomentsBench(Bench):
     """
 
     operator = "relu_moments"
-    contestants = (OURS, WITHOUT, "grouped moments of the features", "eager: mean, var", "original: concatenated")
+    contestants = (OURS, WITHOUT, GROUPED, EAGER, COMPILED + "mean, var", "original: concatenated")
+    slow_to_prepare = (COMPILED + "mean, var",)
     default_cases = (("vgg19", "float32"), ("digits", "float32"))
 
     @cached_property
@@ -84,10 +87,14 @@ class ReluMomentsBench(Bench):
             return lambda images: ours(self.extractor(images))
         if contestant == WITHOUT:
             return lambda images: sum(last.float().sum() for last in self._last(images))
-        if contestant == "grouped moments of the features":
+        if contestant == GROUPED:
             return lambda images: ours(self.extractor.features(images))
         reduction = baselines.concatenated if contestant.startswith("original") else baselines.per_layer
-        return lambda images: _squared_distance(reduction(self.extractor.features(images)), self.target)
+
+        def distance(images: Tensor) -> Tensor:
+            return _squared_distance(reduction(self.extractor.features(images)), self.target)
+
+        return torch.compile(distance) if contestant.startswith(COMPILED) else distance
 
     def _last(self, images: Tensor) -> list[Tensor]:
         return [net(images, FEATURES)[-1] for net in self.extractor.nets]

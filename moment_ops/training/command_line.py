@@ -91,7 +91,13 @@ def add_train_gfmn(methods: Any) -> None:
     )
     gfmn.add_argument("--run", type=Path, help="folder of the run (default: runs/gfmn-DATA)")
     gfmn.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-    gfmn.add_argument("--extractor", type=Path, help="extractor file (default: beside the run, trained at first use)")
+    gfmn.add_argument(
+        "--extractor",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="weights of the networks of --features (default: a classifier beside the run, trained at first use)",
+    )
     add_device(gfmn)
 
     from moment_ops.training.gfmn import Settings
@@ -142,7 +148,7 @@ def train_gfmn_command(options: argparse.Namespace) -> int:
             run,
             given,
             resume=options.resume,
-            extractor_path=options.extractor,
+            extractor_files=options.extractor,
             device=choose_device(options.device),
             say=functools.partial(print, flush=True),
         )
@@ -156,12 +162,12 @@ def train_gfmn_command(options: argparse.Namespace) -> int:
 
 def moments_command(options: argparse.Namespace) -> None:
     import moment_ops as mo
-    from moment_ops.training import data, gfmn
+    from moment_ops.training import data, feature_networks, gfmn
     from moment_ops.training.networks import choose_device
 
     images = data.load(options.data).to(choose_device(options.device))
     path = options.extractor or Path("runs") / f"extractor-{images.name}.pt"
-    extractor = mo.MomentExtractor(gfmn.load_or_train_extractor(images, path))
+    extractor = mo.MomentExtractor(feature_networks.load_or_train_classifier(images, path))
     target = gfmn.target_moments(images, extractor)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     target.save(options.output)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import moment_ops as mo
-from moment_ops.training import checkpoints, classifiers, runs
+from moment_ops.losses.matching import Weight
+from moment_ops.training import feature_networks, runs
 from moment_ops.training.data import ImageData, load, scale
+from moment_ops.training.errors import TrainingError
 from moment_ops.training.evaluator import Evaluator
+from moment_ops.training.feature_networks import CLASSIFIER, Say
 from moment_ops.training.loop import train as train_generator
-from moment_ops.training.networks import Classifier, Generator, freeze
+from moment_ops.training.networks import Classifier, Generator
 from moment_ops.training.settings import LoopSettings, option
 from moment_ops.training.trainer import Trainer
 
 TARGET = "target.npz"
-EXTRACTOR_SECONDS = 60.0
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,31 @@ class Settings(LoopSettings):
     decay: float = option(0.99, "weight of the past in the plain moving average")
     mean_weight: float = option(1.0, "weight of the means in the loss")
     var_weight: float = option(1.0, "weight of the variances in the loss")
-    extractor_iterations: int = option(640, "training steps of the extractor, when there is none yet")
+    features: str = option(
+        CLASSIFIER,
+        "networks whose ReLUs are matched: the classifier is trained on the data, the others come with weights",
+        choices=feature_networks.CHOICES,
+    )
+    layer_scale: str = option(
+        "auto",
+        "weights of the layers: equal, variance (a layer counts by its features over their standard deviation), or auto"
+        " (equal for the classifier, variance for the others, whose layers differ by orders of magnitude)",
+        choices=("auto", "equal", "variance"),
+    )
+    extractor_iterations: int = option(
+        feature_networks.CLASSIFIER_ITERATIONS, "training steps of the classifier, when there is none yet"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.extractor_iterations < 1:
             raise ValueError(f"extractor_iterations must be at least 1, got {self.extractor_iterations}")
+        for name, choices in (
+            ("features", feature_networks.CHOICES),
+            ("layer_scale", ("auto", "equal", "variance")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
         self.make_average()
 
     def make_average(self) -> mo.AdamMovingAverage | mo.MovingAverage | None:
@@ -61,11 +80,12 @@ class Objective(nn.Module):
     def __init__(self, extractor: mo.MomentExtractor, target: mo.Moments, settings: Settings) -> None:
         super().__init__()
         self.extractor = extractor
+        mean_weight, var_weight = layer_weights(target, settings)
         self.moment_loss = mo.MomentLoss(
             target,
             settings.make_average(),
-            mean_weight=settings.mean_weight,
-            var_weight=settings.var_weight,
+            mean_weight=mean_weight,
+            var_weight=var_weight,
             # A mean over all features would bring the gradients near the eps of the generator's optimizer.
             reduction="sum",
         )
@@ -74,58 +94,15 @@ class Objective(nn.Module):
         return self.moment_loss(self.extractor(images))
 
 
-def fingerprint(data: ImageData) -> str:
-    """Tells data sets apart, so that an extractor is not reused for another one of the same name."""
-    digest = hashlib.sha256(data.train.cpu().numpy().tobytes())
-    if data.train_labels is not None:
-        digest.update(data.train_labels.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_or_train_extractor(
-    data: ImageData, path: Path, *, iterations: int = Settings.extractor_iterations, say: Say = print
-) -> Classifier:
-    """The frozen classifier whose features are matched; trained at first use and kept at ``path``.
-
-    It learns the labels of ``data``, or, where there are none, to tell how an image was turned.
-    """
-    images, labels = data.train, data.train_labels
-    held_out, held_out_labels = data.held_out, data.held_out_labels
-    if labels is None or held_out_labels is None:
-        images, labels = classifiers.rotation_task(images)
-        held_out, held_out_labels = classifiers.rotation_task(held_out)
-    classes = int(torch.cat([labels, held_out_labels]).max()) + 1
-    data_fingerprint = fingerprint(data)
-
-    if path.exists():
-        state = checkpoints.load(path, "feature extractor")
-        if state["data"] == data_fingerprint:
-            return restore_extractor(state["network"], data.train.device)
-        say(f"{path} was trained on other data")
-    torch.manual_seed(0)
-    extractor = Classifier(data.channels, classes).to(data.train.device)
-    classifiers.train_classifier(
-        extractor,
-        images,
-        labels,
-        iterations=iterations,
-        strength=0.5,
-        seconds=EXTRACTOR_SECONDS,
-        description="extractor",
-    )
-    share = classifiers.accuracy(extractor, held_out, held_out_labels)
-    state = {"network": extractor.state_dict(), "data": data_fingerprint}
-    checkpoints.save(path, "feature extractor", state)
-    say(f"extractor: {share:.1%} of the held-out images right; kept in {path}")
-    return freeze(extractor)
-
-
-def restore_extractor(state: dict[str, Tensor], device: torch.device) -> Classifier:
-    """The frozen classifier that a state dict came from."""
-    channels, classes = state["blocks.0.0.weight"].shape[1], state["head.weight"].shape[0]
-    extractor = Classifier(channels, classes)
-    extractor.load_state_dict(state)
-    return freeze(extractor).to(device)
+def layer_weights(target: mo.Moments, settings: Settings) -> tuple[Weight, Weight]:
+    """Weights of the means and of the variances, per layer where they differ."""
+    scaled = settings.layer_scale == "variance"
+    if settings.layer_scale == "auto":
+        scaled = settings.features != CLASSIFIER
+    if not scaled:
+        return settings.mean_weight, settings.var_weight
+    scales = [1 / max(float(var.mean()), 1e-12) for _, var in target.layers() if var is not None]
+    return [settings.mean_weight * scale for scale in scales], [settings.var_weight * scale**2 for scale in scales]
 
 
 def target_moments(data: ImageData, extractor: mo.MomentExtractor, *, batch_size: int = 250) -> mo.Moments:
@@ -144,12 +121,33 @@ def new_trainer(data: ImageData, extractor: mo.MomentExtractor, target: mo.Momen
     return Trainer(generator, Objective(extractor, target, settings).to(device), settings)
 
 
+def make_extractor(
+    data: ImageData, settings: Settings, files: Sequence[Path] | None, folder: Path, say: Say
+) -> mo.MomentExtractor:
+    """The taps that the settings ask for; ``files`` hold their weights, by default a classifier's in ``folder``."""
+    if settings.features != CLASSIFIER:
+        return feature_networks.pretrained_extractor(settings.features, files or []).to(data.train.device)
+    if files and len(files) > 1:
+        raise TrainingError(f"the classifier needs one file after --extractor, got {len(files)}")
+    path = files[0] if files else folder / f"extractor-{data.name}.pt"
+    classifier = feature_networks.load_or_train_classifier(
+        data, path, iterations=settings.extractor_iterations, say=say
+    )
+    return mo.MomentExtractor(classifier)
+
+
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> Trainer:
     """The trainer of a checkpoint, which needs no file besides: extractor and targets are in it."""
-    extractor = mo.MomentExtractor(Classifier(data.channels)).to(data.train.device)
+    if settings.features == CLASSIFIER:
+        extractor = mo.MomentExtractor(Classifier(data.channels))
+    else:
+        extractor = feature_networks.pretrained_extractor(settings.features, None)
+    extractor = extractor.to(data.train.device)
     with torch.no_grad():
-        placeholder = extractor(scale(data.train[:2]))
-    trainer = new_trainer(data, extractor, placeholder, settings)
+        shapes = extractor(scale(data.train[:2]))
+    saved = state["trainer"]["objective"]
+    target = replace(shapes, mean=saved["moment_loss.target_mean"], var=saved["moment_loss.target_var"])
+    trainer = new_trainer(data, extractor, target, settings)
     trainer.load_state_dict(state["trainer"])
     return trainer
 
@@ -159,7 +157,7 @@ def train(
     given: dict[str, Any],
     *,
     resume: bool = False,
-    extractor_path: Path | None = None,
+    extractor_files: Sequence[Path] | None = None,
     device: torch.device | str = "cpu",
     say: Say = print,
 ) -> tuple[float, float]:
@@ -181,9 +179,7 @@ def train(
         earlier = runs.start_run(run, settings)
         if earlier is not None:
             say(f"the earlier run is kept in {earlier}")
-        extractor_path = extractor_path or run.parent / f"extractor-{data.name}.pt"
-        classifier = load_or_train_extractor(data, extractor_path, iterations=settings.extractor_iterations, say=say)
-        extractor = mo.MomentExtractor(classifier)
+        extractor = make_extractor(data, settings, extractor_files, run.parent, say)
         target = target_moments(data, extractor)
         target.save(run / TARGET)
         evaluator = Evaluator(data)

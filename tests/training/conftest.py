@@ -55,7 +55,7 @@ def train(tmp_path: Path, pictures: Path, extractor_path: Path) -> Any:
 
     def run(name: str, *, resume: bool = False, say: Any = lambda line: None, **given: Any) -> Path:
         settings = given if resume else {"data": str(pictures), **TINY, **given}
-        gfmn.train(tmp_path / name, settings, resume=resume, extractor_path=extractor_path, say=say)
+        gfmn.train(tmp_path / name, settings, resume=resume, extractor_files=[extractor_path], say=say)
         return tmp_path / name
 
     return run
