@@ -1,10 +1,13 @@
-"""Merging the moments of the processes of a group: one packed collective, the same result on every process."""
+"""Merging the moments of the processes of a group, or joining their rows: the same result on every process."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moment_ops.ops import triangle
 
 ProcessGroup = Any
 """A torch.distributed group; None for the default group where one is initialized; False for this process alone."""
@@ -100,3 +103,115 @@ def merge_ranks(
         freedom = rows - new_correction
         merged_var = torch.where(freedom > 0, m2 / freedom, float("nan")).to(var.dtype)
     return merged_mean, merged_var, merged_count
+
+
+def merge_covariances(
+    mean: Tensor,
+    covariance: Tensor,
+    count: int,
+    *,
+    widths: Sequence[int],
+    pivot: Tensor | None,
+    correction: int,
+    process_group: ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """Means and covariances over the rows of all processes, from those of each; as `merge_ranks`.
+
+    Args:
+        mean: (F,) of this process, packed.
+        covariance: packed triangles of this process, with correction 0.
+        count: rows of this process, the same for every layer.
+        widths: columns of every layer.
+        pivot: (F,) a mean known to all processes; by default zero, which costs digits of float64 alone.
+        correction: of the merged covariance.
+
+    Returns:
+        (mean, covariance), packed, the same on every process.
+    """
+    shift = mean.double() if pivot is None else mean.double() - pivot.double()
+    moments = covariance.double() + _packed_outer(shift, widths)
+    packed = torch.cat([shift.new_ones(1), shift, moments]) * count
+    total = _SumOverRanks.apply(packed, process_group)
+    rows = total[0].detach()
+    shift, moments = (total[1:] / rows).split([len(mean), len(covariance)])
+    merged_mean = shift if pivot is None else shift + pivot.double()
+    freedom = rows - correction
+    scale = torch.where(freedom > 0, rows / freedom, float("nan"))
+    merged = scale * (moments - _packed_outer(shift, widths))
+    return merged_mean.to(mean.dtype), merged.to(covariance.dtype)
+
+
+def _packed_outer(vector: Tensor, widths: Sequence[int]) -> Tensor:
+    """Packed triangles of the outer products of every layer's part with itself."""
+    return torch.cat([triangle.pack(torch.outer(part, part)) for part in vector.split(list(widths))])
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """`x` with zeros below, up to `rows` rows."""
+    padded = x.new_zeros((rows, *x.shape[1:]))
+    padded[: len(x)] = x
+    return padded
+
+
+class _AllGather(torch.autograd.Function):
+    """The rows of every process, (n_r, D) each; the gradients of a process's rows are summed over all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], process_group: ProcessGroup) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.process_group = sizes, process_group
+        # Not every backend gathers tensors of different shapes.
+        gathered = [x.new_empty((max(sizes), *x.shape[1:])) for _ in sizes]
+        dist.all_gather(gathered, _padded(x, max(sizes)), group=process_group)
+        return tuple(part[:size] for part, size in zip(gathered, sizes, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _SumOfOwnRows.apply(ctx.sizes, ctx.process_group, *grads), None, None
+
+
+class _SumOfOwnRows(torch.autograd.Function):
+    """From tensors for every process's rows to the sum over all processes of those for this one's."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: list[int], process_group: ProcessGroup, *parts: Tensor) -> Tensor:
+        ctx.sizes, ctx.process_group = sizes, process_group
+        rank = dist.get_rank(process_group)
+        packed = torch.stack([_padded(part, max(sizes)) for part in parts])
+        dist.all_reduce(packed, group=process_group)
+        return packed[rank, : sizes[rank]].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, None, *_AllGather.apply(grad, ctx.sizes, ctx.process_group)
+
+
+class _GatherRows(_AllGather):
+    """As `_SumOverRanks`: every process computes the same loss, so its own gradient tells those of all."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _SumOfOwnRows.apply(ctx.sizes, ctx.process_group, *grads), None, None
+        return grads[dist.get_rank(ctx.process_group)] * len(ctx.sizes), None, None
+
+
+def gather_rows(layers: Sequence[Tensor], process_group: ProcessGroup) -> list[list[Tensor]]:
+    """The rows of all processes, for a loss that every process computes from all of them.
+
+    Args:
+        layers: this process's (n, D_l) per layer; n may differ between processes.
+
+    Returns:
+        Per process its layers, in the order of the ranks, the same everywhere. Gradients are those that
+        DistributedDataParallel expects, as in `merge_ranks`.
+
+    Cost: one collective per layer and one for the numbers of rows, which waits for the device: shapes depend on them.
+    """
+    world = group_size(process_group)
+    if world == 1:
+        return [list(layers)]
+    count = torch.tensor([layers[0].shape[0]], device=layers[0].device)
+    counts = [torch.empty_like(count) for _ in range(world)]
+    dist.all_gather(counts, count, group=process_group)
+    sizes = [int(c) for c in counts]
+    return [list(ranked) for ranked in zip(*(_GatherRows.apply(x, sizes, process_group) for x in layers), strict=True)]

@@ -1,37 +1,51 @@
 """Moments of a whole data set, batch by batch."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moment_ops.covariances import check_memory
+from moment_ops.ops import checks
+from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.statistics import Moments, moments
 
 
-def dataset_moments(extractor: Callable[[Any], Any], batches: Iterable[Any], *, progress: bool = False) -> Moments:
-    """Mean and variance of an extractor's features over all batches, merged in float64.
+def dataset_moments(
+    extractor: Callable[[Any], Any], batches: Iterable[Any], *, cov: bool = False, progress: bool = False
+) -> Moments:
+    """Mean and variance of an extractor's features over all batches, merged in float64; their covariance on request.
 
     Args:
         extractor: maps a batch of inputs to features (a Tensor or a sequence of Tensors) or to Moments. A module is put
             into `eval()` mode meanwhile.
         batches: batches of inputs, of any sizes; of a tuple or list, as data loaders give, the first item is taken.
             A batch on another device than a module's parameters is moved there.
+        cov: also the covariance (D, D) of every layer. It needs features, or Moments with covariances; a
+            `MomentExtractor` is asked for its features.
         progress: show a progress bar (needs tqdm).
 
     Returns:
         Moments with correction 1, without gradients, in the dtype of a batch's moments.
 
     Raises:
-        ValueError: no batches, or batches whose features differ in shape.
+        TypeError, ValueError: no batches, batches whose features differ in shape, no features to take covariances of,
+            a covariance that does not fit into memory.
 
-    Cost: one read of the features, one (F,) merge per batch; memory does not grow with the data set.
+    Cost: one read of the features, one (F,) merge per batch; memory does not grow with the data set. A covariance takes
+    N D^2 products a batch, 12 D^2 bytes per layer, and a copy of a layer's features.
     """
     modules = list(extractor.modules()) if isinstance(extractor, torch.nn.Module) else []
     was_training = [module.training for module in modules]
     parameter = next((p for module in modules for p in module.parameters(recurse=False)), None)
+    # Many a network has an attribute `features`, which is only a part of it.
+    of_features = getattr(extractor, "features", extractor) if hasattr(extractor, "moments_and_features") else extractor
     total: Moments | None = None
-    dtype = None
+    scatter = _Scatter()
+    dtype = torch.float32
     try:
         for module in modules[:1]:
             module.eval()
@@ -40,8 +54,11 @@ def dataset_moments(extractor: Callable[[Any], Any], batches: Iterable[Any], *, 
                 inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
                 if parameter is not None and isinstance(inputs, Tensor):
                     inputs = inputs.to(parameter.device)
-                features = extractor(inputs)
-                part = features if isinstance(features, Moments) else moments(features)
+                result = of_features(inputs) if cov else extractor(inputs)
+                if cov and not isinstance(result, Moments):
+                    scatter.add(result)
+                    continue
+                part = _batch_moments(result, cov)
                 dtype = part.mean.dtype
                 # Between batches in float64: thousands of roundings to float32 would add up.
                 part = _cast(part, torch.float64)
@@ -49,14 +66,78 @@ def dataset_moments(extractor: Callable[[Any], Any], batches: Iterable[Any], *, 
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.training = training
-    if total is None or dtype is None:
+    if scatter.rows:
+        return scatter.moments(getattr(extractor, "names", None))
+    if total is None:
         raise ValueError("batches: got none, expected at least one")
     return _cast(total, dtype)
 
 
+def _batch_moments(result: Any, cov: bool) -> Moments:
+    if not isinstance(result, Moments):
+        return moments(result)
+    if cov and result.cov is None:
+        raise TypeError("extractor: got Moments without covariances, expected features, for cov=True")
+    return result if cov else replace(result, cov=None, validate=False)
+
+
+class _Scatter:
+    """Sums of outer products of deviations from the mean, (D, D) in float64 per layer, updated in place."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._shapes: tuple[tuple[int, ...], ...] = ()
+        # A mean known beforehand, that of the first batch, is taken from all features: what is left of the means is
+        # small, and loses nothing in float32.
+        self._pivots: list[Tensor] = []
+        # (D,) in float64, of the features without the pivots.
+        self._means: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    def add(self, features: Tensor | Sequence[Tensor]) -> None:
+        """Add the rows of a batch."""
+        layers = checks.features(features)
+        checks.batch(layers, 0)
+        check_memory(layers)
+        shapes = tuple(tuple(x.shape[1:]) for x in layers)
+        if self.rows == 0:
+            self._start(layers, shapes)
+        if shapes != self._shapes:
+            raise ValueError(f"batches: got features of shapes {shapes}, expected {self._shapes} as in the first batch")
+        rows = layers[0].shape[0]
+        share = rows / (self.rows + rows)
+        for x, pivot, mean, total in zip(layers, self._pivots, self._means, self._sums, strict=True):
+            # Over N, not N - c: those of a single row do not exist.
+            matrix, batch_mean = covariance_op(x.flatten(1).to(pivot.dtype) - pivot, 0, True, "ieee")
+            delta = batch_mean.double() - mean
+            # The factor goes into both sides, which keeps the sum exactly symmetric.
+            shift = delta * math.sqrt(share * self.rows)
+            total.add_(matrix, alpha=rows).addr_(shift, shift)
+            mean.add_(delta, alpha=share)
+        self.rows += rows
+
+    def _start(self, layers: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+        first = moments(layers, var=False)
+        self._shapes, self._pivots = shapes, list(first.mean.split(first.sizes))
+        self._means = [torch.zeros_like(pivot, dtype=torch.float64) for pivot in self._pivots]
+        self._sums = [mean.new_zeros(len(mean), len(mean)) for mean in self._means]
+
+    def moments(self, names: tuple[str, ...] | None, correction: int = 1) -> Moments:
+        """Those of all rows."""
+        freedom = self.rows - correction
+        factor = 1 / freedom if freedom > 0 else math.nan
+        dtype = self._pivots[0].dtype
+        cov = tuple(total.mul_(factor).to(dtype) for total in self._sums)
+        mean = torch.cat([m + pivot for m, pivot in zip(self._means, self._pivots, strict=True)]).to(dtype)
+        var = torch.cat([matrix.diagonal() for matrix in cov])
+        count = torch.full((len(cov),), self.rows, device=mean.device)
+        return Moments(mean, var, cov, count, correction, self._shapes, names, validate=False)
+
+
 def _cast(m: Moments, dtype: torch.dtype) -> Moments:
     var = None if m.var is None else m.var.to(dtype)
-    return Moments(m.mean.to(dtype), var, None, m.count, m.correction, m.shapes, names=m.names, validate=False)
+    cov = None if m.cov is None else tuple(matrix.to(dtype) for matrix in m.cov)
+    return Moments(m.mean.to(dtype), var, cov, m.count, m.correction, m.shapes, names=m.names, validate=False)
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:

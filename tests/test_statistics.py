@@ -209,7 +209,7 @@ def test_a_single_covariance_is_exported_as_the_fid_tools_read_it(tmp_path):
 def test_the_fid_format_holds_exactly_one_covariance(tmp_path, layers):
     m = moments_with_covariance(layers) if layers else mo.Moments(torch.zeros(3))
     with pytest.raises(
-        ValueError, match="format: got 'fid' for moments with (none|2) covariances, expected exactly one"
+        ValueError, match=r"format: got 'fid' for moments with (none|2) covariances, expected exactly one"
     ):
         m.save(tmp_path / "stats.npz", format="fid")
     assert not list(tmp_path.iterdir())

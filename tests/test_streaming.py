@@ -120,3 +120,51 @@ def test_the_result_serves_as_a_target(tmp_path):
     m.save(tmp_path / "target.npz")
     loss = mo.MomentLoss(mo.Moments.load(tmp_path / "target.npz"))
     assert loss(layers) < 1e-9
+
+
+# Covariances
+
+
+def exact_covariances(layers):
+    return [torch.cov(x.flatten(1).double().mT) for x in layers]
+
+
+@pytest.mark.parametrize("sizes", [(60,), (7, 20, 33), (1, 59), (30, 1, 29)])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_the_covariance_of_a_data_set_is_that_of_all_rows_at_once(sizes, offset):
+    layers = [x + offset for x in make_features(sum(sizes), [(5,), (2, 3, 2)], torch.float32)]
+    m = mo.dataset_moments(extractor, batches(layers, sizes), cov=True)
+    for ours, exact in zip(m.cov, exact_covariances(layers), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, ours.mT)
+        assert (ours - exact).norm() <= 1e-6 * exact.norm()
+    torch.testing.assert_close(torch.cat([c.diagonal() for c in m.cov]), m.var, rtol=1e-5, atol=1e-7)
+    assert (m.count.tolist(), m.correction) == ([60, 60], 1)
+
+
+def test_an_extractor_of_moments_is_asked_for_its_features():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4), torch.nn.ReLU())
+    extractor, images = mo.MomentExtractor(net), torch.randn(50, 6)
+    m = mo.dataset_moments(extractor, images.split(16), cov=True)
+    assert m.names == extractor.names
+    for ours, exact in zip(m.cov, exact_covariances(extractor.features(images)), strict=True):
+        assert (ours - exact).norm() <= 1e-5 * exact.norm()
+    assert mo.dataset_moments(extractor, images.split(16)).cov is None
+
+
+def test_moments_without_covariances_and_without_features_are_an_error():
+    with pytest.raises(TypeError, match="extractor: got Moments without covariances, expected features, for cov=True"):
+        mo.dataset_moments(mo.moments, [torch.randn(5, 3)], cov=True)
+
+
+def test_covariances_given_as_moments_are_merged():
+    x = torch.randn(40, 3, dtype=torch.float64)
+
+    def with_covariance(rows):
+        m = mo.moments(rows)
+        return mo.Moments(m.mean, m.var, torch.cov(rows.mT), m.count)
+
+    m = mo.dataset_moments(with_covariance, x.split(16), cov=True)
+    torch.testing.assert_close(m.cov[0], torch.cov(x.mT))
+    assert mo.dataset_moments(with_covariance, x.split(16)).cov is None

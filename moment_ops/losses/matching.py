@@ -240,7 +240,7 @@ class Matcher:
         # Merging takes variances over N: those over N - c do not exist for a single row.
         correction = self.correction if self.merge is None else 0
         mean, var, count = moments_op(layers, 0, correction, self.var is not None)
-        return self._from_moments(mean, var, count, correction)
+        return self.from_moments(mean, var, count, correction)
 
     def _from_input_moments(self, input: Moments) -> Tensor:
         _check_shapes(input.shapes, self.shapes)
@@ -251,9 +251,9 @@ class Matcher:
         var, correction = input.var, input.correction
         if self.var is not None and var is not None and self.merge is None and correction != self.correction:
             var = _with_correction(input, self.correction)
-        return self._from_moments(input.mean, var, input.count, correction)
+        return self.from_moments(input.mean, var, input.count, correction)
 
-    def _from_moments(self, mean: Tensor, var: Tensor | None, count: Tensor | None, correction: int) -> Tensor:
+    def from_moments(self, mean: Tensor, var: Tensor | None, count: Tensor | None, correction: int) -> Tensor:
         var = var if self.var is not None else None
         if self.merge is not None:
             if count is None:

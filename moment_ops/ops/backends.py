@@ -25,7 +25,27 @@ _TRITON = {
     "moments": "moment_ops.kernels.moments",
     "moments_backward": "moment_ops.kernels.moments",
     "match_": "moment_ops.kernels.match",
+    "relu_moments": "moment_ops.kernels.relu_moments",
+    "relu_moments_backward": "moment_ops.kernels.relu_moments",
+    "covariance": "moment_ops.kernels.covariance",
+    "covariance_backward": "moment_ops.kernels.covariance_backward",
+    "covariance_match_": "moment_ops.kernels.covariance_match",
+    "covariance_match_backward": "moment_ops.kernels.covariance_backward",
 }
+# The operators whose CPU kernels are Python around the BLAS of PyTorch, and where; they need no extension.
+_BLAS = {
+    "covariance": "moment_ops.ops.covariance_panels",
+    "covariance_backward": "moment_ops.ops.covariance_panels",
+    "covariance_match_": "moment_ops.ops.covariance_panels",
+    "covariance_match_backward": "moment_ops.ops.covariance_panels",
+    "gram": "moment_ops.ops.gram_panels",
+    "gram_backward": "moment_ops.ops.gram_panels",
+}
+# Dtypes that Triton's kernels of an operator take, where not all: the others run on the reference.
+_TRITON_DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
+    ("covariance", "covariance_backward", "covariance_match_", "covariance_match_backward"),
+    (torch.float32, torch.bfloat16, torch.float16),
+)
 
 _forced = os.environ.get("MOMENT_OPS_BACKEND", "auto")
 _warned = False
@@ -95,11 +115,15 @@ _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
 }
 
 
-def _cannot_run(name: str, operator: str, device_type: str) -> str | None:
+def _cannot_run(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
     if name == "triton" and operator not in _TRITON:
         return "it has no kernel for it"
+    if name == "triton" and dtype not in _TRITON_DTYPES.get(operator, (dtype,)):
+        return f"its kernel does not take {dtype}"
     if name != "reference" and _DEVICE[name] != device_type and not (name == "triton" and interpreted()):
         return f"it runs on {_DEVICE[name]} tensors, got {device_type}"
+    if name == "cpu" and operator in _BLAS:
+        return None
     if name in ("cpu", "cuda"):
         return extension.missing(name.upper(), operator)
     return unavailable(name)
@@ -109,6 +133,8 @@ def implementation(name: str, operator: str) -> Callable[..., Any]:
     """What fills the outputs of an operator: the extension's overload `native`, or the function with its arguments."""
     if name == "triton":
         return getattr(importlib.import_module(_TRITON[operator]), operator)
+    if name == "cpu" and operator in _BLAS:
+        return getattr(importlib.import_module(_BLAS[operator]), operator)
     return getattr(torch.ops.moment_ops, operator).native
 
 
@@ -118,13 +144,13 @@ def select(operator: str, tensor: torch.Tensor) -> str:
     _check_name(_forced)
     device_type = tensor.device.type
     if _forced != "auto":
-        reason = _cannot_run(_forced, operator, device_type)
+        reason = _cannot_run(_forced, operator, device_type, tensor.dtype)
         if reason is not None:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run {operator}: {reason}")
         return _forced
     reasons = []
     for name in _ORDER.get(device_type, ("reference",)):
-        reason = _cannot_run(name, operator, device_type)
+        reason = _cannot_run(name, operator, device_type, tensor.dtype)
         if reason is not None:
             reasons.append(f"{name}: {reason}")
             continue

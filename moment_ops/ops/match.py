@@ -11,7 +11,7 @@ from moment_ops.ops.layout import with_dense_columns
 from moment_ops.ops.library import define, define_native
 
 # As `Average` in csrc/device/match.h.
-_AVERAGES = {"none": 0, "moving": 1, "adam": 2}
+AVERAGES = {"none": 0, "moving": 1, "adam": 2}
 
 _PARAMETERS = (
     "Tensor target_mean, Tensor? target_var, float mean_scale, float var_scale, Tensor? mean_weight,"
@@ -25,7 +25,7 @@ define_native(
 )
 
 
-def _advance(state: Sequence[Tensor], update: bool) -> None:
+def advance(state: Sequence[Tensor], update: bool) -> None:
     """What every step does to the state's bookkeeping, whatever the backend."""
     if not update:
         return
@@ -71,7 +71,7 @@ def _fill(
         dense(mean_weight),
         dense(var_weight),
         reduction,
-        _AVERAGES[average],
+        AVERAGES[average],
         options,
         state,
         update,
@@ -85,7 +85,7 @@ def _fill(
 
 # `arguments` are those of `_PARAMETERS`, in its order.
 def _match(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _advance(*arguments[-2:])
+    advance(*arguments[-2:])
     name = backends.select("match_", mean)
     if name == "reference":
         loss, grad_mean, grad_var = reference.match_(mean, var, *arguments)
@@ -101,7 +101,7 @@ def _match_fake(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tens
 
 
 def _match_features(input: list[Tensor], correction: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _advance(*arguments[-2:])
+    advance(*arguments[-2:])
     target_mean, target_var = arguments[:2]
     name = backends.select("match_", input[0])
     if name == "reference":

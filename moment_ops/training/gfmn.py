@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import moment_ops as mo
 from moment_ops.losses.matching import Weight
@@ -23,7 +24,7 @@ from moment_ops.training.networks import Classifier, Generator
 from moment_ops.training.settings import LoopSettings, option
 from moment_ops.training.trainer import Trainer
 
-TARGET = "target.npz"
+TARGET, TARGET_COVARIANCES = "target.npz", "target-covariances.npz"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Settings(LoopSettings):
     decay: float = option(0.99, "weight of the past in the plain moving average")
     mean_weight: float = option(1.0, "weight of the means in the loss")
     var_weight: float = option(1.0, "weight of the variances in the loss")
+    covariance: str = option(
+        "", "layers whose full covariance is matched, too: the last N, or names joined by commas", metavar="LAYERS"
+    )
+    covariance_pool: int = option(2, "those layers' maps are averaged to POOL x POOL first; 0 takes them as they are")
+    covariance_weight: float = option(0.1, "weight of the covariances in the loss")
     features: str = option(
         CLASSIFIER,
         "networks whose ReLUs are matched: the classifier is trained on the data, the others come with weights",
@@ -56,6 +62,8 @@ class Settings(LoopSettings):
         super().__post_init__()
         if self.extractor_iterations < 1:
             raise ValueError(f"extractor_iterations must be at least 1, got {self.extractor_iterations}")
+        if self.covariance_pool < 0:
+            raise ValueError(f"covariance_pool must not be negative, got {self.covariance_pool}")
         for name, choices in (
             ("features", feature_networks.CHOICES),
             ("layer_scale", ("auto", "equal", "variance")),
@@ -75,9 +83,16 @@ class Settings(LoopSettings):
 
 
 class Objective(nn.Module):
-    """The matching loss of generated images: a frozen extractor and a ``MomentLoss`` on its moments."""
+    """The matching loss of generated images: a frozen extractor, a ``MomentLoss`` on its moments, and, where it is
+    asked for, a ``CovarianceLoss`` on some of its layers."""
 
-    def __init__(self, extractor: mo.MomentExtractor, target: mo.Moments, settings: Settings) -> None:
+    def __init__(
+        self,
+        extractor: mo.MomentExtractor,
+        target: mo.Moments,
+        settings: Settings,
+        covariance_target: mo.Moments | None = None,
+    ) -> None:
         super().__init__()
         self.extractor = extractor
         mean_weight, var_weight = layer_weights(target, settings)
@@ -89,9 +104,51 @@ class Objective(nn.Module):
             # A mean over all features would bring the gradients near the eps of the generator's optimizer.
             reduction="sum",
         )
+        self.covariance_loss = None
+        if covariance_target is not None:
+            self.pooled = PooledLayers(extractor, settings)
+            self.covariance_loss = mo.CovarianceLoss(
+                covariance_target, average=settings.make_average(), cov_weight=settings.covariance_weight
+            )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.moment_loss(self.extractor(images))
+        if self.covariance_loss is None:
+            return self.moment_loss(self.extractor(images))
+        moments, features = self.extractor.moments_and_features(images)
+        return self.moment_loss(moments) + self.covariance_loss(self.pooled(features))
+
+
+class PooledLayers:
+    """The layers whose covariance is matched: their maps, averaged over squares, as (N, D) features."""
+
+    def __init__(self, extractor: mo.MomentExtractor, settings: Settings) -> None:
+        names = extractor.names
+        assert names is not None
+        self.extractor, self.size = extractor, settings.covariance_pool
+        self.names = chosen_layers(settings.covariance, names)
+        self.indices = [names.index(name) for name in self.names]
+
+    def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
+        chosen = [features[i] for i in self.indices]
+        if self.size:
+            chosen = [functional.adaptive_avg_pool2d(x, self.size) if x.dim() == 4 else x for x in chosen]
+        return [x.flatten(1) for x in chosen]
+
+    def of_images(self, images: Tensor) -> list[Tensor]:
+        return self(self.extractor.features(images))
+
+
+def chosen_layers(choice: str, names: Sequence[str]) -> list[str]:
+    """The names that ``--covariance`` stands for."""
+    if choice.isdecimal():
+        if not 1 <= int(choice) <= len(names):
+            raise TrainingError(f"--covariance {choice}: expected 1 to {len(names)} layers")
+        return list(names[-int(choice) :])
+    chosen = choice.split(",")
+    for name in chosen:
+        if name not in names:
+            raise TrainingError(f"--covariance: there is no layer {name!r}; the layers are {', '.join(names)}")
+    return chosen
 
 
 def layer_weights(target: mo.Moments, settings: Settings) -> tuple[Weight, Weight]:
@@ -114,11 +171,31 @@ def target_moments(data: ImageData, extractor: mo.MomentExtractor, *, batch_size
     return mo.dataset_moments(moments, data.train.split(batch_size), progress=sys.stderr.isatty())
 
 
-def new_trainer(data: ImageData, extractor: mo.MomentExtractor, target: mo.Moments, settings: Settings) -> Trainer:
+def target_covariances(
+    images: Tensor, extractor: mo.MomentExtractor, settings: Settings, *, batch_size: int = 250
+) -> mo.Moments | None:
+    """Covariances of the pooled layers over uint8 images, where they are matched."""
+    if not settings.covariance:
+        return None
+    pooled = PooledLayers(extractor, settings)
+
+    def features(images: Tensor) -> list[Tensor]:
+        return pooled.of_images(scale(images))
+
+    return mo.dataset_moments(features, images.split(batch_size), cov=True, progress=sys.stderr.isatty())
+
+
+def new_trainer(
+    data: ImageData,
+    extractor: mo.MomentExtractor,
+    target: mo.Moments,
+    settings: Settings,
+    covariance_target: mo.Moments | None = None,
+) -> Trainer:
     torch.manual_seed(settings.seed)
     device = data.train.device
     generator = Generator(data.channels, settings.latent_size).to(device)
-    return Trainer(generator, Objective(extractor, target, settings).to(device), settings)
+    return Trainer(generator, Objective(extractor, target, settings, covariance_target).to(device), settings)
 
 
 def make_extractor(
@@ -147,7 +224,9 @@ def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) 
         shapes = extractor(scale(data.train[:2]))
     saved = state["trainer"]["objective"]
     target = replace(shapes, mean=saved["moment_loss.target_mean"], var=saved["moment_loss.target_var"])
-    trainer = new_trainer(data, extractor, target, settings)
+    # Of a few images: of the right shapes, the values are in the state.
+    covariances = target_covariances(data.train[:2], extractor, settings)
+    trainer = new_trainer(data, extractor, target, settings, covariances)
     trainer.load_state_dict(state["trainer"])
     return trainer
 
@@ -182,6 +261,9 @@ def train(
         extractor = make_extractor(data, settings, extractor_files, run.parent, say)
         target = target_moments(data, extractor)
         target.save(run / TARGET)
+        covariances = target_covariances(data.train, extractor, settings)
+        if covariances is not None:
+            covariances.save(run / TARGET_COVARIANCES)
         evaluator = Evaluator(data)
-        trainer = new_trainer(data, extractor, target, settings)
+        trainer = new_trainer(data, extractor, target, settings, covariances)
     return train_generator(trainer, run, evaluator, say=say), evaluator.held_out_distance

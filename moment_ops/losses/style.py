@@ -1,0 +1,119 @@
+"""Gram matrices of feature maps and the style loss between them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moment_ops.ops import checks
+from moment_ops.ops.gram import gram
+from moment_ops.ops.layout import statistics_dtype
+
+NORMALIZATIONS = ("sum", "mean")
+
+
+def _check_maps(features: Any, name: str) -> list[Tensor]:
+    layers = checks.features(features, name)
+    for i, x in enumerate(layers):
+        label = name if isinstance(features, Tensor) else f"{name}[{i}]"
+        if x.dim() != 4:
+            raise ValueError(f"{label}: got shape {tuple(x.shape)}, expected (N, C, H, W)")
+        if x.numel() == 0:
+            raise ValueError(f"{label}: got shape {tuple(x.shape)} without elements")
+    return layers
+
+
+def _gram_matrices(x: Tensor) -> Tensor:
+    """(N, C, C) float64 `F F'` of every sample, F its (C, H W) map."""
+    # Every sample is a layer of the operator, and its channels are the rows.
+    samples = list(x.flatten(2).unbind())
+    zero = x.new_zeros(x.shape[2] * x.shape[3])
+    return gram([samples], [zero] * len(samples))
+
+
+def gram_matrix(features: Tensor, normalize: str = "sum") -> Tensor:
+    """Uncentred inner products of the channels of every sample, `G_ij = sum_k F_ik F_jk` over positions k.
+
+    L. Gatys, A. Ecker, M. Bethge, Image Style Transfer Using Convolutional Neural Networks (CVPR 2016), equation 3.
+
+    Args:
+        features: (N, C, H, W), float32, bfloat16, float16 or float64.
+        normalize: "sum" as published; "mean" divides by C H W, as the tutorial of PyTorch does for one sample.
+
+    Returns:
+        (N, C, C), float32 (float64 for float64), exactly symmetric; summed in float64 over panels of columns.
+        Twice differentiable in eager mode.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or option.
+
+    Cost: one read of the features; backward one read, one write.
+    """
+    (x,) = _check_maps(features, "features")
+    checks.option(normalize, "normalize", NORMALIZATIONS)
+    matrices = _gram_matrices(x)
+    if normalize == "mean":
+        matrices = matrices / x[0].numel()
+    return matrices.to(statistics_dtype(x.dtype))
+
+
+def _check_target(target: Any, layers: Sequence[Tensor]) -> list[Tensor]:
+    targets = checks.features(target, "target")
+    if len(targets) != len(layers):
+        raise ValueError(f"target: got {len(targets)} layers, expected {len(layers)} as in features")
+    for i, (t, x) in enumerate(zip(targets, layers, strict=True)):
+        channels = x.shape[1]
+        if t.dim() != 3 or t.shape[1:] != (channels, channels) or t.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"target[{i}]: got shape {tuple(t.shape)}, expected ({x.shape[0]} or 1, {channels}, {channels}):"
+                " `gram_matrix` of the style's features"
+            )
+        if t.device != x.device:
+            raise ValueError(f"target[{i}]: got device {t.device}, expected {x.device} as in features")
+    return targets
+
+
+def style_loss(
+    features: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    *,
+    normalize: str = "sum",
+    weight: Sequence[float] | None = None,
+) -> Tensor:
+    """`sum_l weight_l sum_ij (G_ij - A_ij)^2 / (4 C^2 (H W)^2)`, the style loss, averaged over the batch.
+
+    L. Gatys, A. Ecker, M. Bethge, Image Style Transfer Using Convolutional Neural Networks (CVPR 2016), equations 3 to
+    5, for one sample. N_l there is C here, and M_l is H W.
+
+    Args:
+        features: (N, C, H, W) per layer, of the images that get the style.
+        target: (N or 1, C, C) per layer: `gram_matrix` of the style's features with the same `normalize`. A style
+            image of another size needs "mean".
+        normalize: "sum" is the published form. "mean" is that of PyTorch's tutorial, whose matrices are divided by
+            C H W, and whose loss is their `mse_loss`: 4 / C^2 times the published one, where the sizes are equal.
+        weight: one float per layer; by default 1 / L as published for "sum", and 1 for "mean", as in the tutorial.
+
+    Returns:
+        Scalar, float32 (float64 for float64), computed in float64. Gradients to features and target; twice
+        differentiable in eager mode.
+
+    Raises:
+        TypeError, ValueError: wrong types, dtypes, devices, shapes, options or weights.
+
+    Cost: one read of the features; backward one read, one write.
+    """
+    layers = _check_maps(features, "features")
+    targets = _check_target(target, layers)
+    checks.option(normalize, "normalize", NORMALIZATIONS)
+    if weight is None:
+        weight = [1 / len(layers) if normalize == "sum" else 1.0] * len(layers)
+    if len(weight) != len(layers):
+        raise ValueError(f"weight: got {len(weight)} weights, expected one per layer, {len(layers)}")
+    total: Tensor | float = 0.0
+    for x, goal, w in zip(layers, targets, weight, strict=True):
+        channels, size = x.shape[1], x[0].numel()
+        difference = _gram_matrices(x) / (1 if normalize == "sum" else size) - goal.double()
+        squares = difference.square().sum((1, 2)).mean()
+        total = total + w * squares / (4 * size**2 if normalize == "sum" else channels**2)
+    assert isinstance(total, Tensor)
+    return total.to(statistics_dtype(layers[0].dtype))

@@ -1,0 +1,324 @@
+"""`covariance`, `covariance_match_` and their backwards: schemas, kernels, shape functions and derivatives.
+
+Backends fill the outputs they are given, from rows (N, D_l) of any strides:
+
+    covariance(x, correction, centered, precision, cov, mean)
+    covariance_backward(grad, grad_mean, x, mean, correction, centered, precision, out)
+    covariance_match_(x, correction, target, weight, average, options, state, update, precision, loss, mean, grad)
+    covariance_match_backward(grad, grad_mean, x, mean, scale, correction, precision, out)
+
+`average` is the name; `grad` of `covariance_match_` is None where it is not kept. An entry of `target` is a symmetric
+(D_l, D_l) matrix or its packed triangle (`triangle.py`). Columns have to be centred before they are multiplied: a shift
+off by one standard deviation in every column costs sqrt(D) in digits, so that the first row alone will not do.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops import backends, reference_covariance, triangle
+from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.library import LIBRARY, define
+from moment_ops.ops.match import advance
+from moment_ops.ops.packed_match import match_packed
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1)
+
+
+def _width(x: Tensor) -> int:
+    return x.numel() // x.shape[0]
+
+
+def _columns(x: Sequence[Tensor]) -> int:
+    return sum(_width(layer) for layer in x)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _full_precision(x: Tensor) -> Any:
+    """Kernels call operators of PyTorch that autocast would turn to 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
+    name = backends.select("covariance", x)
+    with _full_precision(x):
+        if name == "reference":
+            return reference_covariance.covariance(x, correction, centered, precision)
+        cov, mean = _covariance_fake(x, correction, centered, precision)
+        backends.implementation(name, "covariance")(_flat(x), correction, centered, precision, cov, mean)
+    return cov, mean
+
+
+def _covariance_fake(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
+    width, dtype = _width(x), statistics_dtype(x.dtype)
+    return x.new_empty((width, width), dtype=dtype), x.new_empty(width, dtype=dtype)
+
+
+def _covariance_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.correction, ctx.centered, ctx.precision = inputs
+    ctx.save_for_backward(x, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _covariance_derivative(
+    ctx: Any, grad: Tensor | None, grad_mean: Tensor | None
+) -> tuple[Tensor | None, None, None, None]:
+    x, mean = ctx.saved_tensors
+    d_x = None
+    if grad is not None or grad_mean is not None:
+        d_x = torch.ops.moment_ops.covariance_backward(
+            grad, grad_mean, x, mean, ctx.correction, ctx.centered, ctx.precision
+        )
+    return d_x, None, None, None
+
+
+def _written(out: Tensor) -> Tensor:
+    """(N, D) to be filled: `out` itself where its strides allow, else a copy."""
+    flat = out.reshape(out.shape[0], -1)
+    return flat if flat.data_ptr() == out.data_ptr() else torch.empty_like(flat)
+
+
+def _finish(out: Tensor, written: Tensor) -> Tensor:
+    return out if written.data_ptr() == out.data_ptr() else out.copy_(written.view(out.shape))
+
+
+def _covariance_backward(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    correction: int,
+    centered: bool,
+    precision: str,
+) -> Tensor:
+    name = backends.select("covariance_backward", x)
+    # Strides as the shape function promises: those of the input where it is dense.
+    out = torch.empty_like(x)
+    with _full_precision(x):
+        if name == "reference":
+            return out.copy_(
+                reference_covariance.covariance_backward(grad, grad_mean, x, mean, correction, centered, precision)
+            )
+        written = _written(out)
+        backends.implementation(name, "covariance_backward")(
+            _dense(grad), _dense(grad_mean), _flat(x), mean.contiguous(), correction, centered, precision, written
+        )
+    return _finish(out, written)
+
+
+def _covariance_backward_fake(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    correction: int,
+    centered: bool,
+    precision: str,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _covariance_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, grad_mean, x, mean, ctx.correction, ctx.centered, _ = inputs
+    ctx.has_mean = grad_mean is not None
+    ctx.save_for_backward(grad, x, mean)
+
+
+def _covariance_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Derivative of `dx = grad_mean / N + slope * Xc (grad + grad')`, in PyTorch that is itself differentiable."""
+    grad, x, mean = ctx.saved_tensors
+    rows = len(x)
+    d_grad = d_grad_mean = d_x = d_mean = None
+    with _full_precision(x):
+        tangent = _flat(h).to(mean.dtype)
+        if ctx.has_mean:
+            d_grad_mean = tangent.sum(0) / rows
+        if grad is not None:
+            shifted = _flat(x).to(mean.dtype)
+            if ctx.centered:
+                shifted = shifted - mean
+            slope = 1 / (rows - ctx.correction) if rows > ctx.correction else float("nan")
+            product = slope * (shifted.mT @ tangent)
+            d_grad = product + product.mT
+            d_rows = slope * (tangent @ (grad + grad.mT))
+            d_x = d_rows.reshape(x.shape).to(x.dtype)
+            if ctx.centered:
+                d_mean = -d_rows.sum(0)
+    return d_grad, d_grad_mean, d_x, d_mean, None, None, None
+
+
+def _covariance_match(
+    x: list[Tensor],
+    correction: int,
+    target: list[Tensor],
+    weight: list[float],
+    average: str,
+    options: list[float],
+    state: list[Tensor],
+    update: bool,
+    keep: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    advance(state, update)
+    name = backends.select("covariance_match_", x[0])
+    with _full_precision(x[0]):
+        if name == "reference":
+
+            def match(value: Tensor, goal: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+                return match_packed(name, value, goal, widths, weight, average, options, state, update)
+
+            loss, mean, grad = reference_covariance.covariance_match(x, correction, target, precision, match)
+            return loss, mean, grad if keep else grad.new_empty(0)
+        loss, mean, grad = _covariance_match_fake(
+            x, correction, target, weight, average, options, state, update, keep, precision
+        )
+        backends.implementation(name, "covariance_match_")(
+            [_flat(layer) for layer in x],
+            correction,
+            target,
+            weight,
+            average,
+            options,
+            state,
+            update,
+            precision,
+            loss,
+            mean,
+            grad if keep else None,
+        )
+    return loss, mean, grad
+
+
+def _covariance_match_fake(
+    x: list[Tensor],
+    correction: int,
+    target: list[Tensor],
+    weight: list[float],
+    average: str,
+    options: list[float],
+    state: list[Tensor],
+    update: bool,
+    keep: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(x[0].dtype)
+    packed = triangle.total_size([_width(layer) for layer in x]) if keep else 0
+    return (
+        x[0].new_empty((), dtype=dtype),
+        x[0].new_empty(_columns(x), dtype=dtype),
+        x[0].new_empty(packed, dtype=dtype),
+    )
+
+
+def _covariance_match_backward(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: list[Tensor],
+    mean: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    precision: str,
+) -> list[Tensor]:
+    name = backends.select("covariance_match_backward", x[0])
+    out = [torch.empty_like(layer) for layer in x]
+    with _full_precision(x[0]):
+        if name == "reference":
+            grads = reference_covariance.covariance_match_backward(
+                grad, grad_mean, x, mean, scale, correction, precision
+            )
+            return [y.copy_(g) for y, g in zip(out, grads, strict=True)]
+        written = [_written(y) for y in out]
+        backends.implementation(name, "covariance_match_backward")(
+            grad.contiguous(),
+            _dense(grad_mean),
+            [_flat(layer) for layer in x],
+            mean.contiguous(),
+            scale,
+            correction,
+            precision,
+            written,
+        )
+    return [_finish(y, w) for y, w in zip(out, written, strict=True)]
+
+
+def _covariance_match_backward_fake(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: list[Tensor],
+    mean: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    precision: str,
+) -> list[Tensor]:
+    return [torch.empty_like(layer) for layer in x]
+
+
+def _no_derivative(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("covariance_match_backward has no derivative; differentiate the operator covariance")
+
+
+define(
+    "covariance(Tensor x, int correction, bool centered, str precision) -> (Tensor cov, Tensor mean)",
+    _covariance,
+    _covariance_fake,
+)
+define(
+    "covariance_backward(Tensor? grad, Tensor? grad_mean, Tensor x, Tensor mean, int correction, bool centered,"
+    " str precision) -> Tensor",
+    _covariance_backward,
+    _covariance_backward_fake,
+)
+define(
+    "covariance_match_(Tensor[] x, int correction, Tensor[] target, float[] weight, str average, float[] options,"
+    " Tensor(a!)[] state, bool update, bool keep, str precision) -> (Tensor loss, Tensor mean, Tensor grad)",
+    _covariance_match,
+    _covariance_match_fake,
+)
+define(
+    "covariance_match_backward(Tensor grad, Tensor? grad_mean, Tensor[] x, Tensor mean, Tensor? scale, int correction,"
+    " str precision) -> Tensor[]",
+    _covariance_match_backward,
+    _covariance_match_backward_fake,
+)
+torch.library.register_autograd(
+    "moment_ops::covariance", _covariance_derivative, setup_context=_covariance_setup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "moment_ops::covariance_backward",
+    _covariance_backward_derivative,
+    setup_context=_covariance_backward_setup,
+    lib=LIBRARY,
+)
+torch.library.register_autograd("moment_ops::covariance_match_backward", _no_derivative, lib=LIBRARY)
+
+
+def covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
+    """(D, D) covariance and (D,) mean of the rows of `x`; differentiable, twice in eager mode."""
+    return torch.ops.moment_ops.covariance(x, correction, centered, precision)
+
+
+def covariance_match_backward(
+    x: Sequence[Tensor],
+    mean: Tensor,
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    *,
+    scale: Tensor | None,
+    correction: int,
+    precision: str,
+) -> list[Tensor]:
+    """`grad_mean / N + scale * 2 / (N - correction) (X - mean) G` for every layer, in its dtype and strides.
+
+    Args:
+        grad: packed G, the symmetric derivative of the loss with respect to the covariances.
+        grad_mean: (F,) derivative with respect to the means; it is not scaled.
+        scale: scalar tensor.
+    """
+    return torch.ops.moment_ops.covariance_match_backward(grad, grad_mean, list(x), mean, scale, correction, precision)

@@ -1,0 +1,377 @@
+"""The covariance operators on the CPU: panels of the upper triangle by the matrix products of PyTorch.
+
+A panel is some block rows of the triangle: rows start ... stop and columns start ... D. Work is cut by shapes alone,
+and matrices are padded with zeros where MKL, PyTorch's BLAS, would sum in an order that depends on the number of
+threads.
+Every named precision runs as "ieee": a precision bounds the error.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops import triangle
+from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.packed_match import match_packed
+
+# Rows of a panel. Products of more rows are faster, and compute more below the diagonal.
+_PANEL = 256
+# Rows whose products are summed in float32; sums over more are in float64.
+_PROMOTED = 4096
+# Entries of centred rows held at once, where nothing asks for less, and the fewest rows of a product.
+_CHUNK = 1 << 22
+_FEWEST_ROWS = 256
+# MKL cuts products among threads by columns and rows of the result; what its kernels do at the edges of a piece differs
+# in the last bit, but for pieces of whole vectors. Measured with 2024.2, AVX-512, float32: results of multiples of 16
+# columns and at least 12 rows are the same for one to eight threads, others are not.
+_PADDING = 16
+# Columns of a gradient computed at once, multiples of the triangle's blocks: all of them up to a few megabytes of G.
+_STRIP, _WHOLE = 512, 1024
+
+
+def _padded(size: int) -> int:
+    return -(-size // _PADDING) * _PADDING
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """In the dtype of `rows`; PyTorch sums in a cascade, which is exact enough for some thousand rows."""
+    return rows.sum(0)
+
+
+class _Centered:
+    """Rows of a layer less their mean, by chunks of rows.
+
+    Args:
+        x: (N, D), any strides.
+        entries: the most to hold at once.
+
+    The mean is known first, and is subtracted in two terms: rounded to float32, a mean of 1e4 standard deviations would
+    leave 1e-3 of them in every column. A constant column is 0 throughout.
+    """
+
+    def __init__(self, x: Tensor, entries: int, centered: bool = True) -> None:
+        self.x, self.centered = x, centered
+        self.dtype = statistics_dtype(x.dtype)
+        count, width = x.shape
+        rows = min(count, _PROMOTED, max(_FEWEST_ROWS, entries // width))
+        self.chunks = [(first, min(first + rows, count)) for first in range(0, count, rows)]
+        self.width = _padded(width)
+        self.buffer = x.new_empty(rows * self.width, dtype=self.dtype)
+        self.pivot = self._rough_mean(min(rows, _FEWEST_ROWS))
+        rest = torch.zeros(width, dtype=torch.float64)
+        for first, last in self.chunks:
+            rest += _column_sums(self._shift(first, last, 0))
+        rest /= count
+        self.mean = (self.pivot.double() + rest).to(self.dtype)
+        self.rest = rest.to(self.dtype)
+        # A single chunk stays in the buffer.
+        self.whole: Tensor | None = None
+        if len(self.chunks) == 1:
+            self.whole = self._buffer(count, 0)
+            if centered:
+                self.whole[:, :width] -= self.rest
+            else:
+                self.whole[:, :width] = x
+
+    def _rough_mean(self, rows: int) -> Tensor:
+        first = self.x[0].to(self.dtype)
+        shifted = torch.sub(self.x[:rows], first, out=self._buffer(rows, 0)[:, : len(first)])
+        return first + _column_sums(shifted) / rows
+
+    def _buffer(self, rows: int, start: int) -> Tensor:
+        """Memory for `rows` rows from column `start` on, with zeros in the padding."""
+        columns = self.width - start
+        buffer = self.buffer[: rows * columns].view(rows, columns)
+        buffer[:, self.x.shape[1] - start :] = 0
+        return buffer
+
+    def _shift(self, first: int, last: int, start: int) -> Tensor:
+        """Rows less the pivot, without padding."""
+        out = self._buffer(last - first, start)[:, : self.x.shape[1] - start]
+        return torch.sub(self.x[first:last, start:], self.pivot[start:], out=out)
+
+    def chunk(self, first: int, last: int, start: int) -> Tensor:
+        """Rows first ... last and columns start ... D, padded, until the next call."""
+        if self.whole is not None:
+            return self.whole[:, start:]
+        if self.centered:
+            self._shift(first, last, start).sub_(self.rest[start:])
+            return self.buffer[: (last - first) * (self.width - start)].view(last - first, -1)
+        rows = self._buffer(last - first, start)
+        rows[:, : self.x.shape[1] - start] = self.x[first:last, start:]
+        return rows
+
+
+def _panels(
+    source: _Centered,
+    correction: int,
+    destination: Callable[[int, int], Tensor] | None = None,
+    subtrahend: Callable[[int, Tensor], object] | None = None,
+    height: int = _PANEL,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, panel) of the covariance, one after another, the leading square of every panel symmetric.
+
+    Args:
+        destination: where the panel (start, stop) goes, for a width without padding; by default into memory that the
+            next one takes over.
+        subtrahend: fills a panel that begins at row `start` with what is subtracted from the covariance.
+        height: rows of a panel, a multiple of the triangle's blocks.
+    """
+    count, width = source.x.shape
+    height = min(height, source.width)
+    # MKL's products do not propagate a factor that is NaN.
+    slope = 1 / max(count - correction, 1)
+    scratch = source.x.new_empty(height * source.width, dtype=source.dtype) if destination is None else None
+    promoted = count > _PROMOTED and source.dtype == torch.float32
+    sums = source.x.new_empty(height * source.width, dtype=torch.float64) if promoted else None
+    for start in range(0, width, height):
+        stop = min(start + height, width)
+        shape = _padded(stop - start), source.width - start
+        padded = _view(scratch, shape) if destination is None else destination(start, stop)
+        panel = padded[: stop - start, : width - start]
+        if sums is None:
+            beta = 0.0
+            if subtrahend is not None:
+                subtrahend(start, panel)
+                beta = -1.0
+            for first, last in source.chunks:
+                rows = source.chunk(first, last, start)
+                torch.addmm(padded, rows[:, : shape[0]].mT, rows, beta=beta, alpha=slope, out=padded)
+                beta = 1.0
+        else:
+            total = _promoted_products(source, start, padded, _view(sums, shape)).mul_(slope)
+            if subtrahend is not None:
+                subtrahend(start, panel)
+                total[: stop - start, : width - start] -= panel
+            padded.copy_(total)
+        triangle.make_symmetric(panel[:, : stop - start])
+        if count <= correction:
+            panel.fill_(float("nan"))
+        yield start, stop, panel
+
+
+def _view(memory: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    assert memory is not None
+    return memory[: shape[0] * shape[1]].view(shape)
+
+
+def _promoted_products(source: _Centered, start: int, panel: Tensor, total: Tensor) -> Tensor:
+    """Fill `total` with the sums of products over all chunks; `panel` holds those over a few of them."""
+    total.zero_()
+    beta, held = 0.0, 0
+    for first, last in source.chunks:
+        if held + last - first > _PROMOTED:
+            total += panel
+            beta, held = 0.0, 0
+        rows = source.chunk(first, last, start)
+        torch.addmm(panel, rows[:, : panel.shape[0]].mT, rows, beta=beta, out=panel)
+        beta, held = 1.0, held + last - first
+    return total.add_(panel)
+
+
+def covariance(x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor) -> None:
+    """Fill `cov` (D, D) and `mean` (D,) from `x` (N, D)."""
+    source = _Centered(x, _CHUNK, centered)
+    mean.copy_(source.mean)
+    direct = source.width == len(cov)
+    for start, stop, panel in _panels(source, correction, (lambda i, j: cov[i:j, i:]) if direct else None):
+        if not direct:
+            cov[start:stop, start:] = panel
+        cov[stop:, start:stop] = panel[:, stop - start :].mT
+
+
+def covariance_match_(
+    x: Sequence[Tensor],
+    correction: int,
+    target: Sequence[Tensor],
+    weight: Sequence[float],
+    average: str,
+    options: Sequence[float],
+    state: Sequence[Tensor],
+    update: bool,
+    precision: str,
+    loss: Tensor,
+    mean: Tensor,
+    grad: Tensor | None,
+) -> None:
+    """Fill the loss, the packed means and, where it is given, the packed derivative; advance the state."""
+    widths = [rows.shape[1] for rows in x]
+    means = mean.split(widths)
+    if average == "none":
+        grads = [None] * len(x) if grad is None else triangle.split(grad, widths)
+        total = torch.zeros((), dtype=torch.float64)
+        for rows, goal, w, m, g in zip(x, target, weight, means, grads, strict=True):
+            total += w * _squared_distance(rows, correction, goal, 2 * w, m, g)
+        loss.copy_(total)
+        return
+    packed = torch.empty(triangle.total_size(widths), dtype=mean.dtype)
+    for rows, m, p in zip(x, means, triangle.split(packed, widths), strict=True):
+        source = _Centered(rows, _CHUNK)
+        m.copy_(source.mean)
+        for start, _, panel in _panels(source, correction):
+            triangle.store(panel, p, start)
+    goal = torch.cat([t if t.dim() == 1 else triangle.pack(t) for t in target]) if len(target) > 1 else target[0]
+    goal = triangle.pack(goal) if goal.dim() == 2 else goal
+    value, derivative = match_packed("cpu", packed, goal, widths, weight, average, options, state, update)
+    loss.copy_(value)
+    if grad is not None:
+        grad.copy_(derivative)
+
+
+def _squared_distance(
+    rows: Tensor, correction: int, target: Tensor, slope: float, mean: Tensor, grad: Tensor | None
+) -> Tensor:
+    """|C - T|^2 in float64, panel by panel; fills the mean, and the packed `slope * (C - T)` where it is wanted."""
+    # For the value alone, panels and rows stay well below the size of the matrix.
+    source = _Centered(rows, rows.shape[1] ** 2 // 4 if grad is None else _CHUNK)
+    mean.copy_(source.mean)
+
+    def subtrahend(start: int, panel: Tensor) -> object:
+        if target.dim() == 1:
+            return triangle.load(target, start, panel)
+        return panel.copy_(target[start : start + panel.shape[0], start:])
+
+    total = torch.zeros((), dtype=torch.float64)
+    height = triangle.BLOCK if grad is None and rows.shape[1] < 4 * _PANEL else _PANEL
+    for start, stop, panel in _panels(source, correction, subtrahend=subtrahend, height=height):
+        if grad is not None:
+            triangle.store(panel, grad, start, slope)
+        # Entries right of the leading square count twice.
+        panel.square_()
+        total += panel[:, : stop - start].sum(1).double().sum() + 2 * panel[:, stop - start :].sum(1).double().sum()
+    return total
+
+
+def _backward(
+    x: Tensor,
+    mean: Tensor | None,
+    slope: float,
+    grad_mean: Tensor | None,
+    out: Tensor,
+    multiply: Callable[[Tensor, Tensor], None] | None,
+) -> None:
+    """Fill `out` with `grad_mean / N + slope * (X - mean) G`, by chunks of rows.
+
+    Args:
+        multiply: fills its second argument with the product of its first and G.
+    """
+    count, width = x.shape
+    dtype = statistics_dtype(x.dtype)
+    if multiply is None:
+        out.zero_() if grad_mean is None else out.copy_(grad_mean / count)
+        return
+    # G is put together for every chunk anew, so that chunks are large.
+    step = max(1024, _CHUNK // width)
+    for first in range(0, count, step):
+        given, rows = x[first : first + step], out[first : first + step]
+        padded = max(len(given), _PADDING)
+        shifted = (
+            x.new_zeros(padded, width, dtype=dtype) if padded > len(given) else torch.empty_like(given, dtype=dtype)
+        )
+        centred = shifted[: len(given)]
+        if mean is None:
+            centred.copy_(given)
+        else:
+            torch.sub(given, mean, out=centred)
+        shifted *= slope
+        product = rows if out.dtype == dtype and padded == len(given) else torch.empty_like(shifted)
+        multiply(shifted, product)
+        if grad_mean is not None:
+            product += grad_mean / count
+        if product is not rows:
+            rows.copy_(product[: len(given)])
+
+
+def _strip_columns(width: int) -> int:
+    return width if width <= _WHOLE else _STRIP
+
+
+def _strips(width: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, padded size) of the pieces in which columns of a gradient are computed."""
+    strip = _strip_columns(width)
+    for start in range(0, width, strip):
+        stop = min(start + strip, width)
+        yield start, stop, _padded(stop - start)
+
+
+@contextmanager
+def _columns(product: Tensor, start: int, stop: int, padded: int) -> Iterator[Tensor]:
+    """Columns start ... stop to be filled, followed by padding that is thrown away."""
+    if padded == stop - start:
+        yield product[:, start:stop]
+        return
+    columns = product.new_empty(len(product), padded)
+    yield columns
+    product[:, start:stop] = columns[:, : stop - start]
+
+
+def covariance_backward(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    correction: int,
+    centered: bool,
+    precision: str,
+    out: Tensor,
+) -> None:
+    """Fill `out` with `grad_mean / N + (X - mean) (grad + grad') / (N - correction)`."""
+    count, width = x.shape
+    multiply = None
+    if grad is not None:
+        matrix = grad
+
+        def multiply(rows: Tensor, product: Tensor) -> None:
+            for start, stop, height in _strips(width):
+                strip = matrix.new_zeros(height, width)
+                torch.add(matrix[start:stop], matrix[:, start:stop].mT, out=strip[: stop - start])
+                with _columns(product, start, stop, height) as columns:
+                    torch.mm(rows, strip.mT, out=columns)
+
+    slope = 1 / (count - correction) if count > correction else float("nan")
+    _backward(x, mean if centered else None, slope, grad_mean, out, multiply)
+
+
+def covariance_match_backward(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Sequence[Tensor],
+    mean: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    precision: str,
+    out: Sequence[Tensor],
+) -> None:
+    """Fill `out` with `grad_mean / N + scale * 2 / (N - correction) (X - mean) G`, G put together strip by strip."""
+    widths = [rows.shape[1] for rows in x]
+    grad_means = [None] * len(x) if grad_mean is None else list(grad_mean.split(widths))
+    count = len(x[0])
+    slope = 2 / (count - correction) if count > correction else float("nan")
+    # A tensor on the CPU: reading it waits for nothing.
+    slope *= 1.0 if scale is None else float(scale)
+    for rows, m, g, packed, dx in zip(
+        x, mean.split(widths), grad_means, triangle.split(grad, widths), out, strict=True
+    ):
+        _backward(rows, m, slope, g, dx, _symmetric_product(packed, rows.shape[1]))
+
+
+def _symmetric_product(packed: Tensor, width: int) -> Callable[[Tensor, Tensor], None]:
+    """Multiplication by a packed symmetric matrix."""
+    memory = packed.new_empty(_padded(_strip_columns(width)) * width)
+
+    def multiply(rows: Tensor, product: Tensor) -> None:
+        for start, stop, height in _strips(width):
+            right = _view(memory, (height, width - start))
+            triangle.load(packed, start, right[: stop - start])
+            right[stop - start :] = 0
+            with _columns(product, start, stop, height) as columns:
+                torch.mm(rows[:, start:], right.mT, out=columns)
+                if start:
+                    above = _view(memory, (start, height))
+                    triangle.load_above(packed, width, start, above[:, : stop - start])
+                    above[:, stop - start :] = 0
+                    columns.addmm_(rows[:, :start], above)
+
+    return multiply

@@ -1,0 +1,127 @@
+"""`gram` and `gram_backward`: Gram matrices of the rows of many layers, for features wider than there are rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops import backends, reference_gram
+from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.library import LIBRARY, define
+
+
+def _count(rows: Sequence[Tensor], layers: int) -> int:
+    """Rows of one layer, over all groups."""
+    return sum(x.shape[0] for x in rows[::layers])
+
+
+def _gram(rows: list[Tensor], shift: list[Tensor]) -> Tensor:
+    name = backends.select("gram", rows[0])
+    if name == "reference":
+        with torch.autocast(rows[0].device.type, enabled=False):
+            return reference_gram.gram(rows, shift)
+    out = _gram_fake(rows, shift)
+    backends.implementation(name, "gram")(rows, shift, out)
+    return out
+
+
+def _gram_fake(rows: list[Tensor], shift: list[Tensor]) -> Tensor:
+    total = _count(rows, len(shift))
+    return rows[0].new_empty((len(shift), total, total), dtype=torch.float64)
+
+
+def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, shift = inputs
+    ctx.layers = len(shift)
+    ctx.save_for_backward(*shift, *rows)
+
+
+def _gram_derivative(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], list[None]]:
+    shift, rows = list(ctx.saved_tensors[: ctx.layers]), list(ctx.saved_tensors[ctx.layers :])
+    wanted = list(ctx.needs_input_grad[0])
+    computed = iter(torch.ops.moment_ops.gram_backward(grad, rows, shift, wanted))
+    return [next(computed) if want else None for want in wanted], [None] * ctx.layers
+
+
+def _gram_backward(grad: Tensor, rows: list[Tensor], shift: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    out = _gram_backward_fake(grad, rows, shift, wanted)
+    name = backends.select("gram_backward", rows[0])
+    if name == "reference":
+        with torch.autocast(rows[0].device.type, enabled=False):
+            grads = reference_gram.gram_backward(grad, rows, shift, wanted)
+        return [y.copy_(g) for y, g in zip(out, grads, strict=True)]
+    backends.implementation(name, "gram_backward")(grad, rows, shift, wanted, out)
+    return out
+
+
+def _gram_backward_fake(grad: Tensor, rows: list[Tensor], shift: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    return [torch.empty_like(x) for x, want in zip(rows, wanted, strict=True) if want]
+
+
+def _gram_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grad, rows, shift, ctx.wanted = inputs
+    ctx.layers = len(shift)
+    ctx.save_for_backward(grad, *shift, *rows)
+
+
+def _gram_backward_derivative(ctx: Any, tangents: list[Tensor]) -> tuple[Tensor, list[Tensor | None], list[None], None]:
+    """Derivative of `(grad + grad') Z`, Z = rows - shift, in PyTorch that is itself differentiable."""
+    grad, *saved = ctx.saved_tensors
+    layers = ctx.layers
+    shift, rows = saved[:layers], saved[layers:]
+    given = iter(tangents)
+    full = [next(given) if want else None for want in ctx.wanted]
+    d_grad: list[Tensor] = []
+    d_rows: list[Tensor | None] = [None] * len(rows)
+    with torch.autocast(grad.device.type, enabled=False):
+        for layer in range(layers):
+            dtype = shift[layer].dtype
+            group = rows[layer::layers]
+            z = torch.cat([x.to(dtype) - shift[layer] for x in group])
+            v = torch.cat(
+                [
+                    torch.zeros_like(x, dtype=dtype) if h is None else h.to(dtype)
+                    for x, h in zip(group, full[layer::layers], strict=True)
+                ]
+            )
+            product = (v @ z.mT).to(grad.dtype)
+            d_grad.append(product + product.mT)
+            d_z = (grad[layer] + grad[layer].mT).to(dtype) @ v
+            for i, part in zip(range(layer, len(rows), layers), d_z.split([len(x) for x in group]), strict=True):
+                d_rows[i] = part.to(rows[i].dtype) if ctx.needs_input_grad[1][i] else None
+    return torch.stack(d_grad), d_rows, [None] * layers, None
+
+
+define("gram(Tensor[] rows, Tensor[] shift) -> Tensor", _gram, _gram_fake)
+define(
+    "gram_backward(Tensor grad, Tensor[] rows, Tensor[] shift, bool[] wanted) -> Tensor[]",
+    _gram_backward,
+    _gram_backward_fake,
+)
+torch.library.register_autograd("moment_ops::gram", _gram_derivative, setup_context=_gram_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "moment_ops::gram_backward", _gram_backward_derivative, setup_context=_gram_backward_setup, lib=LIBRARY
+)
+
+
+def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Tensor]) -> Tensor:
+    """Gram matrices of all rows of each layer, less a shift: `Z Z'` with Z the groups' rows on top of each other.
+
+    Args:
+        groups: lists of L layers, (n, D_l) with the same D_l in every group; n may differ between groups. Float32,
+            bfloat16, float16 or float64, any strides. Groups are separate tensors, so that nobody has to join them
+            in memory.
+        shift: (D_l,) per layer: a constant close to the mean. It gets no gradient: what is computed from the matrix
+            should not depend on it, as after centring.
+
+    Returns:
+        (L, R, R) float64, R rows over all groups, exactly symmetric. Products are in float32 (float64 for float64),
+        folded into float64 over column panels. Twice differentiable in eager mode, with respect to the rows.
+
+    Cost: one read of the rows, L R^2 sum(D) products; backward one read and one write. On the CPU the memory beyond
+    inputs, outputs and gradients is two panels of some megabytes; a second derivative makes copies.
+    """
+    rows = [x for layers in groups for x in layers]
+    dtype = statistics_dtype(rows[0].dtype)
+    return torch.ops.moment_ops.gram(rows, [s.detach().to(dtype) for s in shift])

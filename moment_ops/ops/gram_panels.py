@@ -1,0 +1,132 @@
+"""`gram` and `gram_backward` on the CPU: column panels through the BLAS that PyTorch ships.
+
+Every panel is a batch of at least two products, over pieces of the columns that depend on the shapes alone: BLAS then
+computes each product in one thread. A single product may be cut along the summed dimension, differently for every
+number of threads, and a batch that is written in place with strides may be cut at other columns.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Columns of one product: float32 sums of this length at most are folded into float64.
+_WIDTH = 1024
+# A panel should stay in the cache of one core.
+_PANEL_ELEMENTS = 1 << 19
+_MOST_PRODUCTS = 16
+# Rows per block of the upper triangle; smaller blocks compute less and run slower.
+_BLOCK = 64
+
+
+class _Panel(NamedTuple):
+    """Columns [start, stop) as `batch` pieces of `width`; the last may run over, into zeros."""
+
+    start: int
+    stop: int
+    batch: int
+    width: int
+
+    @property
+    def padding(self) -> int:
+        return self.batch * self.width - (self.stop - self.start)
+
+
+def _panels(rows: int, columns: int) -> Iterator[_Panel]:
+    most = max(2, min(_MOST_PRODUCTS, _PANEL_ELEMENTS // (rows * _WIDTH)))
+    for start in range(0, columns, most * _WIDTH):
+        size = min(most * _WIDTH, columns - start)
+        batch = max(2, -(-size // _WIDTH))
+        yield _Panel(start, start + size, batch, -(-size // batch))
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """float32 products in float32, also where `torch.set_float32_matmul_precision` allows less."""
+    setting = torch.backends.mkldnn.matmul
+    previous = setting.fp32_precision
+    if previous in ("none", "ieee"):
+        yield
+        return
+    setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = previous
+
+
+def _fill(panel: _Panel, buffer: Tensor, rows: Sequence[Tensor], shift: Tensor) -> Tensor:
+    """(batch, R, width) of the rows less the shift, in a part of `buffer`."""
+    total = sum(x.shape[0] for x in rows)
+    filled = buffer[: panel.batch * total * panel.width].view(panel.batch, total, panel.width)
+    pieces = (panel.batch, panel.width)
+    part_of_shift = shift[panel.start : panel.stop]
+    offset = 0
+    for x in rows:
+        # (n, batch, width), in the order of the columns.
+        target = filled[:, offset : offset + x.shape[0]].transpose(0, 1)
+        offset += x.shape[0]
+        part = x[:, panel.start : panel.stop]
+        if panel.padding:
+            target.copy_(F.pad(part.to(shift.dtype) - part_of_shift, (0, panel.padding)).unflatten(1, pieces))
+        elif x.dtype == shift.dtype:
+            torch.sub(part.unflatten(1, pieces), part_of_shift.unflatten(0, pieces), out=target)
+        else:
+            target.copy_(part.unflatten(1, pieces)).sub_(part_of_shift.unflatten(0, pieces))
+    return filled
+
+
+def _new_buffer(counts: int, shift: Sequence[Tensor]) -> Tensor:
+    """Room for the largest panel of `counts` rows."""
+    size = max(p.batch * counts * p.width for s in shift for p in _panels(counts, s.shape[0]))
+    return shift[0].new_empty(size)
+
+
+def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], out: Tensor) -> None:
+    """Fills `out`, (L, R, R) float64; products in the dtype of the shift, in sums of 1,024 columns at most."""
+    layers, total = out.shape[0], out.shape[1]
+    buffer = _new_buffer(total, shift)
+    out.zero_()
+    with torch.autocast("cpu", enabled=False), ieee_products():
+        for layer in range(layers):
+            for panel in _panels(total, shift[layer].shape[0]):
+                filled = _fill(panel, buffer, rows[layer::layers], shift[layer])
+                for i in range(0, total, _BLOCK):
+                    products = torch.bmm(filled[:, i : i + _BLOCK], filled[:, i:].mT)
+                    out[layer, i : i + _BLOCK, i:] += products.sum(0, dtype=torch.float64)
+            upper = out[layer].triu()
+            torch.add(upper, upper.triu(1).mT, out=out[layer])
+
+
+def gram_backward(
+    grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool], out: Sequence[Tensor]
+) -> None:
+    """Fills `out`, one tensor per wanted entry of `rows`."""
+    layers, total = grad.shape[0], grad.shape[1]
+    buffer = _new_buffer(total, shift)
+    result = torch.empty_like(buffer)
+    written = iter(out)
+    destinations = [next(written) if want else None for want in wanted]
+    with torch.autocast("cpu", enabled=False), ieee_products():
+        for layer in range(layers):
+            group = rows[layer::layers]
+            counts = [x.shape[0] for x in group]
+            factors = (grad[layer] + grad[layer].mT).to(shift[layer].dtype).split(counts)
+            for panel in _panels(total, shift[layer].shape[0]):
+                filled = _fill(panel, buffer, group, shift[layer])
+                pieces = (panel.batch, panel.width)
+                for factor, destination in zip(factors, destinations[layer::layers], strict=True):
+                    if destination is None:
+                        continue
+                    n = factor.shape[0]
+                    product = result[: panel.batch * n * panel.width].view(panel.batch, n, panel.width)
+                    torch.bmm(factor.expand(panel.batch, -1, -1), filled, out=product)
+                    columns = destination[:, panel.start : panel.stop]
+                    in_order = product.transpose(0, 1)
+                    if panel.padding:
+                        columns.copy_(in_order.flatten(1)[:, : panel.stop - panel.start])
+                    else:
+                        columns.unflatten(1, pieces).copy_(in_order)

@@ -1,0 +1,125 @@
+"""The covariance operators in plain PyTorch: any dtype, device and layout; the definition of every precision."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moment_ops.ops import triangle
+from moment_ops.ops.layout import statistics_dtype
+
+PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float64 where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
+def _to_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to nearest even with 10 explicit bits of mantissa."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x)
+
+
+def _to_bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """`a @ b` in float64, of operands rounded as tensor cores take them; float64 operands are not rounded.
+
+    "bf16x3" splits every operand into two bfloat16 terms and drops the product of the two small ones.
+    """
+    if precision == "ieee" or a.dtype == torch.float64:
+        return _wide(a) @ _wide(b)
+    if precision == "tf32":
+        return _wide(_to_tf32(a)) @ _wide(_to_tf32(b))
+    a_high, b_high = _to_bf16(a), _to_bf16(b)
+    if precision == "bf16":
+        return _wide(a_high) @ _wide(b_high)
+    a_low, b_low = _to_bf16(a - a_high), _to_bf16(b - b_high)
+    a_high, b_high, a_low, b_low = (_wide(part) for part in (a_high, b_high, a_low, b_low))
+    return a_high @ b_high + a_high @ b_low + a_low @ b_high
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """(D,) wide. The first row is subtracted before anything is summed: a constant column has its mean exactly."""
+    pivot = _wide(rows[0])
+    return pivot + (_wide(rows) - pivot).mean(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1).to(statistics_dtype(x.dtype))
+
+
+def covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
+    """`Xc' Xc / (N - correction)`, (D, D), exactly symmetric, and the mean, (D,)."""
+    rows = _rows(x)
+    mean = _mean(rows)
+    shifted = _wide(rows) - mean if centered else rows
+    if precision != "ieee":
+        shifted = shifted.to(rows.dtype)
+    cov = product(shifted.mT, shifted, precision)
+    freedom = rows.shape[0] - correction
+    cov = cov / freedom if freedom > 0 else torch.full_like(cov, float("nan"))
+    triangle.make_symmetric(cov)
+    return cov.to(rows.dtype), mean.to(rows.dtype)
+
+
+def covariance_backward(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    correction: int,
+    centered: bool,
+    precision: str,
+) -> Tensor:
+    """`grad_mean / N + (X - mean) (grad + grad') / (N - correction)`, in the shape and dtype of x."""
+    rows = _rows(x)
+    dx = torch.zeros_like(rows)
+    if grad is not None:
+        shifted = rows - mean if centered else rows
+        dx = (product(shifted, grad + grad.mT, precision) / (len(rows) - correction)).to(rows.dtype)
+    if grad_mean is not None:
+        dx = dx + grad_mean / len(rows)
+    return dx.reshape(x.shape).to(x.dtype)
+
+
+# The operator `match_` on packed covariances: (covariance, target, widths) to (loss, gradient).
+MatchPacked = Callable[[Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor]]
+
+
+def covariance_match(
+    x: Sequence[Tensor], correction: int, target: Sequence[Tensor], precision: str, match: MatchPacked
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the packed means and the packed derivative with respect to the covariances."""
+    results = [covariance(layer, correction, True, precision) for layer in x]
+    widths = [len(mean) for _, mean in results]
+    packed = torch.cat([triangle.pack(cov) for cov, _ in results])
+    goal = torch.cat([t if t.dim() == 1 else triangle.pack(t) for t in target])
+    loss, grad = match(packed, goal, widths)
+    return loss, torch.cat([mean for _, mean in results]), grad
+
+
+def covariance_match_backward(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Sequence[Tensor],
+    mean: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    precision: str,
+) -> list[Tensor]:
+    """`grad_mean / N + scale * 2 / (N - correction) (X - mean) G` for every layer, G from its packed triangle."""
+    widths = [layer[0].numel() for layer in x]
+    outputs = []
+    means = mean.split(widths)
+    grad_means = [None] * len(widths) if grad_mean is None else list(grad_mean.split(widths))
+    for layer, packed, m, g in zip(x, triangle.split(grad, widths), means, grad_means, strict=True):
+        full = triangle.unpack(packed, len(m))
+        full = full if scale is None else full * scale
+        outputs.append(covariance_backward(full, g, layer, m, correction, True, precision))
+    return outputs

@@ -1,0 +1,38 @@
+"""The Gram operators in plain PyTorch: the definition that kernels are tested against."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _shifted(rows: Sequence[Tensor], shift: Sequence[Tensor], layer: int) -> Tensor:
+    """All rows of one layer less its shift, (R, D), in the dtype of the statistics."""
+    return torch.cat([x.to(shift[layer].dtype) - shift[layer] for x in rows[layer :: len(shift)]])
+
+
+def gram(rows: Sequence[Tensor], shift: Sequence[Tensor]) -> Tensor:
+    """(L, R, R) float64: products of all rows of a layer less its shift, with float64 sums.
+
+    Args:
+        rows: group after group, each with one (n, D_l) per layer.
+        shift: (D_l,) per layer, in the dtype of the statistics.
+    """
+    shifted = (_shifted(rows, shift, layer).double() for layer in range(len(shift)))
+    upper = torch.stack([z @ z.mT for z in shifted]).triu()
+    # Exactly symmetric, which a product is not.
+    return upper + upper.triu(1).mT
+
+
+def gram_backward(
+    grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """`(grad + grad') (rows - shift)` for the wanted entries of `rows`, each in its shape and dtype."""
+    layers = len(shift)
+    outputs: list[Tensor | None] = [None] * len(rows)
+    for layer in range(layers):
+        counts = [x.shape[0] for x in rows[layer::layers]]
+        products = (grad[layer] + grad[layer].mT) @ _shifted(rows, shift, layer).double()
+        for i, product in zip(range(layer, len(rows), layers), products.split(counts), strict=True):
+            outputs[i] = product.to(rows[i].dtype)
+    return [product for product, want in zip(outputs, wanted, strict=True) if want and product is not None]

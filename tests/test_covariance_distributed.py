@@ -1,0 +1,135 @@
+"""Covariances merged over processes: two gloo processes equal one on the concatenated batch."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_close, assert_same_bits, make_features
+from test_distributed import RANKS, Ranks
+from torch import nn
+
+import moment_ops as mo
+
+WIDTHS = (5, 6)
+AVERAGES = {
+    "none": None,
+    "moving": mo.MovingAverage(0.7),
+    "adam": mo.AdamMovingAverage(lr=0.1),
+    "queue": mo.QueueAverage(2),
+}
+BATCHES = {"even": (6, 6), "uneven": (9, 3), "one row": (11, 1)}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
+
+
+class Generator(nn.Module):
+    """From three numbers per row to two layers of features."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, sum(WIDTHS))).double()
+
+    def forward(self, z):
+        y = self.net(z)
+        return [y[:, :5], y[:, 5:].reshape(-1, 3, 2)]
+
+
+def rows_of(rank, sizes, seed=0):
+    """The rows of one process, or of all for rank None."""
+    z = make_features(sum(sizes), [(3,)], torch.float64, seed)[0]
+    return z if rank is None else z.split(list(sizes))[rank]
+
+
+def make_loss(average, mean_weight=0.5):
+    if average == "queue":
+        # The same on every process.
+        samples = make_features(10, [(5,), (3, 2)], torch.float64, 9)
+        return mo.CovarianceLoss(samples=samples, average=AVERAGES[average], mean_weight=0.0)
+    target = mo.Moments(
+        torch.linspace(-1, 1, sum(WIDTHS)).double(),
+        cov=tuple(torch.eye(width).double() + 0.1 for width in WIDTHS),
+        shapes=tuple((width,) for width in WIDTHS),
+    )
+    return mo.CovarianceLoss(target, average=AVERAGES[average], mean_weight=mean_weight, cov_weight=[1.0, 0.3])
+
+
+def train(rank, average, sizes):
+    """Some steps; the losses, the gradients averaged as DistributedDataParallel does, and the state."""
+    loss_fn, net = make_loss(average), Generator()
+    if rank is not None:
+        net = nn.parallel.DistributedDataParallel(net)
+    results = []
+    for seed in range(3):
+        value = loss_fn(net(rows_of(rank, sizes, seed)))
+        net.zero_grad()
+        value.backward()
+        results.append(torch.cat([value.detach().reshape(1), *[p.grad.reshape(-1) for p in net.parameters()]]))
+    state = [v.clone() for k, v in loss_fn.state_dict().items() if v.is_floating_point() and "average" in k]
+    return results, state
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_two_processes_train_as_one(ranks, average, batch):
+    results = ranks(train, average, BATCHES[batch])
+    expected = train(None, average, BATCHES[batch])
+    assert_same_bits(results[0], results[1])
+    for got, wanted in zip([*results[0][0], *results[0][1]], [*expected[0], *expected[1]], strict=True):
+        assert_close(got, wanted, rows=1000)
+
+
+def penalize(rank, average):
+    """Gradients of the sum over all rows of |dL/dz|^2; scaled as in the tests of the moments."""
+    sizes = BATCHES["uneven"]
+    world = 1 if rank is None else RANKS
+    loss_fn, net = make_loss(average), Generator()
+    z = rows_of(rank, sizes).clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss_fn(net(z)), z, create_graph=True)
+    gradients = torch.autograd.grad(
+        world * (first / world).square().sum(), list(net.parameters()), materialize_grads=True
+    )
+    packed = torch.cat([g.reshape(-1) for g in gradients])
+    if rank is not None:
+        dist.all_reduce(packed)
+    return packed / world
+
+
+@pytest.mark.parametrize("average", ["none", "moving", "adam"])
+def test_second_derivatives_cross_processes(ranks, average):
+    assert_close(ranks(penalize, average)[0], penalize(None, average), rows=1000)
+
+
+def ill_conditioned(rank, ratio):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(256, 40, generator=generator, dtype=torch.float64) + ratio).float()
+    loss_fn = mo.CovarianceLoss(torch.zeros(40, 40), average=mo.MovingAverage(0.0))
+    loss_fn(x if rank is None else x.split([200, 56])[rank])
+    return loss_fn.cov_average
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e3])
+def test_covariances_of_means_far_from_zero_merge(ranks, ratio):
+    """Merged are means that were rounded to float32: sqrt(D) columns of them."""
+    got, wanted = ranks(ill_conditioned, ratio)[0], ill_conditioned(None, ratio)
+    assert (got - wanted).norm() <= (1e-6 + ratio * 1.2e-7 / 56**0.5 * 40**0.5) * wanted.norm()
+
+
+def alone(rank):
+    layers = Generator()(rows_of(rank, BATCHES["uneven"]))
+    target = [torch.eye(width).double() for width in WIDTHS]
+    return [
+        mo.CovarianceLoss(target, process_group=False)(layers).detach(),
+        mo.covariance_loss(layers, target=target).detach(),
+    ]
+
+
+def test_without_a_group_a_process_stays_alone(ranks):
+    for rank, values in enumerate(ranks(alone)):
+        assert_same_bits(values, alone(rank))

@@ -1,0 +1,439 @@
+"""The covariance distance through inner products of rows: its value, its estimators, gradients, memory and time."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_close, assert_same_bits, epsilon, leaves, make_features, statistics_dtype
+from test_distributed import RANKS, Ranks, rows_of
+from torch import nn
+
+import moment_ops as mo
+from bench import memory
+from bench.workloads import WORKLOADS
+from bench.workloads import make_features as make_maps
+from moment_ops.losses.dual import dual_covariance_loss
+
+SHAPES = ((5,), (3, 2, 2))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHT = (1.0, 0.5)
+
+
+def covariance(x, correction=1):
+    rows = x.flatten(1).double()
+    rows = rows - rows[0].detach()
+    rows = rows - rows.mean(0)
+    return rows.T @ rows / (len(rows) - correction)
+
+
+def exact_loss(input, samples, correction=1, weight=WEIGHT):
+    """The definition, through (D, D) covariances in float64."""
+    differences = [covariance(x, correction) - covariance(y, correction) for x, y in zip(input, samples, strict=True)]
+    return sum(w * d.square().sum() for w, d in zip(weight, differences, strict=True))
+
+
+def assert_value(actual, exact, input, samples, weight=WEIGHT):
+    """Within epsilons of the squared norms of the covariances, absolutely, as far as sums over the rows lose them."""
+    norms = [covariance(x, 0).norm() + covariance(y, 0).norm() for x, y in zip(input, samples, strict=True)]
+    scale = sum(w * norm**2 for w, norm in zip(weight, norms, strict=True))
+    rows = len(input[0]) + len(samples[0])
+    assert actual.dtype == statistics_dtype(input[0].dtype)
+    assert (actual - exact).abs() <= 16 * rows**0.5 * epsilon(actual.dtype) * scale
+
+
+def make_sides(n=7, m=9, dtype=torch.float32, shapes=SHAPES):
+    return leaves(make_features(n, shapes, dtype)), leaves(make_features(m, shapes, dtype, seed=1))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("correction", [0, 1, 2])
+@pytest.mark.parametrize("rows", [(7, 9), (40, 3)])
+def test_the_distance_of_two_covariances_and_its_gradients_to_both(rows, correction, dtype):
+    input, samples = make_sides(*rows, dtype)
+    loss = dual_covariance_loss(input, samples, correction=correction, weight=WEIGHT)
+    wide = [leaves([x.double() for x in layers]) for layers in (input, samples)]
+    exact = exact_loss(*wide, correction)
+    assert_value(loss, exact, input, samples)
+    gradients = torch.autograd.grad(loss, input + samples)
+    for ours, theirs in zip(gradients, torch.autograd.grad(exact, wide[0] + wide[1]), strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, theirs, rows=sum(rows) * 17)
+
+
+def test_the_gradient_is_the_published_product_of_rows():
+    (x,), (y,) = make_sides(6, 8, torch.float64, [(30,)])
+    (gradient,) = torch.autograd.grad(dual_covariance_loss([x], [y], weight=[1.0]), x)
+    xc, yc = x.detach() - x.detach().mean(0), y.detach() - y.detach().mean(0)
+    assert_close(gradient, 4 / 5 * (xc @ xc.T @ xc / 5 - xc @ yc.T @ yc / 7), rows=100)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_joint_layers_are_one_feature_vector(estimator):
+    input, samples = make_sides(dtype=torch.float64)
+    joined = [[torch.cat([x.flatten(1) for x in layers], 1)] for layers in (input, samples)]
+    joint = dual_covariance_loss(input, samples, joint=True, estimator=estimator, weight=[3.0])
+    one = dual_covariance_loss(*joined, estimator=estimator, weight=[3.0])
+    assert_close(joint, one, rows=100)
+    if estimator == "biased":
+        assert_close(joint, exact_loss(*joined, weight=[3.0]), rows=100)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_a_queue_counts_among_the_rows_of_the_input_and_gets_no_gradient(estimator):
+    input, samples = make_sides(dtype=torch.float64)
+    queue = leaves(make_features(4, SHAPES, torch.float64, seed=2))
+    loss = dual_covariance_loss(input, samples, estimator=estimator, weight=WEIGHT, queue=queue)
+    joined = [torch.cat([x, q.detach()]) for x, q in zip(input, queue, strict=True)]
+    expected = dual_covariance_loss(joined, samples, estimator=estimator, weight=WEIGHT)
+    assert_close(loss, expected, rows=100)
+    tensors = input + samples
+    ours, theirs = (torch.autograd.grad(value, tensors) for value in (loss, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other, rows=100)
+    assert torch.autograd.grad(
+        dual_covariance_loss(input, samples, weight=WEIGHT, queue=queue), queue, allow_unused=True
+    ) == (None, None)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_a_known_mean_changes_nothing_but_rounding(estimator):
+    input, samples = make_sides()
+    means = [torch.randn(shape) for shape in SHAPES]
+    losses = [
+        dual_covariance_loss(input, samples, estimator=estimator, weight=WEIGHT, mean=mean) for mean in (None, means)
+    ]
+    assert_value(losses[0], losses[1].double(), input, samples)
+    unknown = [torch.full(shape, math.nan) for shape in SHAPES]
+    assert dual_covariance_loss(input, samples, estimator=estimator, weight=WEIGHT, mean=unknown).isnan()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_means_far_from_zero_cost_no_digits(mean, estimator):
+    """Centring products of raw features would be 22 % wrong at a thousand standard deviations."""
+    input, samples = ([x.detach() + mean for x in side] for side in make_sides(32, 48, shapes=[(300,)]))
+    input, samples = leaves(input), leaves(samples)
+    wide = [leaves([x.double() for x in side]) for side in (input, samples)]
+    loss = dual_covariance_loss(input, samples, estimator=estimator, weight=[1.0])
+    exact = dual_covariance_loss(*wide, estimator=estimator, weight=[1.0])
+    if estimator == "biased":
+        assert_close(exact, exact_loss(*wide, weight=[1.0]), rows=10_000)
+    assert_value(loss, exact, input, samples, [1.0])
+    (ours,), (theirs,) = (torch.autograd.grad(v, s[:1]) for v, s in ((loss, input), (exact, wide[0])))
+    assert_close(ours, theirs, rows=80)
+
+
+def population(points, probabilities, rows):
+    """Every sample of `rows` rows and its probability, the covariance, and the mean fourth power of the distance."""
+    probabilities = torch.tensor(probabilities, dtype=torch.float64)
+    picks = torch.tensor(list(itertools.product(range(len(points)), repeat=rows)))
+    centred = points - probabilities @ points
+    covariance = centred.T @ (probabilities[:, None] * centred)
+    return points[picks], probabilities[picks].prod(1), covariance, probabilities @ centred.square().sum(1).square()
+
+
+def expectation(first, second, estimator):
+    """The loss's mean over all pairs of samples: a layer each, whose weight is its probability."""
+    pairs = list(itertools.product(range(len(first[0])), range(len(second[0]))))
+    return dual_covariance_loss(
+        [first[0][i] for i, _ in pairs],
+        [second[0][j] for _, j in pairs],
+        estimator=estimator,
+        weight=[float(first[1][i] * second[1][j]) for i, j in pairs],
+    )
+
+
+SKEWED = (torch.tensor([[3.0, 1.0], [0.0, -2.0]], dtype=torch.float64), (0.3, 0.7))
+SCATTERED = (torch.tensor([[1.0, 1.0], [-2.0, 0.5], [0.0, 3.0]], dtype=torch.float64), (0.2, 0.5, 0.3))
+# Three points with the moments of the normal distribution, up to the fifth.
+HERMITE = torch.tensor([-math.sqrt(3), 0.0, math.sqrt(3)], dtype=torch.float64)
+NORMAL = (
+    torch.cartesian_prod(HERMITE, HERMITE) @ torch.tensor([[1.0, 0.5], [0.0, 2.0]], dtype=torch.float64),
+    tuple(a * b / 36 for a in (1, 4, 1) for b in (1, 4, 1)),
+)
+
+
+def test_the_unbiased_estimator_is_exact_in_the_mean():
+    first, second = population(*SKEWED, 4), population(*SCATTERED, 4)
+    expected = (first[2] - second[2]).square().sum()
+    assert_close(expectation(first, second, "unbiased"), expected, rows=100)
+
+
+def test_the_biased_estimator_has_its_bias_in_the_mean():
+    def bias(covariance, fourth, rows):
+        """Mean of `||C||_F^2` of `rows` rows, less that of the population."""
+        square, trace = covariance.square().sum(), covariance.trace()
+        return (fourth - square) / rows + (trace**2 + square) / (rows * (rows - 1))
+
+    first, second = population(*NORMAL, 2), population(*SCATTERED, 3)
+    normal = (first[2].trace() ** 2 + first[2].square().sum()) / (2 - 1)
+    assert_close(bias(first[2], first[3], 2), normal, rows=10)
+    expected = (first[2] - second[2]).square().sum() + normal + bias(second[2], second[3], 3)
+    assert_close(expectation(first, second, "biased"), expected, rows=100)
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_unbiased_estimator_is_that_of_the_literature():
+    input, samples = make_sides(6, 5, torch.float64)
+
+    def squared_norm(x):
+        """HSIC_1 of Song et al. 2012, term by term."""
+        k = x.flatten(1) @ x.flatten(1).T
+        k = k - k.diag().diag()
+        n, ones = len(k), torch.ones(len(k), dtype=k.dtype)
+        terms = (k @ k).trace(), (ones @ k @ ones) ** 2 / ((n - 1) * (n - 2)), -2 / (n - 2) * (ones @ k @ k @ ones)
+        return sum(terms) / (n * (n - 3))
+
+    expected = sum(
+        w * (squared_norm(x) + squared_norm(y) - 2 * (covariance(x) * covariance(y)).sum())
+        for w, x, y in zip(WEIGHT, input, samples, strict=True)
+    )
+    loss = dual_covariance_loss(input, samples, estimator="unbiased", weight=WEIGHT)
+    assert_close(loss, expected, rows=1000)
+    tensors = input + samples
+    for ours, theirs in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors), strict=True):
+        assert_close(ours, theirs, rows=1000)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_twice_differentiable_with_respect_to_both_sides(estimator, joint):
+    input, samples = make_sides(4, 5, torch.float64, ((3,), (2,)))
+    queue = make_features(2, ((3,), (2,)), torch.float64, seed=2)
+
+    def function(*tensors):
+        return dual_covariance_loss(
+            tensors[:2], tensors[2:], estimator=estimator, joint=joint, weight=[1.0] * (2 - joint), queue=queue
+        )
+
+    assert torch.autograd.gradcheck(function, input + samples)
+    assert torch.autograd.gradgradcheck(function, input + samples)
+
+
+@pytest.mark.parametrize("samples_too", [True, False])
+def test_channels_last_features_get_channels_last_gradients(samples_too):
+    (x,), (y,) = make_sides(shapes=[(3, 4, 5)])
+    (expected,) = torch.autograd.grad(dual_covariance_loss([x], [y], weight=[1.0], mean=[y[0]]), x)
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    other = y.to(memory_format=torch.channels_last) if samples_too else y
+    (gradient,) = torch.autograd.grad(dual_covariance_loss([last], [other], weight=[1.0], mean=[y[0]]), last)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    assert_close(gradient, expected.double(), rows=100)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiles_to_one_graph(backend):
+    options = {"weight": WEIGHT, "estimator": "unbiased"}
+    input, samples = make_sides()
+    with mo.backend(backend):
+        compiled = torch.compile(dual_covariance_loss, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (dual_covariance_loss, compiled):
+            loss = function(input, samples, **options)
+            results.append([loss.detach(), *torch.autograd.grad(loss, input + samples)])
+    torch._dynamo.reset()
+    assert_same_bits(*results)
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_numbers_of_eager_mode():
+    input, samples = make_sides()
+    step = torch.compile(lambda x, y: dual_covariance_loss([2 * t for t in x], y, weight=WEIGHT), fullgraph=True)
+    loss = dual_covariance_loss([2 * t for t in input], samples, weight=WEIGHT)
+    expected = torch.autograd.grad(loss, input)
+    for ours, theirs in zip(torch.autograd.grad(step(input, samples), input), expected, strict=True):
+        assert_close(ours, theirs.double(), rows=100)
+    torch._dynamo.reset()
+
+
+def test_autocast_changes_nothing():
+    results = []
+    for enabled in (True, False):
+        input, samples = make_sides()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = dual_covariance_loss(input, samples, weight=WEIGHT)
+            first = torch.autograd.grad(loss, input, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), input)
+        results.append([loss.detach(), *(g.detach() for g in first), *second])
+    assert_same_bits(*results)
+
+
+def test_equal_rows_have_no_distance():
+    (x,), _ = make_sides(64, 64, shapes=[(3000,)])
+    loss = dual_covariance_loss([x], [x.detach().clone()], weight=[1.0])
+    assert_value(loss, torch.tensor(0.0), [x], [x], [1.0])
+
+
+def test_all_of_vgg19_takes_seconds_and_a_few_megabytes():
+    """303,104 columns: one covariance of all layers together would take 367 GB, that of the first layer 17 GB."""
+    workload = WORKLOADS["vgg19"]
+    memory.return_freed_memory()
+    input = make_maps(workload, torch.float32)
+    samples = [y.detach() for y in make_maps(workload, torch.float32, seed=1)]
+
+    def step():
+        loss = dual_covariance_loss(input, samples, joint=True, weight=[1.0])
+        return torch.autograd.grad(loss, input)
+
+    step()
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    # 0.4 s on one quiet core; the bound is for a machine that does other things too.
+    assert seconds < 5
+    peak = memory.peak_over_rest(step)
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert peak < workload.bytes(torch.float32) + 64 * 2**20
+
+
+X, Y = torch.randn(5, 3), torch.randn(6, 3)
+WRONG = {
+    "no layers": (([], [Y]), {}, ValueError, "input: got an empty"),
+    "integers": (([X.long()], [Y]), {}, TypeError, "input.*int64"),
+    "array": ((X.numpy(), [Y]), {}, TypeError, "input.*ndarray"),
+    "empty input": (([X[:0]], [Y]), {}, ValueError, "input.*empty batch"),
+    "empty samples": (([X], [Y[:0]]), {}, ValueError, "samples.*empty batch"),
+    "one row": (([X[:1]], [Y]), {}, ValueError, "input: got 1 rows, expected at least 2"),
+    "one sample": (([X], [Y[:1]]), {}, ValueError, "samples: got 1 rows, expected at least 2"),
+    "three rows unbiased": (([X[:3]], [Y]), {"estimator": "unbiased"}, ValueError, "input: got 3 rows.* 4"),
+    "three samples unbiased": (([X], [Y[:3]]), {"estimator": "unbiased"}, ValueError, "samples: got 3 rows.* 4"),
+    "number of layers": (([X, X], [Y]), {"weight": [1.0, 1.0]}, ValueError, "samples: got 1 layers, expected 2"),
+    "widths": (([X], [Y[:, :2]]), {}, ValueError, r"samples: got features of shape \(2,\), expected \(3,\)"),
+    "dtypes": (([X], [Y.double()]), {}, TypeError, "samples: got dtype torch.float64, expected torch.float32"),
+    "devices": (([X], [Y.to("meta")]), {}, ValueError, "samples: got device meta, expected cpu"),
+    "queue": (([X], [Y]), {"queue": [Y[:, :2]]}, ValueError, r"queue: got features of shape \(2,\)"),
+    "mean": (([X], [Y]), {"mean": [Y]}, ValueError, r"mean\[0\]: got shape \(6, 3\), expected \(3,\)"),
+    "means": (([X], [Y]), {"mean": [Y[0], Y[0]]}, ValueError, "mean: got 2 layers, expected 1"),
+    "estimator": (([X], [Y]), {"estimator": "v"}, ValueError, "estimator: got 'v', expected 'biased' or 'unbiased'"),
+    "correction": (([X], [Y]), {"correction": -1}, ValueError, "correction: got -1"),
+    "unbiased over N": (([X], [Y]), {"estimator": "unbiased", "correction": 0}, ValueError, "correction: got 0"),
+    "weights": (([X], [Y]), {"weight": [1.0, 1.0]}, ValueError, "weight: got 2 weights, expected one per layer, 1"),
+    "weight": (([X], [Y]), {"weight": 1.0}, TypeError, "weight: got float"),
+    "joint weights": (([X, X], [Y, Y]), {"joint": True, "weight": [1.0, 1.0]}, ValueError, "weight.*all layers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case):
+    arguments, options, error, message = WRONG[case]
+    with pytest.raises(error, match=message) as raised:
+        dual_covariance_loss(*arguments, **{"weight": [1.0], **options})
+    assert raised.type is error
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
+
+
+class Generator(nn.Module):
+    """From three numbers per row to two layers of features."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 10)).double()
+
+    def forward(self, z):
+        y = self.net(z)
+        return [y[:, :4], y[:, 4:].reshape(-1, 3, 2)]
+
+
+# Rows of every process: of the input, the samples, the queue.
+BATCHES = {"even": ((6, 6), (8, 8), (2, 2)), "uneven": ((9, 3), (2, 5), (4, 1)), "one row": ((6, 1), (1, 7), (1, 1))}
+
+
+def gradients(rank, sizes, estimator, second, create_graph=False):
+    """Loss and gradients of the parameters, averaged as DistributedDataParallel does.
+
+    With `second` those of the sum over all rows of |dL/dz|^2, where L is the loss of the whole batch: a process sees
+    dL/dz times the number of processes, and scales its part of the sum by it.
+    """
+    world = 1 if rank is None else RANKS
+    net = Generator()
+    z, samples, queue = (rows_of(rank, part, seed).clone() for seed, part in enumerate(sizes))
+    z.requires_grad_(second)
+    loss = dual_covariance_loss(
+        net(z),
+        [x.detach() * 2 for x in net(samples)],
+        estimator=estimator,
+        weight=WEIGHT,
+        queue=[x.detach() for x in net(queue)],
+        process_group=False if rank is None else None,
+    )
+    value = loss
+    if second:
+        (first,) = torch.autograd.grad(loss, z, create_graph=True)
+        value = world * (first / world).square().sum()
+    parameters = list(net.parameters())
+    grads = torch.autograd.grad(value, parameters, create_graph=create_graph, materialize_grads=True)
+    packed = torch.cat([g.detach().reshape(-1) for g in grads])
+    if rank is not None:
+        dist.all_reduce(packed)
+    return loss.detach(), packed / world
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_processes_share_the_loss_and_the_gradient_of_all_rows(ranks, estimator, batch):
+    results = ranks(gradients, BATCHES[batch], estimator, False)
+    assert_same_bits(*results)
+    expected = gradients(None, BATCHES[batch], estimator, False)
+    for ours, theirs in zip(results[0], expected, strict=True):
+        assert_close(ours, theirs, rows=1000)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_second_derivatives_cross_processes(ranks, create_graph):
+    results = ranks(gradients, BATCHES["uneven"], "unbiased", True, create_graph)
+    expected = gradients(None, BATCHES["uneven"], "unbiased", True)
+    assert_close(results[0][1], expected[1], rows=10_000)
+
+
+def with_equal_samples(rank, estimator):
+    """The input's rows are spread over the processes, the samples are the same on all."""
+    z = rows_of(rank, (3, 2)).clone().requires_grad_()
+    samples = rows_of(None, (6,), 1).clone().requires_grad_()
+    loss = dual_covariance_loss(
+        [z],
+        [samples],
+        estimator=estimator,
+        weight=[1.0],
+        process_group=False if rank is None else None,
+        gather_samples=False,
+    )
+    return loss.detach(), *torch.autograd.grad(loss, [z, samples])
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_samples_that_all_processes_have_count_once(ranks, estimator):
+    results = ranks(with_equal_samples, estimator)
+    loss, input_gradient, samples_gradient = with_equal_samples(None, estimator)
+    for value, _, gradient in results:
+        assert_close(value, loss, rows=100)
+        assert_close(gradient, samples_gradient, rows=100)
+    assert_close(torch.cat([g for _, g, _ in results]) / RANKS, input_gradient, rows=100)
+
+
+def few_rows(rank, rows):
+    x = [torch.randn(rows, 3)]
+    dual_covariance_loss(x, x, estimator="unbiased", weight=[1.0], process_group=None)
+
+
+def test_the_rows_of_all_processes_have_to_be_enough(ranks):
+    ranks(few_rows, 2)
+    with pytest.raises(AssertionError, match="input: got 2 rows, expected at least 4"):
+        ranks(few_rows, 1)
