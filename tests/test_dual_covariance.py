@@ -74,6 +74,19 @@ def test_the_gradient_is_the_published_product_of_rows():
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_sides_whose_means_are_far_apart_lose_no_digits(estimator):
+    (x,), (y,) = make_sides(20, 30, shapes=[(50,)])
+    x = (x.detach() + 1000 * torch.linspace(-1, 1, 50)).requires_grad_()
+    loss = dual_covariance_loss([x], [y], estimator=estimator, weight=[1.0])
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    exact = dual_covariance_loss([wide[0]], [wide[1]], estimator=estimator, weight=[1.0])
+    gradients = torch.autograd.grad(loss, (x, y)), torch.autograd.grad(exact, wide)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 def test_joint_layers_are_one_feature_vector(estimator):
     input, samples = make_sides(dtype=torch.float64)
     joined = [[torch.cat([x.flatten(1) for x in layers], 1)] for layers in (input, samples)]

@@ -30,13 +30,19 @@ CASES = {
 def make_groups(case, dtype=torch.float32):
     counts, widths = CASES[case]
     groups = [make_features(n, [(w,) for w in widths], dtype, seed) for seed, n in enumerate(counts)]
-    shift = [x[0].to(statistics_dtype(dtype)) for x in groups[-1]]
+    # A shift for every group; the operator takes its own for each.
+    shift = [[x[0].to(statistics_dtype(dtype)) for x in layers] for layers in groups]
     return groups, shift
+
+
+def flat(nested):
+    return [x for layers in nested for x in layers]
 
 
 def exact_gram(groups, shift):
     shifted = [
-        torch.cat(layer).double() - s.double() for layer, s in zip(zip(*groups, strict=True), shift, strict=True)
+        torch.cat([x.double() - less.double() for x, less in zip(layer, of_layer, strict=True)])
+        for layer, of_layer in zip(zip(*groups, strict=True), zip(*shift, strict=True), strict=True)
     ]
     return torch.stack([z @ z.mT for z in shifted])
 
@@ -62,7 +68,7 @@ def test_sums_of_more_columns_than_one_product_has_are_in_float64():
     x = torch.randint(0, 128, (3, 40_000)).float()
     exact = (x.double() @ x.double().mT)[None]
     assert exact.max() > 10 * 2**24
-    assert torch.equal(gram([[x]], [torch.zeros(40_000)]), exact)
+    assert torch.equal(gram([[x]], [[torch.zeros(40_000)]]), exact)
 
 
 @pytest.mark.usefixtures("backend")
@@ -95,7 +101,7 @@ def test_only_the_rows_that_want_gradients_get_them():
         assert_close(ours, theirs, rows=10)
     wanted = [False, True, False, False, True, False]
     rows = [x.detach() for layers in groups for x in layers]
-    assert len(OPS.gram_backward(torch.ones_like(exact), rows, shift, wanted)) == 2
+    assert len(OPS.gram_backward(torch.ones_like(exact), rows, flat(shift), wanted)) == 2
 
 
 LAYOUTS = {
@@ -118,15 +124,15 @@ def test_any_strides(layout):
     rows, dense_rows = ([x for layers in g for x in layers] for g in (groups, dense))
     wanted = [True] * len(rows)
     assert_same_bits(
-        [g.contiguous() for g in OPS.gram_backward(grad, rows, shift, wanted)],
-        OPS.gram_backward(grad, dense_rows, shift, wanted),
+        [g.contiguous() for g in OPS.gram_backward(grad, rows, flat(shift), wanted)],
+        OPS.gram_backward(grad, dense_rows, flat(shift), wanted),
     )
 
 
 @pytest.mark.usefixtures("backend")
 def test_twice_differentiable():
     groups = [[x.double().requires_grad_() for x in make_features(n, ((3,), (2,)))] for n in (3, 2)]
-    shift = [torch.randn(3).double(), torch.randn(2).double()]
+    shift = [[torch.randn(3).double(), torch.randn(2).double()] for _ in groups]
     rows = [x for layers in groups for x in layers]
 
     def function(*rows):
@@ -145,10 +151,10 @@ def test_twice_differentiable():
 def test_operators_keep_the_contract_of_torch(wants_gradient, dtype):
     groups, shift = make_groups("small", dtype)
     rows = [x.requires_grad_(wants_gradient) for layers in groups for x in layers]
-    torch.library.opcheck(OPS.gram.default, (rows, shift))
+    torch.library.opcheck(OPS.gram.default, (rows, flat(shift), 2))
     grad = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=wants_gradient)
     for wanted in ([True] * 4, [True, False, False, True], [False] * 4):
-        torch.library.opcheck(OPS.gram_backward.default, (grad, rows, shift, wanted))
+        torch.library.opcheck(OPS.gram_backward.default, (grad, rows, flat(shift), wanted))
 
 
 def test_lower_precision_of_matrix_products_does_not_reach_them():
@@ -157,7 +163,7 @@ def test_lower_precision_of_matrix_products_does_not_reach_them():
     grad = torch.randn(1, 5, 5, dtype=torch.float64)
 
     def results():
-        return [gram(groups, shift), *OPS.gram_backward(grad, rows, shift, [True] * 2)]
+        return [gram(groups, shift), *OPS.gram_backward(grad, rows, flat(shift), [True] * 2)]
 
     expected = results()
     previous = torch.get_float32_matmul_precision()
@@ -179,9 +185,9 @@ def digest() -> str:
         for rows in (*range(1, 36), 48, 63, 65, 100, 128, 130, 257):
             for width in (1, 30, 511, 1024, 1500, 5000) if rows < 40 else (700, 3000):
                 first, second = make_features(rows, [(width,)], dtype), make_features(rows // 2, [(width,)], dtype, 1)
-                shift = [first[0][0].to(statistics_dtype(dtype))]
+                shift = [[first[0][0].to(statistics_dtype(dtype))]] * 2
                 matrix = gram([first, second], shift)
-                grads = OPS.gram_backward(matrix, first + second, shift, [True, True])
+                grads = OPS.gram_backward(matrix, first + second, flat(shift), [True, True])
                 for result in (matrix, *grads):
                     sums.update(result.double().numpy().tobytes())
     return sums.hexdigest()

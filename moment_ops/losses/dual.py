@@ -167,9 +167,10 @@ def dual_covariance_loss(
             of the true covariances for any distribution, and it may be negative. It needs N, M >= 4 and c = 1.
         weight: one float per layer.
         queue: (Q, ...) per layer: rows of past batches, constants, that count among the input's.
-        mean: features' shape per layer: a known mean, subtracted while loading. By default the first row of samples.
-            The result depends on it by rounding alone: products are centred exactly on the small side. Centring inner
-            products of raw features instead would lose all digits where the mean is far from zero.
+        mean: features' shape per layer: a known mean of the samples, subtracted while they are loaded, as is the first
+            row of the input from the input. By default the first row of the samples. The result depends on them by
+            rounding alone: products are centred exactly on the small side. Centring inner products of raw features
+            instead would lose all digits where the mean is far from zero.
         process_group: rows of input, samples and queue are gathered over this group, each process giving its own;
             batches may be uneven. None is the default group wherever torch.distributed is initialized; False is this
             process alone. The loss is the same on every process, and parameters under DistributedDataParallel get the
@@ -215,7 +216,9 @@ def dual_covariance_loss(
     *ours, theirs = rows
     x_rows = [part for layers in ours for part in gather_rows(layers, process_group)]
     y_rows = gather_rows(theirs, process_group if gather_samples else False)
-    shift = [y[0] for y in (y_rows[0] if known is None else known)]
+    # Sides that are centred apart have a shift each: theirs may be far from the mean of ours.
+    of_x, of_y = ([x[0] for x in side[0]] for side in (x_rows, y_rows if known is None else [known]))
+    shift = [of_x] * len(x_rows) + [of_y] * len(y_rows)
     n = sum(part[0].shape[0] for part in x_rows)
     m = sum(part[0].shape[0] for part in y_rows)
     _check_rows(n, "input", correction, estimator)
@@ -231,5 +234,5 @@ def dual_covariance_loss(
 
 def dual_covariance_squared_norm(x: Tensor, correction: int = 1) -> Tensor:
     """Scalar float64 `||C||_F^2` of the covariance of x, (N, D), through its N^2 inner products."""
-    products = gram([[x]], [x[0]])
+    products = gram([[x]], [[x[0]]])
     return (_centred(products) / (x.shape[0] - correction)).square().sum()

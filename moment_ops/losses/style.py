@@ -28,7 +28,7 @@ def _gram_matrices(x: Tensor) -> Tensor:
     # Every sample is a layer of the operator, and its channels are the rows.
     samples = list(x.flatten(2).unbind())
     zero = x.new_zeros(x.shape[2] * x.shape[3])
-    return gram([samples], [zero] * len(samples))
+    return gram([samples], [[zero] * len(samples)])
 
 
 def gram_matrix(features: Tensor, normalize: str = "sum") -> Tensor:

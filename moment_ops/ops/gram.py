@@ -16,32 +16,32 @@ def _count(rows: Sequence[Tensor], layers: int) -> int:
     return sum(x.shape[0] for x in rows[::layers])
 
 
-def _gram(rows: list[Tensor], shift: list[Tensor]) -> Tensor:
+def _gram(rows: list[Tensor], shift: list[Tensor], layers: int) -> Tensor:
     name = backends.select("gram", rows[0])
     if name == "reference":
         with torch.autocast(rows[0].device.type, enabled=False):
-            return reference_gram.gram(rows, shift)
-    out = _gram_fake(rows, shift)
-    backends.implementation(name, "gram")(rows, shift, out)
+            return reference_gram.gram(rows, shift, layers)
+    out = _gram_fake(rows, shift, layers)
+    backends.implementation(name, "gram")(rows, shift, layers, out)
     return out
 
 
-def _gram_fake(rows: list[Tensor], shift: list[Tensor]) -> Tensor:
-    total = _count(rows, len(shift))
-    return rows[0].new_empty((len(shift), total, total), dtype=torch.float64)
+def _gram_fake(rows: list[Tensor], shift: list[Tensor], layers: int) -> Tensor:
+    total = _count(rows, layers)
+    return rows[0].new_empty((layers, total, total), dtype=torch.float64)
 
 
 def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, shift = inputs
-    ctx.layers = len(shift)
-    ctx.save_for_backward(*shift, *rows)
+    rows, shift, _ = inputs
+    ctx.save_for_backward(*rows, *shift)
 
 
-def _gram_derivative(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], list[None]]:
-    shift, rows = list(ctx.saved_tensors[: ctx.layers]), list(ctx.saved_tensors[ctx.layers :])
+def _gram_derivative(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], list[None], None]:
+    count = len(ctx.saved_tensors) // 2
+    rows, shift = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
     wanted = list(ctx.needs_input_grad[0])
     computed = iter(torch.ops.moment_ops.gram_backward(grad, rows, shift, wanted))
-    return [next(computed) if want else None for want in wanted], [None] * ctx.layers
+    return [next(computed) if want else None for want in wanted], [None] * count, None
 
 
 def _gram_backward(grad: Tensor, rows: list[Tensor], shift: list[Tensor], wanted: list[bool]) -> list[Tensor]:
@@ -61,15 +61,14 @@ def _gram_backward_fake(grad: Tensor, rows: list[Tensor], shift: list[Tensor], w
 
 def _gram_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     grad, rows, shift, ctx.wanted = inputs
-    ctx.layers = len(shift)
-    ctx.save_for_backward(grad, *shift, *rows)
+    ctx.save_for_backward(grad, *rows, *shift)
 
 
 def _gram_backward_derivative(ctx: Any, tangents: list[Tensor]) -> tuple[Tensor, list[Tensor | None], list[None], None]:
     """Derivative of `(grad + grad') Z`, Z = rows - shift, in PyTorch that is itself differentiable."""
     grad, *saved = ctx.saved_tensors
-    layers = ctx.layers
-    shift, rows = saved[:layers], saved[layers:]
+    count, layers = len(saved) // 2, len(grad)
+    rows, shift = saved[:count], saved[count:]
     given = iter(tangents)
     full = [next(given) if want else None for want in ctx.wanted]
     d_grad: list[Tensor] = []
@@ -78,7 +77,7 @@ def _gram_backward_derivative(ctx: Any, tangents: list[Tensor]) -> tuple[Tensor,
         for layer in range(layers):
             dtype = shift[layer].dtype
             group = rows[layer::layers]
-            z = torch.cat([x.to(dtype) - shift[layer] for x in group])
+            z = torch.cat([x.to(dtype) - less for x, less in zip(group, shift[layer::layers], strict=True)])
             v = torch.cat(
                 [
                     torch.zeros_like(x, dtype=dtype) if h is None else h.to(dtype)
@@ -90,10 +89,10 @@ def _gram_backward_derivative(ctx: Any, tangents: list[Tensor]) -> tuple[Tensor,
             d_z = (grad[layer] + grad[layer].mT).to(dtype) @ v
             for i, part in zip(range(layer, len(rows), layers), d_z.split([len(x) for x in group]), strict=True):
                 d_rows[i] = part.to(rows[i].dtype) if ctx.needs_input_grad[1][i] else None
-    return torch.stack(d_grad), d_rows, [None] * layers, None
+    return torch.stack(d_grad), d_rows, [None] * count, None
 
 
-define("gram(Tensor[] rows, Tensor[] shift) -> Tensor", _gram, _gram_fake)
+define("gram(Tensor[] rows, Tensor[] shift, int layers) -> Tensor", _gram, _gram_fake)
 define(
     "gram_backward(Tensor grad, Tensor[] rows, Tensor[] shift, bool[] wanted) -> Tensor[]",
     _gram_backward,
@@ -105,15 +104,16 @@ torch.library.register_autograd(
 )
 
 
-def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Tensor]) -> Tensor:
+def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Sequence[Tensor]]) -> Tensor:
     """Gram matrices of all rows of each layer, less a shift: `Z Z'` with Z the groups' rows on top of each other.
 
     Args:
         groups: lists of L layers, (n, D_l) with the same D_l in every group; n may differ between groups. Float32,
             bfloat16, float16 or float64, any strides. Groups are separate tensors, so that nobody has to join them
             in memory.
-        shift: (D_l,) per layer: a constant close to the mean. It gets no gradient: what is computed from the matrix
-            should not depend on it, as after centring.
+        shift: (D_l,) for every group and layer: a constant close to the mean of the rows, the same for groups that are
+            centred together. It gets no gradient: what is computed from the matrix should not depend on it, as after
+            centring.
 
     Returns:
         (L, R, R) float64, R rows over all groups, exactly symmetric. Products are in float32 (float64 for float64),
@@ -124,4 +124,5 @@ def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Tensor]) -> Tensor:
     """
     rows = [x for layers in groups for x in layers]
     dtype = statistics_dtype(rows[0].dtype)
-    return torch.ops.moment_ops.gram(rows, [s.detach().to(dtype) for s in shift])
+    less = [s.detach().to(dtype) for layers in shift for s in layers]
+    return torch.ops.moment_ops.gram(rows, less, len(groups[0]))

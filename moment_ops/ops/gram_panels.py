@@ -58,21 +58,21 @@ def ieee_products() -> Iterator[None]:
         setting.fp32_precision = previous
 
 
-def _fill(panel: _Panel, buffer: Tensor, rows: Sequence[Tensor], shift: Tensor) -> Tensor:
-    """(batch, R, width) of the rows less the shift, in a part of `buffer`."""
+def _fill(panel: _Panel, buffer: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor]) -> Tensor:
+    """(batch, R, width) of the rows less their shifts, in a part of `buffer`."""
     total = sum(x.shape[0] for x in rows)
     filled = buffer[: panel.batch * total * panel.width].view(panel.batch, total, panel.width)
     pieces = (panel.batch, panel.width)
-    part_of_shift = shift[panel.start : panel.stop]
     offset = 0
-    for x in rows:
+    for x, less in zip(rows, shift, strict=True):
+        part_of_shift = less[panel.start : panel.stop]
         # (n, batch, width), in the order of the columns.
         target = filled[:, offset : offset + x.shape[0]].transpose(0, 1)
         offset += x.shape[0]
         part = x[:, panel.start : panel.stop]
         if panel.padding:
-            target.copy_(F.pad(part.to(shift.dtype) - part_of_shift, (0, panel.padding)).unflatten(1, pieces))
-        elif x.dtype == shift.dtype:
+            target.copy_(F.pad(part.to(less.dtype) - part_of_shift, (0, panel.padding)).unflatten(1, pieces))
+        elif x.dtype == less.dtype:
             torch.sub(part.unflatten(1, pieces), part_of_shift.unflatten(0, pieces), out=target)
         else:
             target.copy_(part.unflatten(1, pieces)).sub_(part_of_shift.unflatten(0, pieces))
@@ -85,15 +85,15 @@ def _new_buffer(counts: int, shift: Sequence[Tensor]) -> Tensor:
     return shift[0].new_empty(size)
 
 
-def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], out: Tensor) -> None:
+def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor) -> None:
     """Fills `out`, (L, R, R) float64; products in the dtype of the shift, in sums of 1,024 columns at most."""
-    layers, total = out.shape[0], out.shape[1]
+    total = out.shape[1]
     buffer = _new_buffer(total, shift)
     out.zero_()
     with torch.autocast("cpu", enabled=False), ieee_products():
         for layer in range(layers):
             for panel in _panels(total, shift[layer].shape[0]):
-                filled = _fill(panel, buffer, rows[layer::layers], shift[layer])
+                filled = _fill(panel, buffer, rows[layer::layers], shift[layer::layers])
                 for i in range(0, total, _BLOCK):
                     products = torch.bmm(filled[:, i : i + _BLOCK], filled[:, i:].mT)
                     out[layer, i : i + _BLOCK, i:] += products.sum(0, dtype=torch.float64)
@@ -116,7 +116,7 @@ def gram_backward(
             counts = [x.shape[0] for x in group]
             factors = (grad[layer] + grad[layer].mT).to(shift[layer].dtype).split(counts)
             for panel in _panels(total, shift[layer].shape[0]):
-                filled = _fill(panel, buffer, group, shift[layer])
+                filled = _fill(panel, buffer, group, shift[layer::layers])
                 pieces = (panel.batch, panel.width)
                 for factor, destination in zip(factors, destinations[layer::layers], strict=True):
                     if destination is None:

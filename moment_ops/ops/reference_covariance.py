@@ -81,7 +81,13 @@ def covariance_backward(
     rows = _rows(x)
     dx = torch.zeros_like(rows)
     if grad is not None:
-        shifted = rows - mean if centered else rows
+        shifted = rows
+        if centered:
+            shifted = _wide(rows) - mean
+            if rows.dtype != torch.float64:
+                # What rounding to float32 left out of the mean.
+                shifted = shifted - shifted.mean(0)
+            shifted = shifted.to(rows.dtype)
         dx = (product(shifted, grad + grad.mT, precision) / (len(rows) - correction)).to(rows.dtype)
     if grad_mean is not None:
         dx = dx + grad_mean / len(rows)

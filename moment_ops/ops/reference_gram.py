@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 
-def _shifted(rows: Sequence[Tensor], shift: Sequence[Tensor], layer: int) -> Tensor:
-    """All rows of one layer less its shift, (R, D), in the dtype of the statistics."""
-    return torch.cat([x.to(shift[layer].dtype) - shift[layer] for x in rows[layer :: len(shift)]])
+def _shifted(rows: Sequence[Tensor], shift: Sequence[Tensor]) -> Tensor:
+    """The rows of one layer less their shifts, (R, D), in the dtype of the statistics."""
+    return torch.cat([x.to(less.dtype) - less for x, less in zip(rows, shift, strict=True)])
 
 
-def gram(rows: Sequence[Tensor], shift: Sequence[Tensor]) -> Tensor:
-    """(L, R, R) float64: products of all rows of a layer less its shift, with float64 sums.
+def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int) -> Tensor:
+    """(L, R, R) float64: products of all rows of a layer less their shifts, with float64 sums.
 
     Args:
         rows: group after group, each with one (n, D_l) per layer.
-        shift: (D_l,) per layer, in the dtype of the statistics.
+        shift: (D_l,) for each of them, in the dtype of the statistics.
     """
-    shifted = (_shifted(rows, shift, layer).double() for layer in range(len(shift)))
+    shifted = (_shifted(rows[layer::layers], shift[layer::layers]).double() for layer in range(layers))
     upper = torch.stack([z @ z.mT for z in shifted]).triu()
     # Exactly symmetric, which a product is not.
     return upper + upper.triu(1).mT
@@ -28,11 +28,12 @@ def gram_backward(
     grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor]:
     """`(grad + grad') (rows - shift)` for the wanted entries of `rows`, each in its shape and dtype."""
-    layers = len(shift)
+    layers = len(grad)
     outputs: list[Tensor | None] = [None] * len(rows)
     for layer in range(layers):
         counts = [x.shape[0] for x in rows[layer::layers]]
-        products = (grad[layer] + grad[layer].mT) @ _shifted(rows, shift, layer).double()
+        shifted = _shifted(rows[layer::layers], shift[layer::layers])
+        products = (grad[layer] + grad[layer].mT) @ shifted.double()
         for i, product in zip(range(layer, len(rows), layers), products.split(counts), strict=True):
             outputs[i] = product.to(rows[i].dtype)
     return [product for product, want in zip(outputs, wanted, strict=True) if want and product is not None]
