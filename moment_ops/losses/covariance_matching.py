@@ -34,7 +34,7 @@ class _MatchCovariance(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         features, target, state = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
         kind, options, ctx.curvature = average
-        loss, mean, grad = torch.ops.moment_ops.covariance_match_(
+        loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(
             list(features),
             correction,
             list(target),
@@ -84,7 +84,9 @@ def _differentiable_backward(
         cov, mean = covariance_op(x, ctx.correction, True, ctx.precision)
         full = triangle.unpack(packed, width) + 2 * weight * ctx.curvature * (cov - cov.detach())
         results.append(
-            torch.ops.moment_ops.covariance_backward(grad * full, g, x, mean, ctx.correction, True, ctx.precision)
+            torch.ops.moment_ops.covariance_backward.default(
+                grad * full, g, x, mean, ctx.correction, True, ctx.precision
+            )
         )
     return results
 

@@ -35,7 +35,7 @@ class _MatchMoments(torch.autograd.Function):
     ) -> Tensor:
         kind, options, curvature = average
         mean_scale, var_scale, reduction = scalars
-        loss, grad_mean, grad_var = torch.ops.moment_ops.match_(
+        loss, grad_mean, grad_var = torch.ops.moment_ops.match_.default(
             mean,
             var,
             target_mean,

@@ -73,7 +73,7 @@ def _covariance_derivative(
     x, mean = ctx.saved_tensors
     d_x = None
     if grad is not None or grad_mean is not None:
-        d_x = torch.ops.moment_ops.covariance_backward(
+        d_x = torch.ops.moment_ops.covariance_backward.default(
             grad, grad_mean, x, mean, ctx.correction, ctx.centered, ctx.precision
         )
     return d_x, None, None, None
@@ -301,7 +301,7 @@ torch.library.register_autograd("moment_ops::covariance_match_backward", _no_der
 
 def covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
     """(D, D) covariance and (D,) mean of the rows of `x`; differentiable, twice in eager mode."""
-    return torch.ops.moment_ops.covariance(x, correction, centered, precision)
+    return torch.ops.moment_ops.covariance.default(x, correction, centered, precision)
 
 
 def covariance_match_backward(
@@ -321,4 +321,6 @@ def covariance_match_backward(
         grad_mean: (F,) derivative with respect to the means; it is not scaled.
         scale: scalar tensor.
     """
-    return torch.ops.moment_ops.covariance_match_backward(grad, grad_mean, list(x), mean, scale, correction, precision)
+    return torch.ops.moment_ops.covariance_match_backward.default(
+        grad, grad_mean, list(x), mean, scale, correction, precision
+    )

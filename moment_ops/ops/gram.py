@@ -40,7 +40,7 @@ def _gram_derivative(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], list[
     count = len(ctx.saved_tensors) // 2
     rows, shift = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
     wanted = list(ctx.needs_input_grad[0])
-    computed = iter(torch.ops.moment_ops.gram_backward(grad, rows, shift, wanted))
+    computed = iter(torch.ops.moment_ops.gram_backward.default(grad, rows, shift, wanted))
     return [next(computed) if want else None for want in wanted], [None] * count, None
 
 
@@ -125,4 +125,4 @@ def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Sequence[Tensor]]) 
     rows = [x for layers in groups for x in layers]
     dtype = statistics_dtype(rows[0].dtype)
     less = [s.detach().to(dtype) for layers in shift for s in layers]
-    return torch.ops.moment_ops.gram(rows, less, len(groups[0]))
+    return torch.ops.moment_ops.gram.default(rows, less, len(groups[0]))

@@ -66,7 +66,7 @@ def _moments_derivative(
     grad_var = grad_var if ctx.var else None
     grads: list[Tensor | None] = [None] * len(input)
     if grad_mean is not None or grad_var is not None:
-        grads = torch.ops.moment_ops.moments_backward(
+        grads = torch.ops.moment_ops.moments_backward.default(
             [], grad_mean, grad_var, input, mean, count, ctx.dim, ctx.correction, None
         )
     return grads, None, None, None
@@ -197,7 +197,7 @@ def moments(
 
     Cost: one read of the features forward; one read and one write backward; one launch each.
     """
-    mean, variance, count = torch.ops.moment_ops.moments(list(input), dim, correction, var)
+    mean, variance, count = torch.ops.moment_ops.moments.default(list(input), dim, correction, var)
     return mean, variance if var else None, count
 
 
@@ -221,6 +221,6 @@ def moments_backward(
         grad: gradients that arrive from elsewhere, one per layer, added in the same pass.
         scale: scalar tensor.
     """
-    return torch.ops.moment_ops.moments_backward(
+    return torch.ops.moment_ops.moments_backward.default(
         list(grad), grad_mean, grad_var, list(input), mean, count, dim, correction, scale
     )

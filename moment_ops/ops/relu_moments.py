@@ -57,7 +57,7 @@ def _relu_moments_derivative(
 ) -> tuple[Tensor | None, Tensor | None, None]:
     y, mean = ctx.saved_tensors
     if grad_mean is not None or grad_var is not None:
-        dx = torch.ops.moment_ops.relu_moments_backward(grad, grad_mean, grad_var, y, mean, ctx.correction)
+        dx = torch.ops.moment_ops.relu_moments_backward.default(grad, grad_mean, grad_var, y, mean, ctx.correction)
     elif grad is not None:
         dx = torch.ops.aten.threshold_backward(grad, y, 0)
     else:
@@ -173,7 +173,7 @@ def relu_moments(x: Tensor, bias: Tensor | None = None, *, correction: int = 1) 
     checks.batch(checks.features(x, "x"), 0, "x")
     if bias is not None:
         checks.channel_bias(bias, x)
-    return torch.ops.moment_ops.relu_moments(x, bias, checks.correction(correction))
+    return torch.ops.moment_ops.relu_moments.default(x, bias, checks.correction(correction))
 
 
 class _IdentityMoments(torch.autograd.Function):
@@ -181,7 +181,7 @@ class _IdentityMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var, count = torch.ops.moment_ops.moments([x], 0, correction, True)
+        mean, var, count = torch.ops.moment_ops.moments.default([x], 0, correction, True)
         return x.view_as(x), mean, var, count
 
     @staticmethod
@@ -200,7 +200,7 @@ class _IdentityMoments(torch.autograd.Function):
         if grad_mean is None and grad_var is None:
             return grad, None
         added = [] if grad is None else [grad]
-        (dx,) = torch.ops.moment_ops.moments_backward(
+        (dx,) = torch.ops.moment_ops.moments_backward.default(
             added, grad_mean, grad_var, [x], mean, count, 0, ctx.correction, None
         )
         return dx, None
