@@ -56,6 +56,9 @@ build: $(VENV)/.built  ## make the environment and build the extension
 demo: build  ## train GFMN on handwritten digits; results in runs/gfmn-mnist
 	@$(BIN)/moment-ops train gfmn $(ARGS)
 
+demo-molm: build  ## train MoLM on handwritten digits; results in runs/molm-mnist
+	@$(BIN)/moment-ops train molm $(ARGS)
+
 test: build  ## run every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 $(ARGS)
 
@@ -80,4 +83,4 @@ bench-gpu: build  ## the same on a GPU; results in bench/results/<device>
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so
 
-.PHONY: help build demo test test-gpu lint format bench bench-gpu clean
+.PHONY: help build demo demo-molm test test-gpu lint format bench bench-gpu clean

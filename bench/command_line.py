@@ -15,7 +15,7 @@ from bench.isolation import isolated
 from bench.machine import MACHINES
 from bench.workloads import DTYPES, WORKLOADS
 
-OPERATORS = ("moments", "match", "relu_moments")
+OPERATORS = ("moments", "match", "relu_moments", "covariance", "gram", "moment_network")
 SECONDS, QUICK_SECONDS = 6.0, 0.5
 # Load beyond which a warning is printed.
 BUSY = 0.5
@@ -29,9 +29,10 @@ def bench_class(operator: str) -> type[Bench]:
 def cases(kind: type[Bench], workloads: Sequence[str] | None, quick: bool) -> list[tuple[str, str]]:
     """(workload, dtype) to run."""
     if quick and not workloads:
-        return [("digits", "float32")]
+        return [("digits" if "digits" in (kind.workloads or WORKLOADS) else kind.default_cases[0][0], "float32")]
     if workloads:
-        return [(workload, dtype) for workload in workloads for dtype in (["float32"] if quick else DTYPES)]
+        runnable = [workload for workload in workloads if workload in (kind.workloads or WORKLOADS)]
+        return [(workload, dtype) for workload in runnable for dtype in (["float32"] if quick else DTYPES)]
     return list(kind.default_cases)
 
 

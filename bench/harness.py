@@ -29,7 +29,7 @@ class Entry:
     """A contestant, ready to run.
 
     Args:
-        calls: what is timed, by direction.
+        calls: what is timed, by direction. All have FORWARD and BOTH; others are parts of these.
         error: relative error of the results against float64; called once, before anything else.
     """
 
@@ -52,6 +52,8 @@ class Bench(ABC):
     slow_to_prepare: ClassVar[tuple[str, ...]] = ()
     # What is run when nothing else is asked for: (workload, dtype), the most important first.
     default_cases: ClassVar[tuple[tuple[str, str], ...]]
+    # Those that it can run on, where it cannot on all.
+    workloads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, workload: Workload, dtype: str, device: str = "cpu") -> None:
         self.workload, self.dtype_name, self.device = workload, dtype, device
@@ -175,18 +177,25 @@ def measure(
     torch.compiler.reset()
     machine.begin()
     entries, facts = _prepare_entries(bench, contestants or bench.contestants, say)
-    peaks = {d: {name: machine.peak_memory(entry.calls[d]) for name, entry in entries.items()} for d in bench.traffic}
+    peaks = {
+        direction: {
+            name: machine.peak_memory(entry.calls[direction])
+            for name, entry in entries.items()
+            if direction in entry.calls
+        }
+        for direction in bench.traffic
+    }
     probes = machine.probes(bench.workload.bytes(bench.dtype))
     directions = {}
     for direction, traffic in bench.traffic.items():
-        calls = {name: entry.calls[direction] for name, entry in entries.items()}
+        calls = {name: entry.calls[direction] for name, entry in entries.items() if direction in entry.calls}
         operators = {name: pytorch_calls(call) for name, call in calls.items()}
         timed = {name: probe.call for name, probe in probes.items()} | calls
         samples = interleave(timed, machine, seconds=seconds, repeat=repeat)
         bandwidth = _bandwidth(probes, samples)
         floor = floor_ms(traffic, bandwidth)
         results = {}
-        for name in entries:
+        for name in calls:
             times = summary(samples[name])
             results[name] = times | {
                 "gb_per_s": traffic.total / times["median_ms"] / 1e6,

@@ -93,6 +93,7 @@ def table(result: dict[str, Any]) -> str:
                 str(second["pytorch_calls"]),
             ]
         )
+    parts = _parts(result)
     read, read_write = (both["bandwidth"][probe]["gb_per_s"] for probe in ("read", "read_write"))
     note = (
         f"The bytes that have to move take {milliseconds(forward['floor_ms'])} ms forward and"
@@ -101,7 +102,20 @@ def table(result: dict[str, Any]) -> str:
     )
     if not ours_agrees(result):
         note += " **moment_ops is not exact here: no speed-ups.**"
-    return f"**{title(result)}**\n\n{_rows(cells)}\n\n{note}"
+    return "\n\n".join([f"**{title(result)}**", _rows(cells), *parts, note])
+
+
+def _parts(result: dict[str, Any]) -> list[str]:
+    """A table of the parts of a call, where they were timed one by one."""
+    parts = [direction for direction in result["directions"] if direction not in (FORWARD, BOTH)]
+    if not parts:
+        return []
+    names = [name for name in order(result) if name in result["directions"][parts[0]]["contestants"]]
+    cells = [["parts, ms", *names]]
+    for part in parts:
+        contestants = result["directions"][part]["contestants"]
+        cells.append([part, *(milliseconds(contestants[name]["median_ms"]) for name in names)])
+    return [_rows(cells)]
 
 
 def fastest(result: dict[str, Any], names: Sequence[str]) -> str | None:

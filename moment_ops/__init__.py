@@ -1,8 +1,14 @@
 """Fused moment ops for PyTorch: means, variances and their matching losses over many layers, in one pass."""
 
-from moment_ops.averages import AdamMovingAverage, MovingAverage
+from moment_ops.averages import AdamMovingAverage, MovingAverage, QueueAverage
+from moment_ops.covariances import covariance
+from moment_ops.losses.coral import coral_loss
+from moment_ops.losses.covariance import CovarianceLoss, covariance_loss
 from moment_ops.losses.frechet import frechet_distance
 from moment_ops.losses.moment import MomentLoss, moment_loss
+from moment_ops.losses.style import gram_matrix, style_loss
+from moment_ops.losses.vicreg import vicreg_covariance, vicreg_variance
+from moment_ops.moment_network import MomentNetwork
 from moment_ops.ops.backends import backend
 from moment_ops.statistics import Moments, moments
 from moment_ops.streaming import dataset_moments
@@ -12,13 +18,23 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamMovingAverage",
+    "CovarianceLoss",
     "MomentExtractor",
     "MomentLoss",
+    "MomentNetwork",
     "Moments",
     "MovingAverage",
+    "QueueAverage",
     "backend",
+    "coral_loss",
+    "covariance",
+    "covariance_loss",
     "dataset_moments",
     "frechet_distance",
+    "gram_matrix",
     "moment_loss",
     "moments",
+    "style_loss",
+    "vicreg_covariance",
+    "vicreg_variance",
 ]

@@ -42,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a generator")
-    add_train_gfmn(train.add_subparsers(title="methods", required=True, metavar="METHOD"))
+    methods = train.add_subparsers(title="methods", required=True, metavar="METHOD")
+    add_train_gfmn(methods)
+    add_train_molm(methods)
 
     moments = add_command(commands, "moments", moments_command, "compute and save the target moments of a data set")
     moments.add_argument("--data", default="mnist", help="mnist, or a folder of images (default: mnist)")
@@ -105,6 +107,19 @@ def add_train_gfmn(methods: Any) -> None:
     add_settings(gfmn, Settings)
 
 
+def add_train_molm(methods: Any) -> None:
+    molm = add_command(
+        methods, "molm", train_molm_command, "match the moments of a network that learns to see differences (MoLM)"
+    )
+    molm.add_argument("--run", type=Path, help="folder of the run (default: runs/molm-DATA)")
+    molm.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    add_device(molm)
+
+    from moment_ops.training.molm import Settings
+
+    add_settings(molm, Settings)
+
+
 def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
     """One option for every field with a help text; only those that are given appear in the result."""
     for field in dataclasses.fields(settings):
@@ -136,21 +151,33 @@ def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]
 
 def train_gfmn_command(options: argparse.Namespace) -> int:
     from moment_ops.training import gfmn
+
+    return train_command(options, gfmn, extractor_files=options.extractor)
+
+
+def train_molm_command(options: argparse.Namespace) -> int:
+    from moment_ops.training import molm
+
+    return train_command(options, molm)
+
+
+def train_command(options: argparse.Namespace, method: Any, **keywords: Any) -> int:
+    """Train with the module of a method."""
     from moment_ops.training.allocator import keep_freed_memory
     from moment_ops.training.interruption import Interrupted
     from moment_ops.training.networks import choose_device
 
-    given = given_settings(options, gfmn.Settings)
-    run = options.run or Path("runs") / f"gfmn-{Path(given.get('data', 'mnist')).resolve().name}"
+    given = given_settings(options, method.Settings)
+    run = options.run or Path("runs") / f"{method.Settings.method}-{Path(given.get('data', 'mnist')).resolve().name}"
     keep_freed_memory()
     try:
-        distance, held_out = gfmn.train(
+        distance, held_out = method.train(
             run,
             given,
             resume=options.resume,
-            extractor_files=options.extractor,
             device=choose_device(options.device),
             say=functools.partial(print, flush=True),
+            **keywords,
         )
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

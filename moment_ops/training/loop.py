@@ -53,6 +53,7 @@ def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[s
                     "seconds": trainer.elapsed,
                     "lr": trainer.lr,
                     "loss": loss.item(),
+                    **trainer.metrics(),
                 }
                 if not math.isfinite(line["loss"]):
                     raise TrainingError(f"the loss is not finite at step {trainer.step}; try a lower --lr")

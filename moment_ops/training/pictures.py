@@ -50,9 +50,11 @@ def save_progress(path: Path, snapshots: dict[int, Tensor]) -> None:
 
 
 def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
-    """The loss and the Frechet distance over the steps."""
+    """The loss and the Frechet distance over the steps, and what a moment network did."""
     evaluations = [line for line in metrics if "frechet_distance" in line]
-    figure, (left, right) = new_figure(1, 2, size=(10, 3.8))
+    network = [line for line in metrics if "moment_accuracy" in line]
+    figure, axes = new_figure(1, 3 if network else 2, size=(15 if network else 10, 3.8))
+    left, right, *more = axes
     steps, losses = (np.array([line[name] for line in metrics]) for name in ("step", "loss"))
     left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="one batch")
     left.plot(steps, running_median(losses), color="tab:blue", label="running median")
@@ -83,9 +85,28 @@ def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
         title="Sample quality (lower is better)",
     )
     right.legend()
-    for axis in (left, right):
+    for axis in more:
+        draw_moment_network(axis, network)
+    for axis in (left, right, *more):
         axis.grid(alpha=0.3)
     save_figure(path, figure)
+
+
+def draw_moment_network(axis: Any, metrics: list[dict[str, float]]) -> None:
+    """How well the moment network tells samples from data, and the squared norm of the gradient that is matched."""
+    steps = [line["step"] for line in metrics]
+    for name, label, colour in (
+        ("moment_accuracy", "accuracy", "tab:green"),
+        ("moment_logistic", "logistic loss", "tab:orange"),
+        ("moment_squared_norm", "squared norm of its gradient", "tab:purple"),
+    ):
+        values = np.array([line[name] for line in metrics])
+        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axis.plot(steps, running_median(values), color=colour, label=label)
+    axis.axhline(2 * np.log(2), color="tab:orange", linestyle="--", label="logistic loss of a guess")
+    axis.set_yscale("log")
+    axis.set(xlabel="step", title="Moment network")
+    axis.legend()
 
 
 def running_median(values: np.ndarray, width: int = 15) -> np.ndarray:

@@ -22,7 +22,7 @@ from moment_ops.training.trainer import Trainer
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.json"
-CHANGEABLE = {"data", "steps", "seconds", "lr", "amp", "log_every", "evaluate_every", "checkpoint_every"}
+CHANGEABLE = {"data", "steps", "seconds", "lr", "moment_lr", "amp", "log_every", "evaluate_every", "checkpoint_every"}
 GRID_IMAGES = 100
 GRID_SEED = 1
 

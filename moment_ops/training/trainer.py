@@ -61,6 +61,10 @@ class Trainer:
         average_weights(self.averaged, self.generator, self.settings.weight_average, self.step)
         return loss.detach()
 
+    def metrics(self) -> dict[str, float]:
+        """What a method has to report beside the loss."""
+        return {}
+
     def take_snapshot(self) -> None:
         """Keep a few samples, of the same latent vectors every time, to show how they developed."""
         images = torch.cat(sample(self.averaged, SNAPSHOT_IMAGES, SNAPSHOT_SEED))

@@ -1,0 +1,477 @@
+"""`MomentNetwork`: hidden units, parameter gradients and input of a network that learns what to match (MoLM)."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moment_ops.ops import checks
+from moment_ops.ops.layout import statistics_dtype
+from moment_ops.statistics import Moments, moments
+from moment_ops.taps.selection import Layers, Selection
+from moment_ops.taps.watching import ACTIVATIONS, Calls, errors_about
+
+GROUPS = ("hidden", "gradient", "input")
+PENALTIES = ("real", "generated", "alternating", "both")
+_LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+class ObjectiveParts(NamedTuple):
+    """The objective of a moment network; all but `loss` are detached scalars.
+
+    Attributes:
+        loss: logistic + penalty.
+        logistic: 2 log 2 = 1.386 where real and generated look the same to it.
+        penalty: with its weight.
+        squared_norm: of the mean gradient, of the batches that were penalised.
+        accuracy: share of the samples on the right side of 0, real and generated counted alike.
+    """
+
+    loss: Tensor
+    logistic: Tensor
+    penalty: Tensor
+    squared_norm: Tensor
+    accuracy: Tensor
+
+
+class MomentNetwork(nn.Module):
+    """A network f with one value per sample, and its moments: those of the Method of Learned Moments.
+
+    `Phi(x) = [hidden units h(x), gradient of f(x) with respect to f's parameters, x]`. A generator matches the mean of
+    Phi over its samples to that over the data; between such objectives f is trained to tell real samples from
+    generated ones, by `objective`.
+
+        target = mo.dataset_moments(net.moments, batches)
+        average = mo.AdamMovingAverage(5e-3, reduction="sum")
+        loss_fn = mo.MomentLoss(target, average, mean_weight=net.mean_weight(target), reduction="sum")
+        loss_fn(net.moments(generator(latent))).backward()
+
+    Args:
+        f: a module that maps (N, ...) to (N,) or (N, 1), used as it is: it may be trained by any optimizer, all of its
+            parameters require grad. Of a compiled module, what was compiled: torch.compile has no second derivatives.
+        hidden: whose outputs are moments: module types, where an activation type includes calls of its function
+            (`torch.nn.functional.leaky_relu`); names, of one call ("act:1") or of a module, all its calls; or a
+            predicate (name, module) -> bool. By default all activations.
+        weights: of the groups "hidden", "gradient" and "input" in the matching loss, 1 for those not given. A weight
+            multiplies squared distances, as a factor sqrt(w) on the features would, but outside of an average, whose
+            state is in the units of the moments. `mean_weight` hands them to a loss; `moments` are never scaled.
+
+    Where f has BatchNorm or dropout, moments are those of its evaluation mode, whatever mode it is in: else they would
+    depend on what else is in a batch, and those of a data set on how it was cut.
+
+    Over several processes wrap the generator in DistributedDataParallel, not f: `MomentLoss` merges these moments.
+
+    A bias in the last layer has gradient 1 for all samples: it teaches nothing, and with the penalty around a squared
+    norm of 1 it drives all other gradients to 0. It is reported by a warning; leave it out.
+
+    Source: Ravuri, Mohamed, Rosca, Vinyals 2018, "Learning Implicit Generative Models with the Method of Learned
+    Moments". Weights, and averages on these moments, are additions.
+    """
+
+    def __init__(self, f: nn.Module, hidden: Layers = ACTIVATIONS, weights: Mapping[str, float] | None = None) -> None:
+        super().__init__()
+        if not isinstance(f, nn.Module):
+            raise TypeError(f"f: got {type(f).__name__}, expected a Module")
+        self.f: nn.Module = getattr(f, "_orig_mod", f)
+        self.weights = _checked_weights(weights)
+        with errors_about("hidden"):
+            self._selection = Selection(hidden)
+        self._steps = 0
+        self._is_checked = False
+        self._shapes: tuple[tuple[int, ...], ...] = ()
+        self._names: tuple[str, ...] = ()
+        self._parameters_by_name()
+
+    def moments(self, x: Tensor) -> Moments:
+        """Means over the batch of hidden units, parameter gradients and input, packed in this order.
+
+        Args:
+            x: (N, ...) what f takes.
+
+        Returns:
+            Moments without variances, float32 (float64 for float64): layer after layer "hidden/NAME", "gradient/NAME"
+            and "input" in `names`, hidden layers in execution order. Differentiable to x, through all three, twice in
+            eager mode; constant with respect to f's parameters, whose `grad` stays as it is.
+
+        Raises:
+            ValueError: f does not give one value per sample; a parameter that f does not use, or that does not require
+                grad; a layer that is not twice differentiable; nothing matches `hidden`. All are named.
+
+        Cost: a forward and a backward of f; backward a double backward through f, without the part that leads to its
+        parameters. The gradient of the mean is the mean of gradients, so that none is computed per sample. Where x
+        wants no gradient, as that of data, no graph is built.
+        """
+        checks.batch(checks.features(x, "x"), 0, "x")
+        if torch.is_grad_enabled() and x.requires_grad:
+            mean = _MeansOfInput.apply(x, self)
+            self._check_once(x)
+        else:
+            mean = self._means(x.detach(), create_graph=False)
+        count = x.new_full((len(self._shapes),), x.shape[0], dtype=torch.int64)
+        return Moments(mean, count=count, shapes=self._shapes, names=self._names, validate=False)
+
+    def forward(self, x: Tensor) -> Moments:
+        """`moments(x)`."""
+        return self.moments(x)
+
+    def mean_weight(self, target: Moments) -> tuple[float, ...]:
+        """The weights of the groups as `MomentLoss` wants them: one float per layer of these moments."""
+        if target.names is None:
+            raise ValueError("target: got moments without names, expected those of this network")
+        return tuple(self.weights[name.partition("/")[0]] for name in target.names)
+
+    def objective(self, real: Tensor, generated: Tensor, **options: Any) -> Tensor:
+        """The loss that f is trained with: `objective_parts(...).loss`, with the same arguments."""
+        return self.objective_parts(real, generated, **options).loss
+
+    def objective_parts(
+        self,
+        real: Tensor,
+        generated: Tensor,
+        *,
+        penalty: str = "alternating",
+        penalty_weight: float = 3e-3,
+        squared_norm: float = 1.0,
+    ) -> ObjectiveParts:
+        """Logistic loss of real against generated, and a penalty on the gradient that is matched.
+
+        `mean softplus(-f(real)) + mean softplus(f(generated)) + penalty_weight * (|g|^2 - squared_norm)^2` with g the
+        gradient of f's mean over one batch with respect to its parameters.
+
+        Args:
+            real, generated: (N, ...) samples; they get no gradients.
+            penalty: the batch of g. "real" leaves gradients on generated samples unbounded; "generated"; "both", the
+                mean of the two penalties; "alternating", real and generated by turns, one call each in `train()` mode:
+                "both" at half the price. The turn is part of the state dict.
+            penalty_weight: too much of it keeps f from learning.
+            squared_norm: what |g|^2 is pulled to.
+
+        Returns:
+            Scalars; `loss` is differentiable with respect to f's parameters, by a double backward.
+
+        Cost: two forwards of f; backward two, and a double backward for each penalised batch.
+
+        Source: Ravuri et al. 2018, Algorithm 1. That the penalty is on real samples alone is how published codes have
+        it.
+        """
+        checks.option(penalty, "penalty", PENALTIES)
+        for name, x in (("real", real), ("generated", generated)):
+            checks.batch(checks.features(x, name), 0, name)
+        real_values = self._values(real.detach(), "real")
+        generated_values = self._values(generated.detach(), "generated")
+        self._check_once(real)
+        penalised = [penalty] if penalty in ("real", "generated") else ["real", "generated"]
+        if penalty == "alternating":
+            penalised = [penalised[self._steps % 2]]
+        if self.training:
+            self._steps += 1
+        values = {"real": real_values, "generated": generated_values}
+        norms = [_squared_norm(self._gradients(values[name], create_graph=True)) for name in penalised]
+        logistic = functional.softplus(-real_values).mean() + functional.softplus(generated_values).mean()
+        norm = torch.stack(norms)
+        weighted = penalty_weight * (norm - squared_norm).square().mean()
+        accuracy = ((real_values > 0).double().mean() + (generated_values < 0).double().mean()) / 2
+        return ObjectiveParts(
+            logistic + weighted, logistic.detach(), weighted.detach(), norm.detach().mean(), accuracy.detach()
+        )
+
+    @torch.no_grad()
+    def rescale(self, x: Tensor, squared_norm: float = 1.0) -> None:
+        """Rescale f to data, before it is trained: |g|^2 = squared_norm, with signals of one size in all layers.
+
+        First every linear layer and convolution, weight and bias, so that its output on x has mean square 1; then all
+        of them by a common factor, so that the gradient of the mean of f over x has the squared norm asked for, to
+        0.1 % (3 % in bfloat16). With PyTorch's own initialisation it is often tens or hundreds, and the penalty swamps
+        everything else.
+
+        Args:
+            x: (N, ...) samples, of the data; a few hundred are enough.
+
+        Raises:
+            ValueError: f has no such layers, one gives only zeros, or the norm cannot be reached.
+
+        Source: the first part is that of Mishkin & Matas 2016 without its orthogonal start.
+        """
+        checks.batch(checks.features(x, "x"), 0, "x")
+        layers = self._normalize(x)
+        scaled = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
+        constants = self._constant_gradients(x)
+        constant = _squared_norm(constants.values()).item()
+        if constant >= squared_norm:
+            names = ", ".join(constants)
+            raise ValueError(
+                f"squared_norm: got {squared_norm}, but the gradient of {names} is the same for all samples and has a"
+                f" squared norm of {constant:g} by itself; leave that parameter out of f"
+            )
+        # A network of n layers without biases is homogeneous: a factor c on all makes it c^(n-1) in the gradient.
+        exponent = 1 / (2 * max(len(layers) - 1, 1))
+        tolerance = max(1e-3, 4 * max(torch.finfo(p.dtype).eps for p in scaled.values()))
+        for _ in range(100):
+            with _evaluation_mode(self.f):
+                norm = _squared_norm(self._gradients(self._values(x), create_graph=False)).item()
+            if not math.isfinite(norm) or norm <= constant:
+                break
+            if abs(norm / squared_norm - 1) < tolerance:
+                return
+            factor = ((squared_norm - constant) / (norm - constant)) ** exponent
+            torch._foreach_mul_(list(scaled.values()), factor)
+        raise ValueError(f"squared_norm: got {squared_norm}, but rescaling the layers of f leads to {norm:g}")
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self._steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._steps = state["steps"]
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        found = dict(self.f.named_parameters())
+        if not found:
+            raise ValueError(f"f: {type(self.f).__name__} has no parameters, so there are no gradients to match")
+        for name, parameter in found.items():
+            if not parameter.requires_grad:
+                raise ValueError(f"f: parameter {name} does not require grad, but its gradient is a moment")
+        return found
+
+    def _values(self, x: Tensor, name: str = "x") -> Tensor:
+        """f(x) as (N,), with a graph."""
+        with torch.enable_grad():
+            output = self.f(x)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"f: {type(self.f).__name__} returned {type(output).__name__}, expected a Tensor")
+        rows = x.shape[0]
+        if tuple(output.shape) not in ((rows,), (rows, 1)):
+            raise ValueError(
+                f"f: {type(self.f).__name__} returned shape {tuple(output.shape)} for {name} of shape"
+                f" {tuple(x.shape)}, expected one value per sample, ({rows},) or ({rows}, 1)"
+            )
+        with torch.enable_grad():
+            return output.view(rows).to(statistics_dtype(output.dtype))
+
+    def _gradients(self, values: Tensor, create_graph: bool) -> list[Tensor]:
+        """The gradient of the mean of f with respect to every parameter."""
+        parameters = self._parameters_by_name()
+        with torch.enable_grad(), torch.autocast(values.device.type, enabled=False):
+            gradients = torch.autograd.grad(
+                values.mean(), list(parameters.values()), create_graph=create_graph, allow_unused=True
+            )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(f"f: parameter {name} is not used by {type(self.f).__name__}: it has no gradient")
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def _means(self, x: Tensor, create_graph: bool) -> Tensor:
+        """Packed means; with a graph to x and to the parameters, or without any."""
+        with torch.enable_grad(), _evaluation_mode(self.f):
+            calls = Calls(self.f, self._selection, x.shape[0])
+            with calls:
+                values = self._values(x)
+            calls.check()
+            features = [*calls.features, x]
+            # Before the backward, so that without a graph it can free what it has passed.
+            with torch.set_grad_enabled(create_graph):
+                means = _means_of(features)
+            gradients = self._gradients(values, create_graph)
+            # The copy is 0.3 % of a step (4.9 million columns, CPU), and one vector is matched in one launch.
+            with torch.set_grad_enabled(create_graph):
+                *hidden, last = means
+                packed = torch.cat([*hidden, *(g.reshape(-1).to(last.dtype) for g in gradients), last])
+        self._shapes = (
+            *(tuple(y.shape[1:]) for y in calls.features),
+            *(tuple(g.shape) for g in gradients),
+            tuple(x.shape[1:]),
+        )
+        parameters = (f"gradient/{name}" for name in self._parameters_by_name())
+        self._names = (*(f"hidden/{name}" for name in calls.names), *parameters, "input")
+        return packed
+
+    def _constant_gradients(self, x: Tensor) -> dict[str, Tensor]:
+        """Gradients that depend neither on x nor on parameters, by name of their parameter."""
+        with _evaluation_mode(self.f):
+            inner = x.detach()[:2].clone().requires_grad_()
+            gradients = self._gradients(self._values(inner), create_graph=True)
+        pairs = zip(self._parameters_by_name(), gradients, strict=True)
+        return {name: gradient for name, gradient in pairs if not gradient.requires_grad}
+
+    def _normalize(self, x: Tensor) -> list[nn.Module]:
+        """Give the output of every linear layer mean square 1; the layers, in execution order."""
+        names = {module: name for name, module in self.f.named_modules()}
+        done: list[nn.Module] = []
+
+        def normalize(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if layer in done:
+                return None
+            size = output.square().mean().sqrt().item()
+            if not (math.isfinite(size) and size > 0):
+                raise ValueError(f"x: layer {names[layer] or type(layer).__name__} of f gives {size:g} everywhere")
+            done.append(layer)
+            for parameter in layer.parameters(recurse=False):
+                parameter.div_(size)
+            return output / size
+
+        handles = [module.register_forward_hook(normalize) for module in names if isinstance(module, _LINEAR)]
+        try:
+            with _evaluation_mode(self.f):
+                self.f(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not done:
+            raise ValueError(f"f: {type(self.f).__name__} has no linear layer or convolution to rescale")
+        return done
+
+    def _check_once(self, x: Tensor) -> None:
+        """At first use: f is twice differentiable, and no gradient is a constant."""
+        if self._is_checked:
+            return
+        with torch.enable_grad(), _evaluation_mode(self.f):
+            inner = x.detach()[:2]
+            if _second_derivative_error(self.f, (inner,), {}) is not None:
+                layer, reason = _once_differentiable_layer(self.f, inner)
+                raise ValueError(
+                    f"f: {layer} is not twice differentiable, so that gradients of f with respect to its parameters"
+                    f" cannot teach: {reason}"
+                ) from reason
+            constant = self._constant_gradients(x)
+        if constant:
+            warnings.warn(
+                f"the gradient of {', '.join(constant)} is the same for all samples: it teaches a generator nothing,"
+                " and its share of the squared norm cannot shrink, so that a penalty shrinks the others; leave out the"
+                " bias of the last layer",
+                stacklevel=3,
+            )
+        self._is_checked = True
+
+
+class _MeansOfInput(torch.autograd.Function):
+    """Packed means as a function of x alone.
+
+    The graph of the parameter gradients ends in f's parameters too. Hidden in a node, its backward goes to x only: a
+    plain `loss.backward()` would compute, and leave in `grad`, second derivatives of parameters that nobody wants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, net: MomentNetwork) -> Tensor:
+        inner = x.detach().requires_grad_()
+        mean = net._means(inner, create_graph=True)
+        ctx.save_for_backward(x)
+        ctx.net, ctx.graph, ctx.versions = net, (mean, inner), _versions(net)
+        return mean.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        graph, ctx.graph = ctx.graph, None
+        again = torch.is_grad_enabled()
+        if again or graph is None:
+            # Differentiated itself, or a second time: from x anew.
+            if _versions(ctx.net) != ctx.versions:
+                raise RuntimeError("f: its parameters were changed between moments() and a second backward through it")
+            with torch.enable_grad():
+                inner = x if again else x.detach().requires_grad_()
+                graph = ctx.net._means(inner, create_graph=True), inner
+        (gradient,) = torch.autograd.grad(*graph, grad, create_graph=again)
+        return gradient, None
+
+
+def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    given = {} if weights is None else weights
+    if not isinstance(given, Mapping):
+        raise TypeError(f"weights: got {type(given).__name__}, expected a mapping of {', '.join(GROUPS)} to numbers")
+    for group, weight in given.items():
+        if group not in GROUPS:
+            raise ValueError(f"weights: got {group!r}, expected {', '.join(GROUPS)}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"weights[{group!r}]: got {weight!r}, expected a number")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weights[{group!r}]: got {weight}, expected a number that is not negative")
+    return {group: float(given.get(group, 1.0)) for group in GROUPS}
+
+
+def _means_of(features: Sequence[Tensor]) -> list[Tensor]:
+    """Mean over the batch of every layer, flat. One launch; one per layer where autocast has mixed their dtypes.
+
+    Either way 0.2 % of a step on convolutions: taps, which would save that one read, have nothing to gain here.
+    """
+    if len({x.dtype for x in features}) == 1:
+        result = moments(list(features), var=False)
+        return list(result.mean.split(result.sizes))
+    means = [moments(x, var=False).mean for x in features]
+    return [mean.to(means[-1].dtype) for mean in means]
+
+
+def _squared_norm(gradients: Any) -> Tensor:
+    wide = [gradient.to(statistics_dtype(gradient.dtype)) for gradient in gradients]
+    squares = [(gradient * gradient).sum() for gradient in wide]
+    return torch.stack(squares).sum() if squares else torch.zeros(())
+
+
+def _versions(net: MomentNetwork) -> list[int]:
+    return [parameter._version for parameter in net.f.parameters()]
+
+
+@contextmanager
+def _evaluation_mode(f: nn.Module) -> Iterator[None]:
+    training = [module for module in f.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _once_differentiable_layer(f: nn.Module, x: Tensor) -> tuple[str, RuntimeError | None]:
+    """The innermost module without a second derivative, by name and type, and the reason."""
+    names = {module: name for name, module in f.named_modules()}
+    calls: list[tuple[nn.Module, Any, Any]] = []
+
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((module, args, kwargs))
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in names]
+    try:
+        f(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Inner calls end before outer ones; the last is that of f.
+    for module, args, kwargs in calls:
+        reason = _second_derivative_error(module, args, kwargs)
+        if reason is not None:
+            break
+    return f"layer {names[module]} ({type(module).__name__})" if names[module] else type(module).__name__, reason
+
+
+def _second_derivative_error(module: nn.Module, args: Any, kwargs: Any) -> RuntimeError | None:
+    """Why the gradients of one call cannot be differentiated, if so; the module and its parameters stay as they are."""
+
+    def is_floating(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point()
+
+    leaves = {name: p.detach().requires_grad_() for name, p in module.named_parameters() if is_floating(p)}
+    inputs = [a.detach().requires_grad_() if is_floating(a) else a for a in args]
+    # Copies, as a module may work in place.
+    copies = [a.clone() if is_floating(a) else a for a in inputs]
+    output = torch.func.functional_call(module, leaves, tuple(copies), kwargs)
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        return None
+    variables = [*leaves.values(), *(a for a in inputs if is_floating(a))]
+    # Squared, for the incoming gradient must require grad: with a constant one, functions that are differentiable once
+    # give gradients that are constants too, and raise nothing.
+    first = torch.autograd.grad(output.square().sum(), variables, create_graph=True, allow_unused=True)
+    total = _squared_norm([g for g in first if g is not None])
+    try:
+        # To all leaves: a backward to some of them passes by the nodes that would raise.
+        total.backward()
+    except RuntimeError as error:
+        return error
+    return None

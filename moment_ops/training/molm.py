@@ -1,0 +1,237 @@
+"""MoLM: train a generator to match the moments of a network that learns, in between, to tell its images from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import moment_ops as mo
+from moment_ops.moment_network import PENALTIES
+from moment_ops.training import runs
+from moment_ops.training.data import Batches, ImageData, load, scale
+from moment_ops.training.errors import TrainingError
+from moment_ops.training.evaluator import Evaluator
+from moment_ops.training.loop import train as train_generator
+from moment_ops.training.moment_networks import ConvMomentNetwork, SmallMomentNetwork
+from moment_ops.training.networks import Generator
+from moment_ops.training.settings import LoopSettings, option
+from moment_ops.training.trainer import Trainer
+
+NETWORKS = {"small": SmallMomentNetwork, "conv": ConvMomentNetwork}
+RESCALING_IMAGES = 256
+DATA_BATCH_SIZE = 250
+
+
+@dataclass(frozen=True)
+class Settings(LoopSettings):
+    """What MoLM can be told besides. Defaults are those that train digits in minutes on two CPU cores.
+
+    The published scale is 100 steps of the moment network and 2000 of the generator per objective, without an average.
+    """
+
+    method: ClassVar[str] = "molm"
+
+    steps: int = option(6000, "training steps of the generator")
+    seconds: float = option(240.0, "end after this time, schedule and all; no limit when only --steps is given")
+    weight_average: float = option(0.99, "decay of the averaged generator, the one that is sampled")
+    evaluate_every: int = option(500, "steps between Frechet distances and sample grids")
+    checkpoint_every: int = option(500, "steps between checkpoints")
+
+    network: str = option("small", "moment network: three convolutions, or the six published", choices=tuple(NETWORKS))
+    width: int = option(32, "channels of its first convolution; published: 128 to 384 for conv")
+    moment_lr: float = option(5e-4, "learning rate of the moment network; it falls with that of the generator")
+    first_moment_steps: int = option(100, "steps of the moment network before the first objective")
+    moment_steps: int = option(20, "steps of the moment network before every other objective")
+    generator_steps: int = option(80, "steps of the generator per objective")
+    real_images: int = option(2000, "images, drawn for every objective, whose moments are matched")
+    penalty: str = option("alternating", "batches with a penalty on the gradient's norm", choices=PENALTIES)
+    penalty_weight: float = option(3e-3, "weight of that penalty; with too much the moment network learns nothing")
+    squared_norm: float = option(1.0, "squared norm that the penalty and the initial rescaling aim at")
+    hidden_weight: float = option(0.1, "weight of the means of hidden units in the matching loss")
+    gradient_weight: float = option(1.0, "weight of the parameter gradients in the matching loss")
+    input_weight: float = option(0.1, "weight of the mean image in the matching loss")
+    average: str = option("adam", "running average of the moments", choices=("adam", "moving", "none"))
+    average_lr: float = option(5e-3, "learning rate of the Adam moving average")
+    decay: float = option(0.9, "weight of the past in the plain moving average")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("width", "first_moment_steps", "moment_steps", "generator_steps", "real_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("moment_lr", "squared_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("penalty_weight", "hidden_weight", "gradient_weight", "input_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, choices in (("network", tuple(NETWORKS)), ("penalty", PENALTIES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {', '.join(choices)}, got {getattr(self, name)}")
+        self.make_average()
+
+    def make_average(self) -> mo.AdamMovingAverage | mo.MovingAverage | None:
+        if self.average == "adam":
+            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction="sum")
+        if self.average == "moving":
+            return mo.MovingAverage(self.decay)
+        if self.average == "none":
+            return None
+        raise ValueError(f"average must be adam, moving or none, got {self.average}")
+
+    def make_network(self, channels: int) -> mo.MomentNetwork:
+        weights = {"hidden": self.hidden_weight, "gradient": self.gradient_weight, "input": self.input_weight}
+        return mo.MomentNetwork(NETWORKS[self.network](channels, width=self.width), weights=weights)
+
+
+class Objective(nn.Module):
+    """The matching loss of generated images, whose moment network is trained before every objective.
+
+    An objective is ``generator_steps`` calls. Before its first call the moment network learns to tell the generator's
+    images from data, the data's moments are taken anew, and the running average starts anew.
+    """
+
+    def __init__(self, net: mo.MomentNetwork, generator: Generator, images: Tensor, settings: Settings) -> None:
+        super().__init__()
+        self.net, self.settings = net, settings
+        # In a tuple: its weights are the trainer's, not this module's.
+        self.generator, self.images = (generator,), images
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=settings.moment_lr, betas=settings.betas)
+        self.batches = Batches(len(images), settings.batch_size, settings.seed)
+        self.chosen = Batches(len(images), min(settings.real_images, len(images)), settings.seed + 1)
+        self.noise = torch.Generator().manual_seed(settings.seed + 1)
+        self.lr = settings.moment_lr
+        self.steps, self.objectives = 0, 0
+        self.parts: dict[str, Tensor] = {}
+        # Of a few images: replaced before the first objective, or by a loaded state.
+        target = net.moments(scale(images[:2]))
+        self.moment_loss = mo.MomentLoss(
+            target, settings.make_average(), mean_weight=net.mean_weight(target), reduction="sum"
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.steps % self.settings.generator_steps == 0:
+            self.begin_objective()
+        self.steps += 1
+        return self.moment_loss(self.net.moments(images))
+
+    def begin_objective(self) -> None:
+        for _ in range(self.settings.moment_steps if self.objectives else self.settings.first_moment_steps):
+            self.train_network()
+        try:
+            self.moment_loss.reset(self.data_moments())
+        except ValueError as error:
+            raise TrainingError(
+                f"the moments of the data are not finite at step {self.steps}; try a lower --moment-lr"
+            ) from error
+        self.objectives += 1
+
+    def train_network(self) -> None:
+        """One step of the moment network."""
+        settings, device = self.settings, self.images.device
+        (generator,) = self.generator
+        latent = torch.randn(settings.batch_size, settings.latent_size, generator=self.noise)
+        with torch.no_grad():
+            generated = generator(latent.to(device))
+        parts = self.net.objective_parts(
+            scale(self.images[next(self.batches)]),
+            generated,
+            penalty=settings.penalty,
+            penalty_weight=settings.penalty_weight,
+            squared_norm=settings.squared_norm,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad()
+        with torch.autocast(device.type, enabled=False):
+            parts.loss.backward()
+        self.optimizer.step()
+        self.parts = {name: value for name, value in parts._asdict().items() if name != "loss"}
+
+    def data_moments(self) -> mo.Moments:
+        """Moments of images drawn from the data."""
+        images = self.images[next(self.chosen)]
+        return mo.dataset_moments(self.net.moments, map(scale, images.split(DATA_BATCH_SIZE)))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "chosen": self.chosen.state_dict(),
+            "noise": self.noise.get_state(),
+            "steps": self.steps,
+            "objectives": self.objectives,
+            "parts": self.parts,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["batches"])
+        self.chosen.load_state_dict(state["chosen"])
+        self.noise.set_state(state["noise"])
+        self.steps, self.objectives = state["steps"], state["objectives"]
+        self.parts = dict(state["parts"])
+
+
+class MolmTrainer(Trainer):
+    """A trainer whose moment network follows the generator's schedule."""
+
+    objective: Objective
+
+    def advance(self) -> Tensor:
+        self.objective.lr = self.objective.settings.moment_lr * self.lr / self.settings.lr
+        return super().advance()
+
+    def metrics(self) -> dict[str, float]:
+        """How many objectives there were, and how the moment network did in its last step."""
+        parts = {f"moment_{name}": value.item() for name, value in self.objective.parts.items()}
+        return {"objective": self.objective.objectives, **parts}
+
+
+def new_trainer(data: ImageData, settings: Settings) -> MolmTrainer:
+    torch.manual_seed(settings.seed)
+    device = data.train.device
+    generator = Generator(data.channels, settings.latent_size).to(device)
+    net = settings.make_network(data.channels).to(device)
+    try:
+        net.rescale(scale(data.train[:RESCALING_IMAGES]), settings.squared_norm)
+    except ValueError as error:
+        raise TrainingError(f"the moment network cannot be rescaled to this data: {error}") from error
+    return MolmTrainer(generator, Objective(net, generator, data.train, settings), settings)
+
+
+def train(
+    run: Path,
+    given: dict[str, Any],
+    *,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = print,
+) -> tuple[float, float]:
+    """Train into the folder ``run``; the Frechet distances reached and of held-out real images.
+
+    ``given``: settings that are not the defaults, or, for a run that is continued, not its own.
+    """
+    device = torch.device(device)
+    if resume:
+        state = runs.load_checkpoint(run)
+        settings = Settings(**runs.continued_settings(state, Settings.method, given))
+        data = load(settings.data).to(device)
+        evaluator = Evaluator(data)
+        trainer = new_trainer(data, settings)
+        trainer.load_state_dict(state["trainer"])
+        say(f"continuing {run} at step {trainer.step}")
+    else:
+        settings = Settings(**given)
+        data = load(settings.data).to(device)
+        earlier = runs.start_run(run, settings)
+        if earlier is not None:
+            say(f"the earlier run is kept in {earlier}")
+        evaluator = Evaluator(data)
+        trainer = new_trainer(data, settings)
+    return train_generator(trainer, run, evaluator, say=say), evaluator.held_out_distance
