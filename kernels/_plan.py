@@ -35,6 +35,11 @@ _TILES = {
         "wide": {2: Tile(8, 512, 2), 4: Tile(8, 512, 4), 8: Tile(4, 256, 4)},
         "narrow": {2: Tile(64, 64, 4), 4: Tile(64, 32, 4), 8: Tile(64, 16, 4)},
     },
+    # A tap holds the bias and the pointers of a second tensor: of 16-bit features, eight columns a thread, fewer rows.
+    "tap": {
+        "wide": {2: Tile(4, 512, 2), 4: Tile(8, 512, 4), 8: Tile(4, 256, 4)},
+        "narrow": {2: Tile(64, 64, 4), 4: Tile(64, 32, 4), 8: Tile(64, 16, 4)},
+    },
     "apply": {
         "wide": {2: Tile(4, 512, 2), 4: Tile(4, 512, 4), 8: Tile(4, 256, 4)},
         "narrow": {2: Tile(32, 64, 4), 4: Tile(32, 32, 4), 8: Tile(32, 16, 4)},
@@ -81,7 +86,7 @@ class Group:
 
     def tensors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The launch's tensors out of the whole list's, padded."""
-        return _padded([tensors[i] for i in self.layers], tensors[self.layers[0]])
+        return padded([tensors[i] for i in self.layers], tensors[self.layers[0]])
 
     @property
     def fold_chunks(self) -> int:
@@ -154,7 +159,7 @@ def encoded(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(16 * value for value in values)
 
 
-def _padded(values: list[Any], filler: Any) -> tuple[Any, ...]:
+def padded(values: list[Any], filler: Any) -> tuple[Any, ...]:
     """Filled up to a power of two, so that networks of 17 and 18 layers share a compiled kernel."""
     size = 1 << (len(values) - 1).bit_length()
     return (*values, *[filler] * (size - len(values)))
@@ -216,7 +221,7 @@ def _group(
     strips = [-(-columns[i] // tile.columns) for i in layers]
     chunk_rows = _chunk_rows(kind, rows, sum(strips), tile)
     chunks = -(-rows // chunk_rows)
-    if kind == "reduce" and (chunks > 1 or chunk_rows > BLOCK_ROWS):
+    if kind != "apply" and (chunks > 1 or chunk_rows > BLOCK_ROWS):
         # Merging in float64 takes the registers of half the rows.
         tile = tile._replace(rows=tile.rows // 2)
     starts, start = [], 0
@@ -231,8 +236,8 @@ def _group(
     strides = [[key[i][1][0] for i in layers]]
     strides += [[key[i][3][j][0] for i in layers] for j in range(len(key[0][3]))]
 
-    def padded(values: list[int], filler: int, unit: int = 1) -> tuple[int, ...]:
-        return encoded(_padded([value // unit for value in values], filler))
+    def units(values: list[int], filler: int, unit: int = 1) -> tuple[int, ...]:
+        return encoded(padded([value // unit for value in values], filler))
 
     return Group(
         layers=tuple(layers),
@@ -245,12 +250,12 @@ def _group(
         tile=tile,
         vector=vector,
         permuted=any(inner != 1 for inner in inners),
-        starts=padded(starts, last),
-        columns=padded([columns[i] for i in layers], 1, vector),
-        offsets=padded([offsets[i] for i in layers], 0, vector),
-        inners=padded(inners, 1),
-        positions=padded(layers, 0),
-        strides=tuple(padded(values, 0, vector) for values in strides),
+        starts=units(starts, last),
+        columns=units([columns[i] for i in layers], 1, vector),
+        offsets=units([offsets[i] for i in layers], 0, vector),
+        inners=units(inners, 1),
+        positions=units(layers, 0),
+        strides=tuple(units(values, 0, vector) for values in strides),
     )
 
 

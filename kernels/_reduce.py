@@ -15,15 +15,54 @@ BLOCK = tl.constexpr(512)
 
 
 @triton.jit
-def block_moments(x, stride, mask, rows, dtype: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """(pivot, mean - pivot, m2) of at most 512 rows; x: (BLOCK_COLUMNS) pointers to the first of them."""
+def rectified(value, bias, dtype: tl.constexpr):
+    """relu(value + bias) in `dtype`, rounded to the dtype of `value` before the ReLU, as by an addition of its own."""
+    wide = value.to(dtype)
+    if bias is not None:
+        wide = (wide + bias).to(value.dtype).to(dtype)
+    # NaN and -0 stay, as in torch.
+    return tl.where(wide < 0, 0.0, wide)
+
+
+@triton.jit
+def load_rows(x, y, row, y_stride, bias, mask, dtype: tl.constexpr):
+    """Features at pointers x; where there is a y, they become relu(x + bias), which is kept there, `row` rows on."""
+    value = tl.load(x, mask=mask, other=0.0)
+    if y is None:
+        return value.to(dtype)
+    else:
+        result = rectified(value, bias, dtype)
+        tl.store(y + row * y_stride, result.to(value.dtype), mask=mask)
+        return result
+
+
+@triton.jit
+def block_moments(
+    x,
+    stride,
+    y,
+    y_stride,
+    bias,
+    mask,
+    rows,
+    dtype: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """(pivot, mean - pivot, m2) of at most 512 rows; x, y: (BLOCK_COLUMNS) pointers to the first of them."""
     row = tl.arange(0, BLOCK_ROWS)
     tile = x[None, :] + row[:, None] * stride  # (BLOCK_ROWS, BLOCK_COLUMNS)
     here = mask[None, :] & (row < rows)[:, None]
     count = tl.cast(tl.minimum(rows, BLOCK_ROWS), dtype)
     # Relative to the first row, so that the pivot of a constant column is that constant.
-    pivot = tl.load(x, mask=mask, other=0.0).to(dtype)
-    value = tl.load(tile, mask=here, other=0.0).to(dtype)
+    first = tl.load(x, mask=mask, other=0.0)
+    if y is None:
+        pivot = first.to(dtype)
+        kept = None
+    else:
+        pivot = rectified(first, bias, dtype)
+        kept = y[None, :] + row[:, None] * y_stride
+    value = load_rows(tile, kept, 0, y_stride, bias, here, dtype)
     pivot += tl.sum(tl.where(here, value - pivot[None, :], 0.0), axis=0) / count
     value = tl.where(here, value - pivot[None, :], 0.0)
     mean = tl.sum(value, axis=0) / count
@@ -33,15 +72,16 @@ def block_moments(x, stride, mask, rows, dtype: tl.constexpr, BLOCK_ROWS: tl.con
     full = rows // BLOCK_ROWS * BLOCK_ROWS
     for begin in range(BLOCK_ROWS, full, BLOCK_ROWS):
         # Masked columns are 0 - 0: no selects here.
-        value = tl.load(tile + begin * stride, mask=mask[None, :], other=0.0).to(dtype) - pivot[None, :]
+        value = load_rows(tile + begin * stride, kept, begin, y_stride, bias, mask[None, :], dtype)
+        value = value - pivot[None, :]
         tile_mean = tl.sum(value, axis=0) * (1.0 / BLOCK_ROWS)
         value = value - tile_mean[None, :]
         tile_m2 = tl.sum(value * value, axis=0)
         mean, m2 = merge(mean, m2, begin, tile_mean, tile_m2, BLOCK_ROWS)
     if (full < rows) & (full > 0):
         here = mask[None, :] & (row < rows - full)[:, None]
-        value = tl.load(tile + full * stride, mask=here, other=0.0).to(dtype) - pivot[None, :]
-        value = tl.where(here, value, 0.0)
+        value = load_rows(tile + full * stride, kept, full, y_stride, bias, here, dtype)
+        value = tl.where(here, value - pivot[None, :], 0.0)
         tile_mean = tl.sum(value, axis=0) / tl.cast(rows - full, dtype)
         value = tl.where(here, value - tile_mean[None, :], 0.0)
         tile_m2 = tl.sum(value * value, axis=0)
@@ -53,6 +93,9 @@ def block_moments(x, stride, mask, rows, dtype: tl.constexpr, BLOCK_ROWS: tl.con
 def chunk_moments(
     x,
     stride,
+    y,
+    y_stride,
+    bias,
     mask,
     rows,
     dtype: tl.constexpr,
@@ -65,15 +108,18 @@ def chunk_moments(
     count = rows
     if LONG:
         count = tl.minimum(rows, BLOCK)
-    pivot, mean, m2 = block_moments(x, stride, mask, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS)
+    pivot, mean, m2 = block_moments(x, stride, y, y_stride, bias, mask, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS)
     if FOLDED:
         mean = pivot.to(tl.float64) + mean.to(tl.float64)
         m2 = m2.to(tl.float64)
         if LONG:
             for begin in range(BLOCK, rows, BLOCK):
                 count = tl.minimum(rows - begin, BLOCK)
+                kept = y
+                if y is not None:
+                    kept = y + begin * y_stride
                 pivot, block_mean, block_m2 = block_moments(
-                    x + begin * stride, stride, mask, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS
+                    x + begin * stride, stride, kept, y_stride, bias, mask, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS
                 )
                 block_mean = pivot.to(tl.float64) + block_mean.to(tl.float64)
                 mean, m2 = merge(mean, m2, begin, block_mean, block_m2.to(tl.float64), count)
@@ -139,6 +185,10 @@ def reduce_columns(
     chunk_rows,
     chunks,
     correction,
+    outputs,
+    output_strides,
+    bias,
+    channel_columns,
     dtype: tl.constexpr,
     LAYERS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -147,10 +197,13 @@ def reduce_columns(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     LONG: tl.constexpr,
+    WIDE: tl.constexpr = False,
 ):
     """The moments of a program's strip: (complete, mean, var, packed, mask, first).
 
     complete: whether this program has them all, which one of a strip's programs does, `first` being the first of them.
+    With outputs, of a single layer, the moments are those of relu(x + bias), which is kept there; the bias is that of
+    packed column // channel_columns. WIDE: the mean is returned in float64.
     """
     program = tl.program_id(0)
     strips, chunk, column, mask, packed = locate(
@@ -160,16 +213,27 @@ def reduce_columns(
     stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
     begin = chunk * chunk_rows
     count = tl.minimum(rows - begin, chunk_rows)
+    y = None
+    y_stride = None
+    added = None
+    if outputs is not None:
+        y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+        y = pick(outputs, starts, program, LAYERS) + column + begin * y_stride
+        if bias is not None:
+            added = tl.load(bias + packed.to(tl.int32) // channel_columns, mask=mask, other=0.0).to(dtype)
     mean, m2 = chunk_moments(
         x + begin * stride,
         stride,
+        y,
+        y_stride,
+        added,
         mask,
         count,
         dtype,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
         LONG,
-        LONG or partials is not None,
+        LONG or partials is not None or WIDE,
     )
     first = program - chunk * strips
     complete = tl.full((), 1, tl.int32) == 1
@@ -179,4 +243,4 @@ def reduce_columns(
         if complete:
             mean, m2 = fold_partials(partials, first, strips, chunks, rows, chunk_rows, BLOCK_CHUNKS, BLOCK_COLUMNS)
     var = variance(m2, rows, correction).to(dtype)
-    return complete, mean.to(dtype), var, packed, mask, first
+    return complete, mean.to(tl.float64 if WIDE else dtype), var, packed, mask, first

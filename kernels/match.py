@@ -83,6 +83,7 @@ def adam_step(difference, average, exp_avg, exp_avg_sq, beta1_complement, beta2,
 @triton.jit
 def match_quantity(
     value,
+    goal,
     finite,
     begun,
     packed,
@@ -95,18 +96,19 @@ def match_quantity(
     WEIGHTED: tl.constexpr,
     AVERAGE: tl.constexpr,
     UPDATE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """Match means or variances of (BLOCK_COLUMNS) columns; returns their share of the loss, float64.
+    """Match values, at positions `packed`, with their goal; returns their share of the loss, float64.
 
     vectors: (target, weight, grad, average, exp_avg, exp_avg_sq), (F) each; those that are not used may be anything.
+    KEEP: whether the derivative is stored.
     scalars: float64 (reduction, decay, lr, beta1, beta2, eps, gradient_scale).
     """
-    target, weight, grad, average, exp_avg, exp_avg_sq = vectors
+    _, weight, grad, average, exp_avg, exp_avg_sq = vectors
     dtype = value.dtype
     w = scale.to(dtype)
     if WEIGHTED:
         w = tl.load(weight + packed, mask=mask, other=0.0) * w
-    goal = tl.load(target + packed, mask=mask, other=0.0)
     if AVERAGE == NONE:
         terms, slope = match_none(value, goal, w, scalars[0].to(dtype))
     elif AVERAGE == MOVING:
@@ -143,8 +145,21 @@ def match_quantity(
             tl.store(exp_avg_sq + packed, tl.where(finite, next_second, second), mask=mask)
         weighted = w * latest
         terms, slope = weighted * difference, -weighted
-    tl.store(grad + packed, slope, mask=mask)
-    return tl.sum(tl.where(mask, terms.to(tl.float64), 0.0), axis=0)
+    if KEEP:
+        tl.store(grad + packed, slope, mask=mask)
+    return tl.sum(tl.where(mask, terms.to(tl.float64), 0.0))
+
+
+@triton.jit
+def bias_corrections(step, scalars, AVERAGE: tl.constexpr, UPDATE: tl.constexpr):
+    """ADAM's, of the step that is about to be made; 1 for other averages."""
+    first = tl.full((), 1.0, tl.float64)
+    second = tl.full((), 1.0, tl.float64)
+    if AVERAGE == ADAM and UPDATE:
+        next_step = tl.load(step) + 1
+        first = complement_of_power(1.0 - scalars[3], next_step)
+        second = complement_of_power(1.0 - scalars[4], next_step)
+    return first, second
 
 
 @triton.jit
@@ -173,20 +188,17 @@ def match_columns(
     begun = finite
     if AVERAGE == MOVING:
         begun = tl.load(started + packed, mask=mask, other=0) != 0
-    bias_correction1 = tl.full((), 1.0, tl.float64)
-    bias_correction2 = tl.full((), 1.0, tl.float64)
-    if AVERAGE == ADAM and UPDATE:
-        next_step = tl.load(step) + 1
-        bias_correction1 = complement_of_power(1.0 - scalars[3], next_step)
-        bias_correction2 = complement_of_power(1.0 - scalars[4], next_step)
+    bias_correction1, bias_correction2 = bias_corrections(step, scalars, AVERAGE, UPDATE)
+    goal = tl.load(mean_vectors[0] + packed, mask=mask, other=0.0)
     loss = match_quantity(
-        mean, finite, begun, packed, mask, mean_vectors, mean_scale, scalars, bias_correction1, bias_correction2,
-        MEAN_WEIGHT, AVERAGE, UPDATE,
+        mean, goal, finite, begun, packed, mask, mean_vectors, mean_scale, scalars, bias_correction1,
+        bias_correction2, MEAN_WEIGHT, AVERAGE, UPDATE, True,
     )  # fmt: skip
     if var_vectors is not None:
+        goal = tl.load(var_vectors[0] + packed, mask=mask, other=0.0)
         loss += match_quantity(
-            var, finite, begun, packed, mask, var_vectors, var_scale, scalars, bias_correction1, bias_correction2,
-            VAR_WEIGHT, AVERAGE, UPDATE,
+            var, goal, finite, begun, packed, mask, var_vectors, var_scale, scalars, bias_correction1,
+            bias_correction2, VAR_WEIGHT, AVERAGE, UPDATE, True,
         )  # fmt: skip
     if AVERAGE == MOVING and UPDATE:
         tl.store(started + packed, (begun | finite).to(tl.uint8), mask=mask)
@@ -207,12 +219,13 @@ def finish_loss(share, index, loss, losses, ticket, arrivals, entries, step, UPD
             tl.store(step, tl.load(step) + 1)
 
 
-_COUNTS = ["arrivals", "entries", "first_entry"]
+COUNTS = ["arrivals", "entries", "first_entry"]
 _ROWS = ["rows", "chunk_rows", "chunks", "correction"]
-_SCALARS = ["mean_scale", "var_scale", "reduction", "decay", "lr", "beta1", "beta2", "eps", "gradient_scale"]
+AVERAGE_SCALARS = ["reduction", "decay", "lr", "beta1", "beta2", "eps", "gradient_scale"]
+_SCALARS = ["mean_scale", "var_scale", *AVERAGE_SCALARS]
 
 
-@triton.jit(do_not_specialize=[*_SCALARS, *_COUNTS])
+@triton.jit(do_not_specialize=[*_SCALARS, *COUNTS])
 def match_kernel(
     mean,  # (columns)
     var,  # (columns) or None
@@ -260,7 +273,7 @@ def match_kernel(
     finish_loss(share, first_entry + program, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
 
 
-@triton.jit(do_not_specialize=[*_ROWS, *_SCALARS, *_COUNTS])
+@triton.jit(do_not_specialize=[*_ROWS, *_SCALARS, *COUNTS])
 def match_features_kernel(
     inputs,  # LAYERS x (rows, columns)
     starts,
@@ -310,7 +323,8 @@ def match_features_kernel(
     """The matching loss of features: the program that completes a strip's moments matches them in registers."""
     complete, mean, var, packed, mask, first = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS, LONG,
+        None, None, None, None, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS,
+        BLOCK_CHUNKS, LONG,
     )  # fmt: skip
     if complete:
         tl.store(mean_out + packed, mean, mask=mask)
@@ -323,7 +337,7 @@ def match_features_kernel(
         finish_loss(share, first_entry + first, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
 
 
-def _loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
+def loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
     """The loss with its workspace: one share per program, and the count of the programs that have left theirs."""
     workspace = loss.new_zeros(entries + 1, dtype=torch.float64)
     return {
@@ -333,6 +347,23 @@ def _loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]
         "arrivals": arrivals,
         "entries": entries,
         "FOLD": _FOLD_LOSSES,
+    }
+
+
+def average_arguments(
+    reduction: float, average: int, options: Sequence[float], state: Sequence[Tensor], update: bool
+) -> dict[str, Any]:
+    """The scalars of a match, as bits, and what its average keeps besides vectors."""
+    scalars = dict.fromkeys(AVERAGE_SCALARS, 0.0)
+    scalars.update(reduction=reduction)
+    scalars.update(zip(_OPTIONS[average], options, strict=True))
+    return {
+        **{name: _plan.bits(value) for name, value in scalars.items()},
+        # Triton's booleans are single bits; torch's are bytes.
+        "started": state[-2].view(torch.uint8) if average == MOVING.value else None,
+        "step": state[-1] if average != NONE.value else None,
+        "AVERAGE": average,
+        "UPDATE": update and average != NONE.value,
     }
 
 
@@ -352,10 +383,6 @@ def match_arguments(
     grad_var: Tensor | None,
 ) -> dict[str, Any]:
     """What the kernels that match have in common."""
-    names = _OPTIONS[average]
-    scalars = dict.fromkeys(_SCALARS, 0.0)
-    scalars.update(mean_scale=mean_scale, var_scale=var_scale, reduction=reduction)
-    scalars.update(zip(names, options, strict=True))
     vectors: list[tuple[Tensor, ...] | None] = [None, None]
     quantities = ((target_mean, mean_weight, grad_mean), (target_var, var_weight, grad_var))
     averages = _AVERAGE_VECTORS[average]
@@ -368,14 +395,11 @@ def match_arguments(
     return {
         "mean_vectors": vectors[0],
         "var_vectors": vectors[1],
-        **{name: _plan.bits(value) for name, value in scalars.items()},
-        # Triton's booleans are single bits; torch's are bytes.
-        "started": state[-2].view(torch.uint8) if average == MOVING.value else None,
-        "step": state[-1] if average != NONE.value else None,
+        "mean_scale": _plan.bits(mean_scale),
+        "var_scale": _plan.bits(var_scale),
+        **average_arguments(reduction, average, options, state, update),
         "MEAN_WEIGHT": mean_weight is not None,
         "VAR_WEIGHT": var_weight is not None,
-        "AVERAGE": average,
-        "UPDATE": update and average != NONE.value,
     }
 
 
@@ -388,7 +412,7 @@ def match_launches(mean: Tensor, var: Tensor | None, loss: Tensor, matching: dic
         "var": var,
         "columns": mean.numel(),
         "first_entry": 0,
-        **_loss_arguments(programs, programs, loss),
+        **loss_arguments(programs, programs, loss),
         **matching,
         "BLOCK_COLUMNS": tile.columns,
     }
@@ -400,7 +424,7 @@ def match_features_launches(
 ) -> list[_plan.Launch]:
     """The launches of `match_` from features: those that come last complete the loss."""
     groups = _plan.groups("reduce", layers)
-    shared = _loss_arguments(sum(g.programs for g in groups), sum(g.strips for g in groups), loss)
+    shared = loss_arguments(sum(g.programs for g in groups), sum(g.strips for g in groups), loss)
     launches, first = [], 0
     for group in groups:
         arguments = {

@@ -46,7 +46,8 @@ def moments_kernel(
     """Mean and variance of every column, packed."""
     complete, mean, var, packed, mask, _ = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS, LONG,
+        None, None, None, None, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS,
+        BLOCK_CHUNKS, LONG,
     )  # fmt: skip
     if complete:
         tl.store(mean_out + packed, mean, mask=mask)
@@ -70,7 +71,7 @@ def moments_backward_kernel(
     grad_mean,  # (F) or None
     grad_var,  # (F) or None
     mean,  # (F)
-    count,  # (layers of the whole list) int64
+    count,  # (layers of the whole list) int64, or None: `rows`
     scale,  # () or None
     rows,
     chunk_rows,
@@ -80,15 +81,18 @@ def moments_backward_kernel(
     PERMUTED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    RECTIFIED: tl.constexpr,
 ):
-    """`[grad +] a + b * (x - mean)` for every layer."""
+    """`[grad +] a + b * (x - mean)` for every layer; zero where RECTIFIED features are not positive, NaN aside."""
     program = tl.program_id(0)
     _, chunk, column, mask, packed = locate(
         starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
     )
     accumulate = mean.dtype.element_ty
-    layer = pick_integer(positions, starts, program, LAYERS)
-    statistic_rows = tl.load(count + layer).to(tl.float64)
+    if count is not None:
+        statistic_rows = tl.load(count + pick_integer(positions, starts, program, LAYERS)).to(tl.float64)
+    else:
+        statistic_rows = tl.cast(rows, tl.float64)
     factor = tl.full((), 1.0, tl.float64)
     if scale is not None:
         factor = tl.load(scale).to(tl.float64)
@@ -115,11 +119,14 @@ def moments_backward_kernel(
         here = (row < rows)[:, None] & mask[None, :]
         row = row.to(tl.int64)[:, None]
         value = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], accumulate) + a[None, :]
-        if grad_var is not None:
+        if grad_var is not None or RECTIFIED:
             features = tl.load(x[None, :] + row * x_stride, mask=here, other=0.0).to(accumulate)
+        if grad_var is not None:
             value += b[None, :] * (features - center[None, :])
         if grads is not None:
             value += tl.load(g[None, :] + row * g_stride, mask=here, other=0.0).to(accumulate)
+        if RECTIFIED:
+            value = tl.where(features <= 0, 0.0, value)
         tl.store(y[None, :] + row * y_stride, value.to(y.dtype.element_ty), mask=here)
 
 
@@ -178,12 +185,16 @@ def backward_launches(
     grad_var: Tensor | None,
     layers: Sequence[Tensor],
     mean: Tensor,
-    count: Tensor,
+    count: Tensor | None,
     correction: int,
     scale: Tensor | None,
     out: Sequence[Tensor],
+    rectified: bool = False,
 ) -> list[_plan.Launch]:
-    """The launches of `moments_backward` over layers whose rows are on dimension 0."""
+    """The launches of `moments_backward` over layers whose rows are on dimension 0.
+
+    rectified: layers are outputs of ReLUs, and the gradients are those of their inputs.
+    """
     launches = []
     for group in _plan.groups("apply", layers, out, *([grad] if grad else [])):
         arguments = {
@@ -207,6 +218,7 @@ def backward_launches(
             "chunk_rows": group.chunk_rows,
             "correction": correction,
             **group.constants,
+            "RECTIFIED": rectified,
         }
         launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps))
     return launches

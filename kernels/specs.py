@@ -7,82 +7,27 @@ here is what runs. `python -m moment_ops.kernels.specs` prints the resources of 
 import argparse
 import functools
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
-from moment_ops.kernels import match, moments
+from moment_ops.kernels import match, moments, relu_moments
 from moment_ops.kernels._plan import Launch
-
-ARCHITECTURES = (80, 90, 100)
+from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec, compile_launch, recorded, resources, table
+from moment_ops.kernels.covariance_specs import COVARIANCE_SPECS
 
 # A network of 32 layers, as GFMN's; a tall matrix of many strips; tokens of a few features.
 NETWORK = ((64, 65536),) * 12 + ((64, 512, 8, 8),) * 10 + ((64, 2048),) * 10
 TALL = ((200_000, 65536),) * 2
 TOKENS = ((100_000, 64),)
+# An activation of a convolution, and one of a batch that takes several blocks of rows per program.
+ACTIVATION = (64, 64, 32, 32)
+LARGE_BATCH = (8192, 64, 56, 56)
 ODD = ((64, 999), (64, 10_001))
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel uses; accesses are instructions in the machine code."""
-
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    wide_loads: int
-    narrow_loads: int
-    wide_stores: int
-    narrow_stores: int
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bounds on Resources; stack and spills are always 0."""
-
-    registers: int
-    shared: int
-    wide_loads: int = 0  # at least
-    narrow_loads: int | None = None
-    wide_stores: int = 0  # at least
-    narrow_stores: int | None = None
-
-    def violations(self, got: Resources) -> list[str]:
-        """The names of the resources that are outside of the budget."""
-        most = {
-            "registers": self.registers,
-            "stack": 0,
-            "spills": 0,
-            "shared": self.shared,
-            "narrow_loads": self.narrow_loads,
-            "narrow_stores": self.narrow_stores,
-        }
-        least = {"wide_loads": self.wide_loads, "wide_stores": self.wide_stores}
-        values = asdict(got)
-        over = [name for name, limit in most.items() if limit is not None and values[name] > limit]
-        return over + [name for name, limit in least.items() if values[name] < limit]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A kernel as it is launched for typical tensors, and its budget."""
-
-    name: str
-    launch: Callable[[], Launch]
-    budget: Callable[[Launch], Budget]
-    architectures: tuple[int, ...]
 
 
 def _empty(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, channels_last: bool = False) -> list[Tensor]:
@@ -110,6 +55,19 @@ def _backward(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, added: bool
     grad = _empty(shapes, dtype) if added else []
     out, scale = _empty(shapes, dtype), mean.new_empty(())
     return moments.backward_launches(grad, grad_mean, grad_var, layers, mean, count, 1, scale, out)[0]
+
+
+def _tap(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Launch:
+    (x,) = layers = _empty([shape], dtype, channels_last)
+    bias = torch.empty(shape[1], dtype=dtype, device="meta")
+    return relu_moments.relu_moments_launches(x, bias, 1, torch.empty_like(x), _vector(layers), _vector(layers))[0]
+
+
+def _tap_backward(shape: tuple[int, ...], dtype: torch.dtype) -> Launch:
+    (y,) = layers = _empty([shape], dtype)
+    grad_mean, grad_var, mean = (_vector(layers) for _ in range(3))
+    grad, out = torch.empty_like(y), torch.empty_like(y)
+    return relu_moments.relu_moments_backward_launches(grad, grad_mean, grad_var, y, mean, 1, out)[0]
 
 
 def _matching(packed: Tensor, average: int) -> dict[str, Any]:
@@ -165,7 +123,8 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
     """Budget of a kernel that reduces over rows.
 
     Features are loaded in three places, the first tile of a block, the loop and the tail, and once more in each where
-    blocks are merged, always in 128 bits. What is narrower are scalars: the step, and shares of the loss.
+    blocks are merged, always in 128 bits; a tap stores as often. What is narrower are scalars, the step and shares of
+    the loss, and a tap's biases, one for each of a thread's columns.
     """
 
     def budget(launch: Launch) -> Budget:
@@ -176,12 +135,14 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
         strips_are_wide = launch.arguments["BLOCK_COLUMNS"] >= 128 and not launch.arguments["PERMUTED"]
         # Scalars: the step read for the bias and for its increment, the share of the loss, loss and step written.
         scalars = 3 if "loss" in launch.arguments else 0
+        tap = "outputs" in launch.arguments
+        biases = launch.arguments["BLOCK_COLUMNS"] // (32 * launch.warps) if tap else 0
         return Budget(
             registers=launch.registers or 0,
             shared=_column_shared(launch),
             wide_loads=loads if wide else 0,
-            narrow_loads=scalars if wide and strips_are_wide else None,
-            wide_stores=2 if wide and strips_are_wide else 0,
+            narrow_loads=scalars + biases if wide and strips_are_wide else None,
+            wide_stores=(2 if wide and strips_are_wide else 0) + (loads if wide and tap else 0),
             narrow_stores=scalars if wide and strips_are_wide and "started" not in launch.arguments else None,
         )
 
@@ -226,102 +187,43 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 NONE, MOVING, ADAM = match.NONE.value, match.MOVING.value, match.ADAM.value
 
 # What a training step of GFMN launches is compiled for all architectures, the rest for one.
-SPECS = tuple(
-    Spec(name, functools.partial(build, *arguments), budget, architectures)
-    for architectures, name, build, arguments, budget in (
-        (ARCHITECTURES, "moments fp32", _moments, (NETWORK, F32), reduces()),
-        (ARCHITECTURES, "moments bf16", _moments, (NETWORK, BF16), reduces()),
-        ((90,), "moments fp64", _moments, (NETWORK, F64), reduces()),
-        ((90,), "moments bf16, channels last", _moments, (NETWORK, BF16, True), reduces()),
-        ((90,), "moments fp32, tall", _moments, (TALL, F32), reduces()),
-        (ARCHITECTURES, "moments bf16, tall", _moments, (TALL, BF16), reduces()),
-        ((90,), "moments bf16, tokens", _moments, (TOKENS, BF16), reduces()),
-        ((90,), "moments fp32, unaligned", _moments, (ODD, F32), reduces(wide=False)),
-        (ARCHITECTURES, "moments_backward fp32", _backward, (NETWORK, F32), applies),
-        (ARCHITECTURES, "moments_backward bf16", _backward, (NETWORK, BF16), applies),
-        ((90,), "moments_backward fp32, grad added", _backward, (NETWORK, F32, True), applies),
-        ((90,), "moments_backward bf16, grad added", _backward, (NETWORK, BF16, True), applies),
-        ((90,), "moments_backward fp16, tokens", _backward, (TOKENS, F16), applies),
-        ((90,), "match_ ADAM fp32", _match, (F32, ADAM), matches),
-        ((90,), "match_ moving fp64", _match, (F64, MOVING), matches),
-        (ARCHITECTURES, "match_ of features, ADAM fp32", _match_features, (NETWORK, F32, ADAM), reduces()),
-        (ARCHITECTURES, "match_ of features, ADAM bf16", _match_features, (NETWORK, BF16, ADAM), reduces()),
-        ((90,), "match_ of features, ADAM bf16, tall", _match_features, (TALL, BF16, ADAM), reduces()),
-        ((90,), "match_ of features, moving fp32", _match_features, (NETWORK, F32, MOVING), reduces()),
-        ((90,), "match_ of features, none fp16", _match_features, (NETWORK, F16, NONE), reduces()),
+SPECS = (
+    tuple(
+        Spec(name, functools.partial(build, *arguments), budget, architectures)
+        for architectures, name, build, arguments, budget in (
+            (ARCHITECTURES, "moments fp32", _moments, (NETWORK, F32), reduces()),
+            (ARCHITECTURES, "moments bf16", _moments, (NETWORK, BF16), reduces()),
+            ((90,), "moments fp64", _moments, (NETWORK, F64), reduces()),
+            ((90,), "moments bf16, channels last", _moments, (NETWORK, BF16, True), reduces()),
+            ((90,), "moments fp32, tall", _moments, (TALL, F32), reduces()),
+            (ARCHITECTURES, "moments bf16, tall", _moments, (TALL, BF16), reduces()),
+            ((90,), "moments bf16, tokens", _moments, (TOKENS, BF16), reduces()),
+            ((90,), "moments fp32, unaligned", _moments, (ODD, F32), reduces(wide=False)),
+            (ARCHITECTURES, "relu_moments fp32", _tap, (ACTIVATION, F32), reduces()),
+            (ARCHITECTURES, "relu_moments bf16", _tap, (ACTIVATION, BF16), reduces()),
+            ((90,), "relu_moments bf16, channels last", _tap, (ACTIVATION, BF16, True), reduces()),
+            (ARCHITECTURES, "relu_moments bf16, tall", _tap, (LARGE_BATCH, BF16), reduces()),
+            ((90,), "relu_moments fp32, tall", _tap, (LARGE_BATCH, F32), reduces()),
+            ((90,), "relu_moments fp16, few columns", _tap, ((64, 512, 2, 2), F16), reduces()),
+            ((90,), "relu_moments fp32, unaligned", _tap, ((64, 9, 333), F32), reduces(wide=False)),
+            (ARCHITECTURES, "relu_moments_backward fp32", _tap_backward, (ACTIVATION, F32), applies),
+            (ARCHITECTURES, "relu_moments_backward bf16", _tap_backward, (ACTIVATION, BF16), applies),
+            (ARCHITECTURES, "moments_backward fp32", _backward, (NETWORK, F32), applies),
+            (ARCHITECTURES, "moments_backward bf16", _backward, (NETWORK, BF16), applies),
+            ((90,), "moments_backward fp32, grad added", _backward, (NETWORK, F32, True), applies),
+            ((90,), "moments_backward bf16, grad added", _backward, (NETWORK, BF16, True), applies),
+            ((90,), "moments_backward fp16, tokens", _backward, (TOKENS, F16), applies),
+            ((90,), "match_ ADAM fp32", _match, (F32, ADAM), matches),
+            ((90,), "match_ moving fp64", _match, (F64, MOVING), matches),
+            (ARCHITECTURES, "match_ of features, ADAM fp32", _match_features, (NETWORK, F32, ADAM), reduces()),
+            (ARCHITECTURES, "match_ of features, ADAM bf16", _match_features, (NETWORK, BF16, ADAM), reduces()),
+            ((90,), "match_ of features, ADAM bf16, tall", _match_features, (TALL, BF16, ADAM), reduces()),
+            ((90,), "match_ of features, moving fp32", _match_features, (NETWORK, F32, MOVING), reduces()),
+            ((90,), "match_ of features, none fp16", _match_features, (NETWORK, F16, NONE), reduces()),
+        )
     )
+    + COVARIANCE_SPECS
 )
-
-
-def compile_launch(launch: Launch, architecture: int | str) -> Any:
-    """Compile what a launch would compile on a GPU: of compute capability 90, or of AMD's gfx942; needs no driver."""
-    kernel = launch.kernel
-    hip = isinstance(architecture, str)
-    target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", architecture, 32)
-    backend = make_backend(target)
-    keywords = {**launch.arguments, **launch.options(hip), "debug": False}
-    # As JITFunction.run does, which wants a driver.
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**keywords)
-    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return subprocess.run([str(tools / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def resources(compiled: Any) -> Resources:
-    """Read the machine code with the tools that Triton brings."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
-        code = _tool("nvdisasm", "-c", str(cubin))
-
-    def used(name: str) -> int:
-        return max(int(value) for value in re.findall(rf"{name}:(\d+)", usage))
-
-    # Strong accesses go to the workspace that programs share.
-    loads = [load for load in re.findall(r"\bLDG\S*", code) if ".STRONG" not in load]
-    stores = re.findall(r"\bSTG\S*", code)
-    return Resources(
-        registers=used("REG"),
-        stack=used("STACK"),
-        # ptxas shows spills as stack, not as local memory.
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        shared=compiled.metadata.shared,
-        wide_loads=sum(".128" in load for load in loads),
-        narrow_loads=sum(".128" not in load for load in loads),
-        wide_stores=sum(".128" in store for store in stores),
-        narrow_stores=sum(".128" not in store for store in stores),
-    )
-
-
-def without_alignment(launch: Launch) -> Launch:
-    """The same launch, compiled as if nothing were known about alignment."""
-    return replace(launch, arguments={**launch.arguments, "VECTOR": 1})
-
-
-def table(rows: Sequence[tuple[str, Resources | None, Resources]]) -> str:
-    """Resources of named kernels, `old -> new` where they differ from those before."""
-    names = list(Resources.__dataclass_fields__)
-    width = max(len(name) for name, _, _ in rows) + 2
-    lines = ["kernel".ljust(width) + "".join(name.rjust(15) for name in names)]
-    for name, old, new in rows:
-        cells = []
-        for field in names:
-            before, now = getattr(old, field, None), getattr(new, field)
-            cells.append((f"{now}" if before in (None, now) else f"{before} -> {now}").rjust(15))
-        lines.append(name.ljust(width) + "".join(cells))
-    return "\n".join(lines)
-
-
-def recorded(path: Path) -> dict[str, Resources]:
-    """The resources that were recorded last, by `kernel, sm_xx`."""
-    return {name: Resources(**values) for name, values in json.loads(path.read_text()).items()}
 
 
 def main() -> None:

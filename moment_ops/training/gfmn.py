@@ -21,21 +21,18 @@ from moment_ops.training.evaluator import Evaluator
 from moment_ops.training.feature_networks import CLASSIFIER, Say
 from moment_ops.training.loop import train as train_generator
 from moment_ops.training.networks import Classifier, Generator
-from moment_ops.training.settings import LoopSettings, option
+from moment_ops.training.settings import MatchingSettings, option
 from moment_ops.training.trainer import Trainer
 
 TARGET, TARGET_COVARIANCES = "target.npz", "target-covariances.npz"
 
 
 @dataclass(frozen=True)
-class Settings(LoopSettings):
+class Settings(MatchingSettings):
     """What GFMN can be told besides."""
 
     method: ClassVar[str] = "gfmn"
 
-    average: str = option("adam", "running average of the moments", choices=("adam", "moving", "none"))
-    average_lr: float = option(1e-3, "learning rate of the Adam moving average")
-    decay: float = option(0.99, "weight of the past in the plain moving average")
     mean_weight: float = option(1.0, "weight of the means in the loss")
     var_weight: float = option(1.0, "weight of the variances in the loss")
     covariance: str = option(
@@ -70,16 +67,6 @@ class Settings(LoopSettings):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
-        self.make_average()
-
-    def make_average(self) -> mo.AdamMovingAverage | mo.MovingAverage | None:
-        if self.average == "adam":
-            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction="sum")
-        if self.average == "moving":
-            return mo.MovingAverage(self.decay)
-        if self.average == "none":
-            return None
-        raise ValueError(f"average must be adam, moving or none, got {self.average}")
 
 
 class Objective(nn.Module):

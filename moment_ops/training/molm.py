@@ -19,7 +19,7 @@ from moment_ops.training.evaluator import Evaluator
 from moment_ops.training.loop import train as train_generator
 from moment_ops.training.moment_networks import ConvMomentNetwork, SmallMomentNetwork
 from moment_ops.training.networks import Generator
-from moment_ops.training.settings import LoopSettings, option
+from moment_ops.training.settings import MatchingSettings, option
 from moment_ops.training.trainer import Trainer
 
 NETWORKS = {"small": SmallMomentNetwork, "conv": ConvMomentNetwork}
@@ -28,7 +28,7 @@ DATA_BATCH_SIZE = 250
 
 
 @dataclass(frozen=True)
-class Settings(LoopSettings):
+class Settings(MatchingSettings):
     """What MoLM can be told besides. Defaults are those that train digits in minutes on two CPU cores.
 
     The published scale is 100 steps of the moment network and 2000 of the generator per objective, without an average.
@@ -55,7 +55,6 @@ class Settings(LoopSettings):
     hidden_weight: float = option(0.1, "weight of the means of hidden units in the matching loss")
     gradient_weight: float = option(1.0, "weight of the parameter gradients in the matching loss")
     input_weight: float = option(0.1, "weight of the mean image in the matching loss")
-    average: str = option("adam", "running average of the moments", choices=("adam", "moving", "none"))
     average_lr: float = option(5e-3, "learning rate of the Adam moving average")
     decay: float = option(0.9, "weight of the past in the plain moving average")
 
@@ -73,16 +72,6 @@ class Settings(LoopSettings):
         for name, choices in (("network", tuple(NETWORKS)), ("penalty", PENALTIES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {', '.join(choices)}, got {getattr(self, name)}")
-        self.make_average()
-
-    def make_average(self) -> mo.AdamMovingAverage | mo.MovingAverage | None:
-        if self.average == "adam":
-            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction="sum")
-        if self.average == "moving":
-            return mo.MovingAverage(self.decay)
-        if self.average == "none":
-            return None
-        raise ValueError(f"average must be adam, moving or none, got {self.average}")
 
     def make_network(self, channels: int) -> mo.MomentNetwork:
         weights = {"hidden": self.hidden_weight, "gradient": self.gradient_weight, "input": self.input_weight}

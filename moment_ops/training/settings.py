@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import moment_ops as mo
+
 
 def option(default: Any, help: str, **keywords: Any) -> Any:
     """A setting that the command line offers under the same name."""
@@ -45,3 +47,25 @@ class LoopSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.weight_average < 1:
             raise ValueError(f"weight_average must be in [0, 1), got {self.weight_average}")
+
+
+@dataclass(frozen=True)
+class MatchingSettings(LoopSettings):
+    """What methods can be told that match moments through a running average."""
+
+    average: str = option("adam", "running average of the moments", choices=("adam", "moving", "none"))
+    average_lr: float = option(1e-3, "learning rate of the Adam moving average")
+    decay: float = option(0.99, "weight of the past in the plain moving average")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.make_average()
+
+    def make_average(self) -> mo.AdamMovingAverage | mo.MovingAverage | None:
+        if self.average == "adam":
+            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction="sum")
+        if self.average == "moving":
+            return mo.MovingAverage(self.decay)
+        if self.average == "none":
+            return None
+        raise ValueError(f"average must be adam, moving or none, got {self.average}")

@@ -8,7 +8,7 @@ import torch
 import moment_ops as mo
 from moment_ops.ops import backends
 
-GPU_TENSOR = SimpleNamespace(device=torch.device("cuda"))
+GPU_TENSOR = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
 
 
 def available(monkeypatch, *names):

@@ -5,19 +5,20 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from moment_ops.kernels import specs
+from moment_ops.kernels import _resources, covariance_specs, specs
 
 RECORD = Path(__file__).parent / "resources.json"
 CASES = [(spec, architecture) for spec in specs.SPECS for architecture in spec.architectures]
 
 
-def spec(name):
-    return next(spec for spec in specs.SPECS if spec.name == name)
+def spec(name, architecture=90):
+    return next(spec for spec in specs.SPECS if spec.name == name and architecture in spec.architectures)
 
 
 @pytest.mark.parametrize(
@@ -25,13 +26,13 @@ def spec(name):
 )
 def test_a_kernel_stays_within_its_budget(spec, architecture):
     launch = spec.launch()
-    got = specs.resources(specs.compile_launch(launch, architecture))
+    got = _resources.resources(_resources.compile_launch(launch, architecture))
     budget = spec.budget(launch)
     violations = budget.violations(got)
     name = f"{spec.name}, sm_{architecture}"
-    old = specs.recorded(RECORD).get(name)
+    old = _resources.recorded(RECORD).get(name)
     assert not violations, (
-        f"{', '.join(violations)} outside of {budget}\n{specs.table([(name, old, got)])}\n"
+        f"{', '.join(violations)} outside of {budget}\n{_resources.table([(name, old, got)])}\n"
         f"If the change is meant, argue the budget in kernels/specs.py and record the resources:"
         f" python -m moment_ops.kernels.specs {RECORD.name} --record"
     )
@@ -42,46 +43,89 @@ def test_a_kernel_stays_within_its_budget(spec, architecture):
     [
         ("moments bf16", {"wide_loads", "narrow_loads", "wide_stores", "narrow_stores"}),
         ("moments_backward fp32", {"wide_loads", "narrow_loads", "wide_stores", "narrow_stores"}),
+        ("relu_moments bf16", {"wide_loads", "narrow_loads", "wide_stores", "narrow_stores"}),
+        ("covariance bf16x3 fp32", {"wide_loads", "wide_stores", "narrow_stores"}),
+        ("covariance_match_backward bf16x3 fp32", {"wide_loads", "wide_stores", "narrow_stores"}),
     ],
 )
 def test_losing_wide_accesses_breaks_the_budget(name, lost):
     launch = spec(name).launch()
-    got = specs.resources(specs.compile_launch(specs.without_alignment(launch), 90))
+    got = _resources.resources(_resources.compile_launch(_resources.without_alignment(launch), 90))
     assert lost <= set(spec(name).budget(launch).violations(got))
 
 
 def test_too_few_registers_break_the_budget():
     launch = spec("moments bf16").launch()
-    starved = specs.replace(launch, registers=32)
-    violations = spec("moments bf16").budget(launch).violations(specs.resources(specs.compile_launch(starved, 90)))
+    starved = _resources.replace(launch, registers=32)
+    got = _resources.resources(_resources.compile_launch(starved, 90))
+    violations = spec("moments bf16").budget(launch).violations(got)
     assert {"stack", "spills"} <= set(violations)
 
 
-@pytest.mark.parametrize("name", ["moments bf16, tall", "moments_backward bf16", "match_ of features, ADAM fp32"])
+@pytest.mark.parametrize(
+    "name", ["moments bf16, tall", "moments_backward bf16", "match_ of features, ADAM fp32", "relu_moments bf16"]
+)
 def test_amd_gpus_get_kernels_without_spills(name):
-    code = specs.compile_launch(spec(name).launch(), "gfx942").asm["amdgcn"]
+    code = _resources.compile_launch(spec(name).launch(), "gfx942").asm["amdgcn"]
     assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", code) == ["0"]
-    assert "global_load_dwordx4" in code
+    assert re.search(r"(?:global|buffer)_load_dwordx4", code)
+
+
+COVARIANCES = {
+    "covariance": lambda a: covariance_specs._covariance(a, (1024, 2048), torch.float32, "bf16x3"),
+    "covariance, matched": lambda a: covariance_specs._match(a, (1024, 512), torch.bfloat16, "ieee", "adam", True),
+    "covariance, backward": lambda a: covariance_specs._backward(a, (1024, 2048), torch.float32, "tf32", False),
+}
+
+
+@pytest.mark.parametrize("name", COVARIANCES)
+def test_covariances_on_amd_gpus_fit_into_their_shared_memory_and_registers(name):
+    compiled = _resources.compile_launch(COVARIANCES[name](0), "gfx942")
+    code = compiled.asm["amdgcn"]
+    assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", code) == ["0"]
+    assert re.search(r"(?:global|buffer)_load_dwordx4", code)
+    assert "v_mfma" in code
+    assert compiled.metadata.shared <= 64 * 1024
+
+
+@pytest.mark.parametrize("name", COVARIANCES)
+@pytest.mark.parametrize("architecture", [86, 120])
+def test_covariances_on_small_gpus_fit_into_their_shared_memory(name, architecture):
+    got = _resources.resources(_resources.compile_launch(COVARIANCES[name](architecture), architecture))
+    assert got.spills == 0
+    assert got.matrix_products > 0
+    assert got.shared <= 99 * 1024
 
 
 def test_a_table_shows_what_changed():
-    old = specs.Resources(64, 0, 0, 0, 25, 0, 2, 0)
-    table = specs.table([("moments", old, specs.replace(old, wide_loads=0, narrow_loads=100))])
+    old = _resources.Resources(64, 0, 0, 0, 25, 0, 2, 0)
+    table = _resources.table([("moments", old, _resources.replace(old, wide_loads=0, narrow_loads=100))])
     assert "25 -> 0" in table
     assert "0 -> 100" in table
 
 
 def test_every_budget_has_its_record():
-    assert set(specs.recorded(RECORD)) == {f"{spec.name}, sm_{architecture}" for spec, architecture in CASES}
+    assert set(_resources.recorded(RECORD)) == {f"{spec.name}, sm_{architecture}" for spec, architecture in CASES}
 
 
-@pytest.mark.parametrize("name", ["moments bf16, tall", "moments_backward fp32", "match_ of features, ADAM fp32"])
+@pytest.mark.parametrize(
+    "name", ["moments bf16, tall", "moments_backward fp32", "match_ of features, ADAM fp32", "relu_moments bf16, tall"]
+)
 def test_offsets_of_rows_and_packed_columns_are_64_bits_wide(name):
     """A layer's columns fit into 32 bits, its rows times columns need not."""
-    ttir = specs.compile_launch(spec(name).launch(), 90).asm["ttir"]
+    ttir = _resources.compile_launch(spec(name).launch(), 90).asm["ttir"]
     tiles = re.findall(r"tt\.addptr %\w+, %(?!cst)\w+ : .*, tensor<\d+x\d+x(i\d+)>", ttir)
     strides = re.findall(r"arith\.muli .* : tensor<\d+x1x(i\d+)>", ttir)
     packed = re.findall(r"tt\.addptr %\w+, %packed\w* : .*, tensor<\d+x(i\d+)>", ttir)
     for widths in (tiles, strides, packed):
         assert widths
         assert set(widths) == {"i64"}
+
+
+@pytest.mark.parametrize("name", ["covariance_match_ ADAM ieee bf16", "covariance_match_backward ieee bf16"])
+def test_strides_of_covariances_are_64_bits_wide(name):
+    """Rows times columns, and entries of a triangle, need not fit into 32 bits."""
+    ttir = _resources.compile_launch(spec(name).launch(), 90).asm["ttir"]
+    strides = re.findall(r"arith\.muli .* : tensor<\d+x1x(i\d+)>", ttir)
+    assert strides
+    assert set(strides) == {"i64"}

@@ -1,0 +1,149 @@
+"""What a launch compiles to, read from its machine code; needs no GPU and no driver."""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from moment_ops.kernels._plan import Launch
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses; accesses are instructions in the machine code."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    matrix_products: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bounds on Resources; stack and spills are always 0."""
+
+    registers: int
+    shared: int
+    wide_loads: int = 0  # at least
+    narrow_loads: int | None = None
+    wide_stores: int = 0  # at least
+    narrow_stores: int | None = None
+    matrix_products: int = 0  # at least
+
+    def violations(self, got: Resources) -> list[str]:
+        """The names of the resources that are outside of the budget."""
+        most = {
+            "registers": self.registers,
+            "stack": 0,
+            "spills": 0,
+            "shared": self.shared,
+            "narrow_loads": self.narrow_loads,
+            "narrow_stores": self.narrow_stores,
+        }
+        least = {
+            "wide_loads": self.wide_loads,
+            "wide_stores": self.wide_stores,
+            "matrix_products": self.matrix_products,
+        }
+        values = asdict(got)
+        over = [name for name, limit in most.items() if limit is not None and values[name] > limit]
+        return over + [name for name, limit in least.items() if values[name] < limit]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel as it is launched for typical tensors, and its budget."""
+
+    name: str
+    launch: Callable[[], Launch]
+    budget: Callable[[Launch], Budget]
+    architectures: tuple[int, ...]
+
+
+def compile_launch(launch: Launch, architecture: int | str) -> Any:
+    """Compile what a launch would compile on a GPU: of compute capability 90, or of AMD's gfx942; needs no driver."""
+    kernel = launch.kernel
+    hip = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    keywords = {**launch.arguments, **launch.options(hip), "debug": False}
+    # As JITFunction.run does, which wants a driver.
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run([str(tools / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled: Any) -> Resources:
+    """Read the machine code with the tools that Triton brings."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        code = _tool("nvdisasm", "-c", str(cubin))
+
+    def used(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"{name}:(\d+)", usage))
+
+    # Strong accesses go to the workspace that programs share.
+    loads = [load for load in re.findall(r"\bLDG\S*", code) if ".STRONG" not in load]
+    stores = re.findall(r"\bSTG\S*", code)
+    return Resources(
+        registers=used("REG"),
+        stack=used("STACK"),
+        # ptxas shows spills as stack, not as local memory.
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        shared=compiled.metadata.shared,
+        wide_loads=sum(".128" in load for load in loads),
+        narrow_loads=sum(".128" not in load for load in loads),
+        wide_stores=sum(".128" in store for store in stores),
+        narrow_stores=sum(".128" not in store for store in stores),
+        # Of a warp, of a warp group (sm_90) and of the fifth generation of tensor cores (sm_100).
+        matrix_products=len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", code)),
+    )
+
+
+def without_alignment(launch: Launch) -> Launch:
+    """The same launch, compiled as if nothing were known about alignment."""
+    return replace(launch, arguments={**launch.arguments, "VECTOR": 1})
+
+
+def table(rows: Sequence[tuple[str, Resources | None, Resources]]) -> str:
+    """Resources of named kernels, `old -> new` where they differ from those before."""
+    names = list(Resources.__dataclass_fields__)
+    width = max(len(name) for name, _, _ in rows) + 2
+    lines = ["kernel".ljust(width) + "".join(name.rjust(15) for name in names)]
+    for name, old, new in rows:
+        cells = []
+        for field in names:
+            before, now = getattr(old, field, None), getattr(new, field)
+            cells.append((f"{now}" if before in (None, now) else f"{before} -> {now}").rjust(15))
+        lines.append(name.ljust(width) + "".join(cells))
+    return "\n".join(lines)
+
+
+def recorded(path: Path) -> dict[str, Resources]:
+    """The resources that were recorded last, by `kernel, sm_xx`."""
+    return {name: Resources(**values) for name, values in json.loads(path.read_text()).items()}

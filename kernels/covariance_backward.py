@@ -1,0 +1,255 @@
+"""`covariance_backward` and `covariance_match_backward`: one launch, rows less their mean times a symmetric matrix."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moment_ops.kernels import _plan
+from moment_ops.kernels._common import pick, pick_integer
+from moment_ops.kernels._covariance_plan import (
+    architecture_of,
+    backward_mode,
+    backward_tile,
+    operand_dtype,
+    output_groups,
+)
+from moment_ops.kernels._products import multiply
+from moment_ops.kernels._triangle import BLOCK, packed_block
+from moment_ops.kernels.covariance import unit_columns
+
+
+@triton.jit
+def symmetric_rows(matrix, width, begin, lane, first_column, mask, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(DEPTH, COLUMNS) rows begin ... of a packed symmetric matrix, within one block of rows and one of columns.
+
+    TRANSPOSED: from the blocks beside the diagonal of the columns' block row, as columns that are rows there.
+    """
+    # A remainder would hide what it is a multiple of, and that vectors are aligned.
+    row_block = begin // BLOCK
+    column_block = first_column // BLOCK
+    inner_row = begin - row_block * BLOCK + lane
+    inner_column = first_column - column_block * BLOCK + tl.arange(0, COLUMNS)
+    inside = begin + lane < width
+    if TRANSPOSED:
+        offset, stride = packed_block(width, column_block, row_block)
+        at = matrix + offset + (inner_column.to(tl.int64)[:, None] * stride + inner_row[None, :])
+        return tl.trans(tl.load(at, mask=mask[:, None] & inside[None, :], other=0.0))
+    else:
+        offset, stride = packed_block(width, row_block, column_block)
+        at = matrix + offset + (inner_row.to(tl.int64)[:, None] * stride + inner_column[None, :])
+        return tl.load(at, mask=inside[:, None] & mask[None, :], other=0.0)
+
+
+@triton.jit
+def doubled_rows(matrix, width, begin, lane, columns, mask):
+    """(DEPTH, COLUMNS) rows begin ... of a (D, D) matrix and its transpose, added."""
+    row = begin + lane
+    inside = row < width
+    wide = width.to(tl.int64)
+    here = tl.load(matrix + row.to(tl.int64)[:, None] * wide + columns[None, :],
+                   mask=inside[:, None] & mask[None, :], other=0.0)  # fmt: skip
+    across = tl.load(matrix + columns.to(tl.int64)[:, None] * wide + row[None, :],
+                     mask=mask[:, None] & inside[None, :], other=0.0)  # fmt: skip
+    return here + tl.trans(across)
+
+
+@triton.jit
+def shifted_rows(x, mean, width, begin, lane, mask, CENTERED: tl.constexpr):
+    """(ROWS, DEPTH) features of columns begin ... less their mean; x: (ROWS, 1) pointers."""
+    column = begin + lane
+    inside = column < width
+    value = tl.load(x + column[None, :], mask=mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if CENTERED:
+        value -= tl.load(mean + column, mask=inside, other=0.0)[None, :]
+    return value
+
+
+@triton.jit(do_not_specialize=["rows", "correction"])
+def covariance_backward_kernel(
+    inputs,  # LAYERS x (rows, D)
+    outputs,  # likewise
+    starts,
+    widths,
+    strides,
+    output_strides,
+    offsets,
+    packed,
+    grad,  # (F) packed matrices; or (D, D), of the only layer
+    grad_mean,  # (columns) or None
+    mean,  # (columns)
+    scale,  # () or None
+    rows,
+    correction,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
+    CENTERED: tl.constexpr,
+    MODE: tl.constexpr,
+    BF16: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`grad_mean / N + scale * 2 / (N - correction) (x - mean) G`, with G = (grad + grad') / 2."""
+    program = tl.program_id(0)
+    first = pick_integer(starts, starts, program, LAYERS)
+    width = pick_integer(widths, starts, program, LAYERS) * VECTOR
+    offset = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
+    matrix = grad + pick_integer(packed, starts, program, LAYERS).to(tl.int64) * VECTOR
+    # Tiles of the same columns run together: they read the same part of the matrix.
+    row_tiles = tl.cdiv(rows, ROWS)
+    row = (program - first) % row_tiles * ROWS + tl.arange(0, ROWS)
+    first_column = (program - first) // row_tiles * COLUMNS
+    columns = first_column + tl.arange(0, COLUMNS)
+    row_mask = row < rows
+    mask = columns < width
+    stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    x = pick(inputs, starts, program, LAYERS) + row.to(tl.int64)[:, None] * stride  # (ROWS, 1)
+    lane = tl.arange(0, DEPTH)
+    middle = width
+    if PACKED:
+        middle = (first_column // BLOCK + 1) * BLOCK
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in tl.range(0, tl.minimum(middle, width), DEPTH * STEPS, num_stages=STAGES):
+        # Not `total` itself: the sums of tensor cores are truncated.
+        part = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for step in tl.static_range(STEPS):
+            at = begin + step * DEPTH
+            left = shifted_rows(x, mean + offset, width, at, lane, row_mask, CENTERED)
+            if PACKED:
+                right = symmetric_rows(matrix, width, at, lane, first_column, mask, COLUMNS, False)
+            else:
+                right = doubled_rows(matrix, width, at, lane, columns, mask)
+            part = multiply(left, right, part, MODE, BF16)
+        total += part
+    if PACKED:
+        for begin in tl.range(middle, width, DEPTH * STEPS, num_stages=STAGES):
+            part = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for step in tl.static_range(STEPS):
+                at = begin + step * DEPTH
+                left = shifted_rows(x, mean + offset, width, at, lane, row_mask, CENTERED)
+                right = symmetric_rows(matrix, width, at, lane, first_column, mask, COLUMNS, True)
+                part = multiply(left, right, part, MODE, BF16)
+            total += part
+
+    freedom = tl.cast(rows - correction, tl.float64)
+    slope = tl.where(freedom > 0, (2.0 if PACKED else 1.0) / tl.where(freedom > 0, freedom, 1.0), float("nan"))
+    if scale is not None:
+        slope = slope * tl.load(scale).to(tl.float64)
+    value = total * slope.to(tl.float32)
+    if grad_mean is not None:
+        value += (tl.load(grad_mean + offset + columns, mask=mask, other=0.0) / tl.cast(rows, tl.float32))[None, :]
+    output = pick(outputs, starts, program, LAYERS)
+    output_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    at = output + row.to(tl.int64)[:, None] * output_stride + columns[None, :]
+    tl.store(at, value.to(output.dtype.element_ty), mask=row_mask[:, None] & mask[None, :])
+
+
+def backward_launches(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Sequence[Tensor],
+    mean: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    centered: bool,
+    precision: str,
+    out: Sequence[Tensor],
+    architecture: int,
+) -> list[_plan.Launch]:
+    """The launches of the backward of layers (N, D) whose columns are neighbours, and of their outputs.
+
+    grad: packed matrices, or the (D, D) one of the only layer.
+    """
+    mode = backward_mode(precision, x[0].dtype)
+    tile = backward_tile(mode, architecture, len(x[0]), [rows.shape[1] for rows in x])
+    launches = []
+    for group in output_groups(x, out, tile):
+        arguments = {
+            "inputs": group.tensors(x),
+            "outputs": group.tensors(out),
+            "starts": group.starts,
+            "widths": group.widths,
+            "strides": group.strides[0],
+            "output_strides": group.strides[1],
+            "offsets": group.offsets,
+            "packed": group.packed,
+            "grad": grad,
+            "grad_mean": grad_mean,
+            "mean": mean,
+            "scale": scale,
+            "rows": group.rows,
+            "correction": correction,
+            "LAYERS": len(group.starts),
+            "VECTOR": group.vector,
+            "PACKED": grad.dim() == 1,
+            "CENTERED": centered,
+            "MODE": mode,
+            "BF16": operand_dtype(),
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "DEPTH": tile.depth,
+            "STEPS": tile.steps,
+            "STAGES": tile.stages,
+        }
+        launches.append(_plan.Launch(covariance_backward_kernel, group.programs, arguments, tile.warps, tile.registers))
+    return launches
+
+
+def _fill(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Sequence[Tensor],
+    mean: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    centered: bool,
+    precision: str,
+    out: Sequence[Tensor],
+) -> None:
+    written = unit_columns(out)
+    architecture = architecture_of(mean.device)
+    launches = backward_launches(
+        grad, grad_mean, unit_columns(x), mean, scale, correction, centered, precision, written, architecture
+    )
+    _plan.run(launches, mean.device)
+    for y, w in zip(out, written, strict=True):
+        if w is not y:
+            y.copy_(w)
+
+
+def covariance_backward(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    correction: int,
+    centered: bool,
+    precision: str,
+    out: Tensor,
+) -> None:
+    """Fill `out` with `grad_mean / N + (X - mean) (grad + grad') / (N - correction)`."""
+    if grad is None:
+        out.zero_()
+        if grad_mean is not None:
+            out += grad_mean / len(x)
+        return
+    _fill(grad, grad_mean, [x], mean, None, correction, centered, precision, [out])
+
+
+def covariance_match_backward(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Sequence[Tensor],
+    mean: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    precision: str,
+    out: Sequence[Tensor],
+) -> None:
+    """Fill `out` with `grad_mean / N + scale * 2 / (N - correction) (X - mean) G`, G packed."""
+    _fill(grad, grad_mean, x, mean, scale, correction, True, precision, out)

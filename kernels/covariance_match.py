@@ -1,0 +1,249 @@
+"""`covariance_match_`: the average's step, the loss and its derivative as the epilogue of the covariances' products."""
+
+import struct
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moment_ops.kernels import _plan
+from moment_ops.kernels._common import double, pick, pick_integer
+from moment_ops.kernels._covariance_plan import architecture_of, forward_tile, product_mode, triangle_groups
+from moment_ops.kernels._triangle import BLOCK, packed_block
+from moment_ops.kernels.covariance import (
+    covariances,
+    fold_quarter,
+    product_arguments,
+    products,
+    quarters,
+    shifts_launches,
+    unit_columns,
+)
+from moment_ops.kernels.match import (
+    AVERAGE_SCALARS,
+    COUNTS,
+    MOVING,
+    average_arguments,
+    bias_corrections,
+    finish_loss,
+    is_finite,
+    loss_arguments,
+    match_quantity,
+)
+from moment_ops.ops.match import AVERAGES
+
+
+@triton.jit
+def weight_of(bits):
+    """The float32 weight of `weight_bits`."""
+    return ((bits >> 4) & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def match_quarter(
+    sums,
+    rows,
+    correction,
+    rest,
+    row,
+    column,
+    width,
+    quarter,
+    target,
+    target_is_full,
+    packed_start,
+    weight,
+    vectors,
+    started,
+    scalars,
+    bias_correction1,
+    bias_correction2,
+    AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    KEEP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Match a quarter of a tile; returns its share of the loss, float64."""
+    SIDE: tl.constexpr = BLOCK // TILE
+    row_columns = row * TILE + tl.arange(0, TILE)
+    column_columns = column * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4)
+    value = covariances(sums, rows, correction, rest, row_columns, column_columns, width, True)
+    mask = (row_columns < width)[:, None] & (column_columns < width)[None, :]  # (TILE, TILE / 4)
+    offset, stride = packed_block(width, row // SIDE, column // SIDE)
+    full_offset = (row // SIDE * BLOCK).to(tl.int64) * width + column // SIDE * BLOCK
+    inner_row = (row % SIDE * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
+    inner_column = (column % SIDE * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4))[None, :]
+    packed = (packed_start + offset) + (inner_row * stride + inner_column)
+    target_offset = tl.where(target_is_full, full_offset, offset)
+    target_stride = tl.where(target_is_full, width.to(tl.int64), stride)
+    goal = tl.load(target + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
+    finite = is_finite(value)
+    begun = finite
+    if AVERAGE == MOVING:
+        begun = tl.load(started + packed, mask=mask, other=0) != 0
+    share = match_quantity(
+        value, goal, finite, begun, packed, mask, vectors, weight, scalars, bias_correction1, bias_correction2,
+        False, AVERAGE, UPDATE, KEEP,
+    )  # fmt: skip
+    if AVERAGE == MOVING and UPDATE:
+        tl.store(started + packed, (begun | finite).to(tl.uint8), mask=mask)
+    # Blocks beside the diagonal stand for two of the matrix.
+    return share * tl.where(row // SIDE == column // SIDE, 1.0, 2.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction", *AVERAGE_SCALARS, *COUNTS])
+def covariance_match_kernel(
+    inputs,  # LAYERS x (rows, D)
+    starts,
+    widths,
+    strides,
+    offsets,
+    packed,
+    targets,  # LAYERS x (D, D), or packed
+    full,  # which of them are (D, D)
+    weights,
+    shift,  # (columns)
+    rest,  # (columns)
+    partials,  # (programs, TILE, TILE) float32, or None
+    tickets,  # (programs) int32 zeros, or None
+    rows,
+    chunk_rows,
+    chunks,
+    correction,
+    vectors,  # (anything, anything, grad, average, exp_avg, exp_avg_sq), (F) each
+    reduction: tl.int64,  # bits of float64, as all scalars
+    decay: tl.int64,
+    lr: tl.int64,
+    beta1: tl.int64,
+    beta2: tl.int64,
+    eps: tl.int64,
+    gradient_scale: tl.int64,
+    started,  # (F) uint8, or None
+    step,  # () int64, or None
+    loss,  # ()
+    losses,  # (entries) float64 zeros
+    ticket,  # () int32 zero
+    arrivals,
+    entries,
+    first_entry,
+    AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    KEEP: tl.constexpr,
+    FOLD: tl.constexpr,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CENTERED: tl.constexpr,
+    MODE: tl.constexpr,
+    BF16: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TILE: tl.constexpr,
+    LONG: tl.constexpr,
+    PROMOTED: tl.constexpr,
+):
+    """The matching loss of covariances: the program that completes a tile matches it."""
+    complete, total, first, tiles, width, offset, row, column = products(
+        inputs, starts, widths, strides, offsets, shift, partials, tickets, rows, chunk_rows, chunks, LAYERS, VECTOR,
+        CENTERED, MODE, BF16, DEPTH, STEPS, STAGES, TILE, LONG, PROMOTED,
+    )  # fmt: skip
+    if complete:
+        program = tl.program_id(0)
+        scalars = (double(reduction), double(decay), double(lr), double(beta1), double(beta2), double(eps),
+                   double(gradient_scale))  # fmt: skip
+        bias_correction1, bias_correction2 = bias_corrections(step, scalars, AVERAGE, UPDATE)
+        target = pick(targets, starts, program, LAYERS)
+        target_is_full = pick_integer(full, starts, program, LAYERS) != 0
+        packed_start = pick_integer(packed, starts, program, LAYERS).to(tl.int64) * VECTOR
+        weight = weight_of(pick(weights, starts, program, LAYERS))
+        share = tl.zeros((), tl.float64)
+        if partials is None:
+            parts = quarters(total, TILE)
+            for quarter in tl.static_range(4):
+                share += match_quarter(
+                    parts[quarter], rows, correction, rest + offset, row, column, width, quarter, target,
+                    target_is_full, packed_start, weight, vectors, started, scalars, bias_correction1,
+                    bias_correction2, AVERAGE, UPDATE, KEEP, TILE,
+                )  # fmt: skip
+        else:
+            for quarter in range(4):
+                sums = fold_quarter(partials, first, tiles, chunks, quarter, TILE)
+                share += match_quarter(
+                    sums, rows, correction, rest + offset, row, column, width, quarter, target, target_is_full,
+                    packed_start, weight, vectors, started, scalars, bias_correction1, bias_correction2, AVERAGE,
+                    UPDATE, KEEP, TILE,
+                )  # fmt: skip
+        finish_loss(share, first_entry + first, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
+
+
+def weight_bits(value: float) -> int:
+    """The bits of a float32 as an integer of 64 bits, sixteenfold (`encoded` in _plan.py says why)."""
+    return 16 * (struct.unpack("<I", struct.pack("<f", value))[0] + (1 << 32))
+
+
+def covariance_match_launches(
+    x: Sequence[Tensor],
+    correction: int,
+    target: Sequence[Tensor],
+    weight: Sequence[float],
+    average: str,
+    options: Sequence[float],
+    state: Sequence[Tensor],
+    update: bool,
+    precision: str,
+    loss: Tensor,
+    mean: Tensor,
+    grad: Tensor | None,
+    architecture: int,
+) -> list[_plan.Launch]:
+    """The launches of `covariance_match_`: those that come last complete the loss."""
+    shift, rest = mean.new_empty(2, *mean.shape)
+    mode = product_mode(precision, x[0].dtype, True)
+    tile = forward_tile(mode, architecture)
+    groups = triangle_groups(x, tile)
+    kind = AVERAGES[average]
+    shared = loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss)
+    # Triton 3.6 does not pass on tuples with absent entries: the mean stands in for them.
+    vectors = [mean, mean, mean if grad is None else grad, *state[: (0, 1, 3)[kind]]]
+    vectors += [mean] * (6 - len(vectors))
+    launches, first = shifts_launches(x, mean, shift, rest), 0
+    for group in groups:
+        arguments = {
+            **product_arguments(group, x, shift, rest, correction, True, mode, tile),
+            "packed": group.packed,
+            "targets": group.tensors(target),
+            "full": group.integers([int(t.dim() == 2) for t in target]),
+            "weights": tuple(map(weight_bits, _plan.padded([weight[i] for i in group.layers], 0.0))),
+            "vectors": tuple(vectors),
+            "first_entry": first,
+            **shared,
+            **average_arguments(1.0, kind, options, state, update),
+            "KEEP": grad is not None,
+        }
+        launches.append(_plan.Launch(covariance_match_kernel, group.programs, arguments, tile.warps, tile.registers))
+        first += group.programs
+    return launches
+
+
+def covariance_match_(
+    x: Sequence[Tensor],
+    correction: int,
+    target: Sequence[Tensor],
+    weight: Sequence[float],
+    average: str,
+    options: Sequence[float],
+    state: Sequence[Tensor],
+    update: bool,
+    precision: str,
+    loss: Tensor,
+    mean: Tensor,
+    grad: Tensor | None,
+) -> None:
+    """Fill the loss, the packed means and, where it is given, the packed derivative; advance the state."""
+    goals = [t.contiguous() for t in target]
+    launches = covariance_match_launches(
+        unit_columns(x), correction, goals, weight, average, options, state, update, precision, loss, mean, grad,
+        architecture_of(mean.device),
+    )  # fmt: skip
+    _plan.run(launches, mean.device)
