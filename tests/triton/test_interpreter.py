@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreter"
 
 
-def test_the_kernels_compute_what_the_reference_computes():
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_the_kernels_compute_what_the_reference_computes(file):
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / file)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
