@@ -19,6 +19,7 @@ from moment_ops.kernels import match, moments, relu_moments
 from moment_ops.kernels._plan import Launch
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec, compile_launch, recorded, resources, table
 from moment_ops.kernels.covariance_specs import COVARIANCE_SPECS
+from moment_ops.kernels.gram_specs import GRAM_SPECS
 
 # A network of 32 layers, as GFMN's; a tall matrix of many strips; tokens of a few features.
 NETWORK = ((64, 65536),) * 12 + ((64, 512, 8, 8),) * 10 + ((64, 2048),) * 10
@@ -223,6 +224,7 @@ SPECS = (
         )
     )
     + COVARIANCE_SPECS
+    + GRAM_SPECS
 )
 
 

@@ -31,6 +31,8 @@ _TRITON = {
     "covariance_backward": "moment_ops.kernels.covariance_backward",
     "covariance_match_": "moment_ops.kernels.covariance_match",
     "covariance_match_backward": "moment_ops.kernels.covariance_backward",
+    "gram": "moment_ops.kernels.gram",
+    "gram_backward": "moment_ops.kernels.gram",
 }
 # The operators whose CPU kernels are Python around the BLAS of PyTorch, and where; they need no extension.
 _BLAS = {
@@ -43,7 +45,14 @@ _BLAS = {
 }
 # Dtypes that Triton's kernels of an operator take, where not all: the others run on the reference.
 _TRITON_DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
-    ("covariance", "covariance_backward", "covariance_match_", "covariance_match_backward"),
+    (
+        "covariance",
+        "covariance_backward",
+        "covariance_match_",
+        "covariance_match_backward",
+        "gram",
+        "gram_backward",
+    ),
     (torch.float32, torch.bfloat16, torch.float16),
 )
 

@@ -1,0 +1,407 @@
+"""`gram` and `gram_backward`: products of the rows of many layers, two launches forward and one backward.
+
+Forward, a program multiplies one tile of an upper triangle over a chunk of the columns; chunks are then added in order.
+The rows of a layer lie in several tensors: every row of a tile has its pointer.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moment_ops.kernels import _gram_plan, _plan
+from moment_ops.kernels._common import pick_integer
+from moment_ops.kernels._covariance_plan import architecture_of, operand_dtype
+from moment_ops.kernels._products import multiply
+from moment_ops.kernels._triangle import block_pair
+from moment_ops.kernels.covariance import unit_columns
+
+# Sides of the parts of a tile that are folded, and chunks that are loaded at a time.
+_FOLD_SIDE = 32
+_FOLD_CHUNKS = 8
+# As many as there are: left to itself, ptxas spills to reach the next step of occupancy.
+_REGISTERS = 255
+
+
+@triton.jit
+def pick_group(values, starts, program, GROUP: tl.constexpr, LAYERS: tl.constexpr, GROUPS: tl.constexpr):
+    """The entry of a group in the layer that a program works on; see `pick`."""
+    encoded = program * 16
+    picked = values[GROUP]
+    for i in tl.static_range(1, LAYERS):
+        picked = tl.where(encoded >= starts[i], values[i * GROUPS + GROUP], picked)
+    return picked
+
+
+@triton.jit
+def row_pointers(
+    tensors, strides, starts, firsts, program, row, LAYERS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr
+):
+    """(ROWS, 1) pointers to rows, counted over all groups."""
+    stride = (pick_group(strides, starts, program, 0, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
+    at = pick_group(tensors, starts, program, 0, LAYERS, GROUPS) + row.to(tl.int64)[:, None] * stride
+    for group in tl.static_range(1, GROUPS):
+        local = row - (firsts[group] >> 4)
+        stride = (pick_group(strides, starts, program, group, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
+        of_group = pick_group(tensors, starts, program, group, LAYERS, GROUPS) + local.to(tl.int64)[:, None] * stride
+        at = tl.where((local >= 0)[:, None], of_group, at)
+    return at
+
+
+@triton.jit
+def shifted(
+    at, shifts, starts, firsts, program, row, row_mask, column, column_mask, LAYERS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """(ROWS, COLUMNS) rows at pointers `at` less the shifts of their groups, float32, zero beyond the last column."""
+    value = tl.load(at + column[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
+    pointer = pick_group(shifts, starts, program, 0, LAYERS, GROUPS)
+    less = tl.load(pointer + column, mask=column_mask, other=0.0)[None, :]
+    for group in tl.static_range(1, GROUPS):
+        pointer = pick_group(shifts, starts, program, group, LAYERS, GROUPS)
+        of_group = tl.load(pointer + column, mask=column_mask, other=0.0)[None, :]
+        less = tl.where((row >= (firsts[group] >> 4))[:, None], of_group, less)
+    return value - less
+
+
+@triton.jit(do_not_specialize=["rows", "chunk_blocks"])
+def gram_kernel(
+    inputs,  # LAYERS x GROUPS x (n, D)
+    shifts,  # LAYERS x GROUPS x (D)
+    strides,
+    starts,
+    widths,
+    firsts,
+    partials,  # (programs, TILE, TILE) float64
+    rows,
+    chunk_blocks,
+    LAYERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MODE: tl.constexpr,
+    BF16: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PROMOTED: tl.constexpr,
+):
+    """The products of one tile over one chunk of columns."""
+    program = tl.program_id(0)
+    local = program - pick_integer(starts, starts, program, LAYERS)
+    width = pick_integer(widths, starts, program, LAYERS) * VECTOR
+    blocks = tl.cdiv(rows, TILE)
+    tiles = blocks * (blocks + 1) // 2
+    # Tiles of the same columns run together: they read the same rows.
+    row_block, column_block = block_pair(local % tiles, blocks)
+    lane = tl.arange(0, TILE)
+    left_row = row_block * TILE + lane
+    right_row = column_block * TILE + lane
+    left_mask = left_row < rows
+    right_mask = right_row < rows
+    left_at = row_pointers(inputs, strides, starts, firsts, program, left_row, LAYERS, GROUPS, VECTOR)
+    right_at = row_pointers(inputs, strides, starts, firsts, program, right_row, LAYERS, GROUPS, VECTOR)
+    slot = partials + program.to(tl.int64) * (TILE * TILE) + (lane[:, None] * TILE + lane[None, :])
+    begin = local // tiles * chunk_blocks * PROMOTED
+    # Not a sum, which could overflow.
+    end = begin + tl.minimum(chunk_blocks * PROMOTED, width - begin)
+    for block in range(begin, end, PROMOTED):
+        stop = block + tl.minimum(PROMOTED, end - block)
+        total = tl.zeros([TILE, TILE], tl.float32)
+        for first in tl.range(block, stop, DEPTH * STEPS, num_stages=STAGES):
+            # Not `total` itself: the sums of tensor cores are truncated.
+            part = tl.zeros([TILE, TILE], tl.float32)
+            for step in tl.static_range(STEPS):
+                column = first + step * DEPTH + tl.arange(0, DEPTH)
+                inside = column < stop
+                left = shifted(
+                    left_at, shifts, starts, firsts, program, left_row, left_mask, column, inside, LAYERS, GROUPS
+                )
+                right = shifted(
+                    right_at, shifts, starts, firsts, program, right_row, right_mask, column, inside, LAYERS, GROUPS
+                )
+                part = multiply(left, tl.trans(right), part, MODE, BF16)
+            total += part
+        # The sum over blocks is in memory: registers are for products.
+        promoted = total.to(tl.float64)
+        if block > begin:
+            promoted += tl.load(slot)
+        tl.store(slot, promoted)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gram_fold_kernel(
+    out,  # (L, R, R) float64
+    partials,  # (programs, TILE, TILE) float64
+    starts,  # of this launch
+    firsts,  # of the launch that left the partials
+    chunks,
+    positions,
+    rows,
+    LAYERS: tl.constexpr,
+    TILE: tl.constexpr,
+    SIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """The sums over chunks in order, into both triangles: what was computed below the diagonal is not used."""
+    program = tl.program_id(0)
+    local = program - pick_integer(starts, starts, program, LAYERS)
+    first = pick_integer(firsts, starts, program, LAYERS)
+    count = pick_integer(chunks, starts, program, LAYERS)
+    layer = pick_integer(positions, starts, program, LAYERS).to(tl.int64)
+    blocks = tl.cdiv(rows, TILE)
+    tiles = blocks * (blocks + 1) // 2
+    PARTS: tl.constexpr = TILE // SIDE
+    tile = local // (PARTS * PARTS)
+    row_block, column_block = block_pair(tile, blocks)
+    inner_row = local % (PARTS * PARTS) // PARTS * SIDE + tl.arange(0, SIDE)
+    inner_column = local % PARTS * SIDE + tl.arange(0, SIDE)
+    at = partials + (inner_row[:, None] * TILE + inner_column[None, :])  # (SIDE, SIDE)
+    total = tl.zeros([SIDE, SIDE], tl.float64)
+    for begin in range(0, count, CHUNKS):
+        # Unrolled, so that all of them are on their way at once.
+        for i in tl.static_range(CHUNKS):
+            inside = tl.full([SIDE, SIDE], begin + i, tl.int32) < count
+            slot = (first + (begin + i) * tiles + tile).to(tl.int64) * (TILE * TILE)
+            total += tl.load(at + slot, mask=inside, other=0.0)
+    row = row_block * TILE + inner_row
+    column = column_block * TILE + inner_column
+    wide = rows.to(tl.int64)
+    matrix = out + layer * wide * wide
+    mask = (row < rows)[:, None] & (column < rows)[None, :] & (row[:, None] <= column[None, :])
+    tl.store(matrix + row.to(tl.int64)[:, None] * wide + column[None, :], total, mask=mask)
+    mirrored = matrix + column.to(tl.int64)[:, None] * wide + row[None, :]
+    tl.store(mirrored, tl.trans(total), mask=tl.trans(mask & (row[:, None] < column[None, :])))
+
+
+@triton.jit(do_not_specialize=["rows", "factor_stride"])
+def gram_backward_kernel(
+    inputs,  # LAYERS x GROUPS x (n, D)
+    outputs,  # likewise; what is not wanted is not written
+    shifts,  # LAYERS x GROUPS x (D)
+    factors,  # (L, R, factor_stride * 4) float32, symmetric, zero beyond R
+    strides,
+    output_strides,
+    wanted,
+    starts,
+    widths,
+    firsts,
+    positions,
+    rows,
+    factor_stride,
+    LAYERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MODE: tl.constexpr,
+    BF16: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A tile of factors (R, R) times the rows less their shift (R, D)."""
+    program = tl.program_id(0)
+    local = program - pick_integer(starts, starts, program, LAYERS)
+    width = pick_integer(widths, starts, program, LAYERS) * VECTOR
+    row_tiles = tl.cdiv(rows, ROWS)
+    # Tiles of the same columns run together: they read the same rows.
+    row = local % row_tiles * ROWS + tl.arange(0, ROWS)
+    column = local // row_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    column_mask = column < width
+    written = (row < rows) & (pick_group(wanted, starts, program, 0, LAYERS, GROUPS) > 0)
+    for group in tl.static_range(1, GROUPS):
+        of_group = (row < rows) & (pick_group(wanted, starts, program, group, LAYERS, GROUPS) > 0)
+        written = tl.where(row >= (firsts[group] >> 4), of_group, written)
+    # Tiles of which nothing is wanted have nothing to sum.
+    last = tl.where(tl.max(written.to(tl.int32), 0) > 0, rows, 0)
+    wide = factor_stride.to(tl.int64) * 4
+    layer = pick_integer(positions, starts, program, LAYERS).to(tl.int64)
+    factor_at = factors + layer * rows * wide + row.to(tl.int64)[:, None] * wide  # (ROWS, 1)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in tl.range(0, last, DEPTH, num_stages=STAGES):
+        other = begin + tl.arange(0, DEPTH)
+        inside = other < rows
+        # Up to the end of the padding, which is zero: the number of rows would not allow wide loads.
+        padded = (other < factor_stride * 4)[None, :]
+        factor = tl.load(factor_at + other[None, :], mask=written[:, None] & padded, other=0.0)
+        at = row_pointers(inputs, strides, starts, firsts, program, other, LAYERS, GROUPS, VECTOR)
+        z = shifted(at, shifts, starts, firsts, program, other, inside, column, column_mask, LAYERS, GROUPS)
+        # The shift alone is left of rows beyond the last; it may be infinite.
+        z = tl.where(inside[:, None], z, 0.0)
+        if MODE == "ieee":
+            total = multiply(factor, z, total, MODE, BF16)
+        else:
+            # Not into `total`: the sums of tensor cores are truncated.
+            total += multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16)
+    out = row_pointers(outputs, output_strides, starts, firsts, program, row, LAYERS, GROUPS, VECTOR)
+    mask = written[:, None] & column_mask[None, :]
+    tl.store(out + column[None, :], total.to(outputs[0].dtype.element_ty), mask=mask)
+
+
+def gram_launches(
+    rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor, architecture: int
+) -> list[_plan.Launch]:
+    """The launches of `gram`, products and their sums, of rows and shifts whose columns are neighbours."""
+    mode = _gram_plan.mode_of(rows[0].dtype)
+    tile = _gram_plan.forward_tile(mode, architecture)
+    total = out.shape[1]
+    row_tiles = _gram_plan.blocks(total, tile.rows)
+    parts = row_tiles * (row_tiles + 1) // 2 * (tile.rows // _FOLD_SIDE) ** 2
+    launches = []
+    for batch in _gram_plan.triangle_batches(rows, shift, layers, tile):
+        partials = out.new_empty(batch.programs * tile.rows * tile.columns)
+        products = {
+            "inputs": batch.tensors(rows, layers),
+            "shifts": batch.tensors(shift, layers),
+            "strides": batch.strides[0],
+            "starts": batch.starts,
+            "widths": batch.widths,
+            "firsts": batch.firsts,
+            "partials": partials,
+            "rows": total,
+            "chunk_blocks": batch.chunk_blocks,
+            "LAYERS": len(batch.starts),
+            "GROUPS": batch.groups,
+            "VECTOR": batch.vector,
+            "MODE": mode,
+            "BF16": operand_dtype(),
+            "TILE": tile.columns,
+            "DEPTH": tile.depth,
+            "STEPS": tile.steps,
+            "STAGES": tile.stages,
+            "PROMOTED": _gram_plan.PROMOTED_COLUMNS,
+        }
+        sums = {
+            "out": out,
+            "partials": partials,
+            "starts": batch.every(parts),
+            "firsts": batch.starts,
+            "chunks": batch.chunks,
+            "positions": batch.positions,
+            "rows": total,
+            "LAYERS": len(batch.starts),
+            "TILE": tile.columns,
+            "SIDE": _FOLD_SIDE,
+            "CHUNKS": _FOLD_CHUNKS,
+        }
+        launches.append(_plan.Launch(gram_kernel, batch.programs, products, tile.warps, _REGISTERS))
+        launches.append(_plan.Launch(gram_fold_kernel, parts * len(batch.layers), sums, 4))
+    return launches
+
+
+def backward_launches(
+    factors: Tensor,
+    rows: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    wanted: Sequence[bool],
+    out: Sequence[Tensor],
+    architecture: int,
+) -> list[_plan.Launch]:
+    """The launches of `gram_backward`; `out` has a tensor for each of `rows`, any where none is wanted.
+
+    factors: (L, R, 4 * ceil(R / 4)) float32, symmetric, zero beyond R.
+    """
+    layers, total = factors.shape[:2]
+    mode = _gram_plan.mode_of(rows[0].dtype)
+    tile = _gram_plan.backward_tile(mode, architecture)
+    return [
+        _plan.Launch(
+            gram_backward_kernel,
+            batch.programs,
+            {
+                "inputs": batch.tensors(rows, layers),
+                "outputs": batch.tensors(out, layers),
+                "shifts": batch.tensors(shift, layers),
+                "factors": factors,
+                "strides": batch.strides[0],
+                "output_strides": batch.strides[1],
+                "wanted": batch.integers(wanted, layers),
+                "starts": batch.starts,
+                "widths": batch.widths,
+                "firsts": batch.firsts,
+                "positions": batch.positions,
+                "rows": total,
+                "factor_stride": factors.shape[2] // 4,
+                "LAYERS": len(batch.starts),
+                "GROUPS": batch.groups,
+                "VECTOR": batch.vector,
+                "MODE": mode,
+                "BF16": operand_dtype(),
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "DEPTH": tile.depth,
+                "STAGES": tile.stages,
+            },
+            tile.warps,
+            _REGISTERS,
+        )
+        for batch in _gram_plan.output_batches(rows, out, shift, layers, tile)
+    ]
+
+
+def _run(launches: Sequence[_plan.Launch], device: torch.device) -> None:
+    _plan.run([launch for launch in launches if launch.programs], device)
+
+
+def _must_be_joined(rows: Sequence[Tensor], layers: int) -> bool:
+    """Whether the groups are more than a program chooses from, or differ in dtype."""
+    # Triton 3.7 fails to compile a choice between tensors of pointers for AMD's GPUs.
+    most = 1 if torch.version.hip is not None else _gram_plan.MOST_GROUPS
+    return len(rows) > most * layers or len({x.dtype for x in rows}) > 1
+
+
+def _joined(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(rows, shift) of one group: copies less their shifts, and zeros."""
+    joined = [
+        torch.cat([x.to(s.dtype) - s for x, s in zip(rows[i::layers], shift[i::layers], strict=True)])
+        for i in range(layers)
+    ]
+    return joined, [z.new_zeros(z.shape[1]) for z in joined]
+
+
+def _of_each(rows: Sequence[Tensor], wanted: Sequence[bool], out: Sequence[Tensor]) -> Iterator[Any]:
+    """(row tensor, its output or None)."""
+    written = iter(out)
+    return ((x, next(written) if want else None) for x, want in zip(rows, wanted, strict=True))
+
+
+def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor) -> None:
+    """Fill `out` (L, R, R), float64."""
+    if _must_be_joined(rows, layers):
+        rows, shift = _joined(rows, shift, layers)
+    read = unit_columns(rows)
+    launches = gram_launches(read, [s.contiguous() for s in shift], layers, out, architecture_of(out.device))
+    _run(launches, out.device)
+
+
+def gram_backward(
+    grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool], out: Sequence[Tensor]
+) -> None:
+    """Fill `out`, one tensor per wanted entry of `rows`, with `(grad + grad') (rows - shift)`."""
+    if not out:
+        return
+    layers, total = grad.shape[:2]
+    if _must_be_joined(rows, layers):
+        joined, zeros = _joined(rows, shift, layers)
+        results = [torch.empty_like(z) for z in joined]
+        gram_backward(grad, joined, zeros, [True] * layers, results)
+        parts = [r.split([len(x) for x in rows[i::layers]]) for i, r in enumerate(results)]
+        for i, (_, y) in enumerate(_of_each(rows, wanted, out)):
+            if y is not None:
+                y.copy_(parts[i % layers][i // layers])
+        return
+    # Rows of 16 bytes, for wide loads.
+    factors = grad.new_zeros((layers, total, -(-total // 4) * 4), dtype=torch.float32)
+    torch.add(grad, grad.mT, out=factors[:, :, :total])
+    read = unit_columns(rows)
+    written = unit_columns(out)
+    every = [x if y is None else y for x, y in _of_each(read, wanted, written)]
+    architecture = architecture_of(grad.device)
+    launches = backward_launches(factors, read, [s.contiguous() for s in shift], wanted, every, architecture)
+    _run(launches, grad.device)
+    for y, w in zip(out, written, strict=True):
+        if w is not y:
+            y.copy_(w)
