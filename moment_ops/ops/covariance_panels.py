@@ -264,7 +264,9 @@ def _backward(
         return
     # G is put together for every chunk anew, so that chunks are large.
     step = max(1024, _CHUNK // width)
-    rest = None if mean is None or dtype == torch.float64 else _rest_of_mean(x, mean)
+    rounded = mean is not None and dtype != torch.float64
+    single = count <= min(step, _PROMOTED)
+    rest = None if mean is None or single or not rounded else _rest_of_mean(x, mean)
     for first in range(0, count, step):
         given, rows = x[first : first + step], out[first : first + step]
         padded = max(len(given), _PADDING)
@@ -276,8 +278,8 @@ def _backward(
             centred.copy_(given)
         else:
             torch.sub(given, mean, out=centred)
-            if rest is not None:
-                centred -= rest
+            if rounded:
+                centred -= _column_sums(centred) / count if rest is None else rest
         shifted *= slope
         product = rows if out.dtype == dtype and padded == len(given) else torch.empty_like(shifted)
         multiply(shifted, product)

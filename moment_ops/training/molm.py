@@ -36,8 +36,8 @@ class Settings(MatchingSettings):
 
     method: ClassVar[str] = "molm"
 
-    steps: int = option(6000, "training steps of the generator")
-    seconds: float = option(240.0, "end after this time, schedule and all; no limit when only --steps is given")
+    steps: int = option(7500, "training steps of the generator")
+    seconds: float = option(320.0, "end after this time, schedule and all; no limit when only --steps is given")
     weight_average: float = option(0.99, "decay of the averaged generator, the one that is sampled")
     evaluate_every: int = option(500, "steps between Frechet distances and sample grids")
     checkpoint_every: int = option(500, "steps between checkpoints")
