@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
+# Of operators in tables; others follow by name.
+ORDER = ("match", "moments", "relu_moments", "covariance", "gram", "moment_network")
 
 
 def device_folder(environment: dict[str, Any], root: Path = FOLDER) -> Path:
@@ -25,9 +27,15 @@ def save(result: dict[str, Any], environment: dict[str, Any], folder: Path) -> P
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """All results of a folder: operators by name, within them the largest workload first and float32 before others."""
+    """All results of a folder: operators in their order, the largest workload first and float32 before others."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return sorted(results, key=lambda r: (r["operator"], -r["columns"], r["dtype"] != "float32", r["dtype"]))
+
+    def key(result: dict[str, Any]) -> tuple[Any, ...]:
+        operator, dtype = result["operator"], result["dtype"]
+        place = ORDER.index(operator) if operator in ORDER else len(ORDER)
+        return place, operator, -result["columns"], dtype != "float32", dtype
+
+    return sorted(results, key=key)
 
 
 def _dump(value: Any) -> str:
