@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moment_ops.ops import checks
 from moment_ops.ops.covariance import covariance as covariance_op
-from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.layout import columns_of, statistics_dtype
 from moment_ops.ops.reference_covariance import PRECISIONS
 
 # Matrices below this size are taken without asking how much memory is free.
@@ -45,7 +45,7 @@ def missing_memory(width: int, dtype: torch.dtype, device: torch.device) -> str 
 def check_memory(layers: Sequence[Tensor], name: str = "input") -> None:
     """Raise ValueError for a layer whose covariance does not fit."""
     for i, x in enumerate(layers):
-        reason = missing_memory(x.numel() // x.shape[0], x.dtype, x.device)
+        reason = missing_memory(columns_of(x), x.dtype, x.device)
         if reason is not None:
             label = name if len(layers) == 1 else f"{name}[{i}]"
             raise ValueError(

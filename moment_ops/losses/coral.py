@@ -11,13 +11,7 @@ from moment_ops.ops.layout import statistics_dtype
 
 def _check(source: Tensor, target: Tensor) -> None:
     for name, x in (("source", source), ("target", target)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
-        checks.features(x, name)
-        if x.dim() != 2:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (N, D)")
-        if x.shape[0] < 2 or x.shape[1] == 0:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected at least two rows and one column")
+        checks.embeddings(x, name)
     if target.shape[1] != source.shape[1]:
         raise ValueError(f"target: got {target.shape[1]} columns, expected {source.shape[1]} as in source")
     if target.dtype != source.dtype:

@@ -1,14 +1,15 @@
 """The covariance matching loss: full covariances of many layers against targets, explicit or through inner products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moment_ops.averages import AdamMovingAverage, Average, QueueAverage
 from moment_ops.covariances import check_memory
 from moment_ops.distributed import ProcessGroup, group_size, merge_covariances
+from moment_ops.losses.buffers import BufferedLoss
 from moment_ops.losses.covariance_arguments import (
     CovarianceTarget,
     LayerWeight,
@@ -27,14 +28,13 @@ from moment_ops.losses.covariance_arguments import (
     matrices_of,
     same_dtype,
     scales,
-    width_of,
 )
 from moment_ops.losses.covariance_matching import match_covariances
 from moment_ops.losses.dual import dual_covariance_loss
 from moment_ops.losses.moment import MomentLoss, moment_loss
 from moment_ops.ops import checks, triangle
 from moment_ops.ops.covariance import covariance as covariance_op
-from moment_ops.ops.layout import is_channels_last
+from moment_ops.ops.layout import columns_of, is_channels_last
 from moment_ops.ops.match import advance
 from moment_ops.statistics import Moments, moments
 
@@ -50,7 +50,7 @@ def _dual(
     queue: Sequence[Tensor] | None,
     process_group: ProcessGroup,
 ) -> Tensor:
-    widths = [sum(width_of(x) for x in layers)] if joint else [width_of(x) for x in layers]
+    widths = [sum(columns_of(x) for x in layers)] if joint else [columns_of(x) for x in layers]
     layers, samples = same_dtype(layers, samples)
     return dual_covariance_loss(
         layers,
@@ -127,7 +127,7 @@ def covariance_loss(
     if samples is not None:
         others = checks.features(samples, "samples")
         checks.batch(others, 0, "samples")
-        check_layers(layers, [width_of(y) for y in others], "samples")
+        check_layers(layers, [columns_of(y) for y in others], "samples")
         check_rows(layers, correction)
         check_rows(others, correction, "samples")
         method = choose_method(method, others, layers[0].shape[0], kept=False, estimator=estimator, joint=joint)
@@ -175,7 +175,7 @@ def _mean_term(
     return moment_loss(layers, moments(samples, var=False), mean_weight=mean_weight, reduction=reduction)
 
 
-class CovarianceLoss(nn.Module):
+class CovarianceLoss(BufferedLoss):
     """Covariance matching with targets, running average and weights kept as module state.
 
     Args:
@@ -304,7 +304,7 @@ class CovarianceLoss(nn.Module):
 
     def _dual_loss(self, layers: list[Tensor]) -> Tensor:
         samples = [getattr(self, name) for name in self._sample_names]
-        check_layers(layers, [width_of(y) for y in samples], "samples")
+        check_layers(layers, [columns_of(y) for y in samples], "samples")
         queue = self._queue(layers)
         value = _dual(
             layers,
@@ -344,8 +344,8 @@ class CovarianceLoss(nn.Module):
             for name, x in zip(self._queue_names[:-1], layers, strict=True):
                 memory_format = torch.channels_last if is_channels_last(x) and x.dim() == 4 else torch.contiguous_format
                 shape = (batches * rows, *x.shape[1:])
-                self._set_buffer(name, torch.zeros(shape, dtype=x.dtype, device=x.device).to(
-                    memory_format=memory_format))  # fmt: skip
+                empty = torch.zeros(shape, dtype=x.dtype, device=x.device)
+                self._set_buffer(name, empty.to(memory_format=memory_format))
         advance([self.queue_step], True)
         index = (self.queue_step % batches) * rows + torch.arange(rows, device=layers[0].device)
         for name, x in zip(self._queue_names[:-1], layers, strict=True):
@@ -390,7 +390,7 @@ class CovarianceLoss(nn.Module):
             return
         if isinstance(self.average, Average):
             raise ValueError(f"average: got {self.average} with method 'dual', expected QueueAverage or None")
-        widths = [sum(width_of(y) for y in layers)] if self.joint else [width_of(y) for y in layers]
+        widths = [sum(columns_of(y) for y in layers)] if self.joint else [columns_of(y) for y in layers]
         layer_weights(self.cov_weight, "cov_weight", len(widths))
         self.widths, self.method, self.correction = widths, method, self._given_correction
         if not is_zero(self.mean_weight):
@@ -438,23 +438,6 @@ class CovarianceLoss(nn.Module):
                     triangle.make_symmetric(triangle.diagonal(packed, width, block))
         return state
 
-    def _set_buffers(self, attribute: str, values: dict[str, Tensor]) -> None:
-        """Register buffers of one kind, whose names are kept in an attribute, in place of those there were."""
-        for name in set(getattr(self, attribute)) - set(values):
-            del self._buffers[name]
-        setattr(self, attribute, tuple(values))
-        for name, value in values.items():
-            self._set_buffer(name, value)
-
-    def _set_buffer(self, name: str, value: Tensor | None) -> None:
-        old = self._buffers.get(name)
-        same = old is not None and value is not None and (old.shape, old.dtype) == (value.shape, value.dtype)
-        if same:
-            with torch.no_grad():
-                old.copy_(value)
-        else:
-            self.register_buffer(name, value)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """The queue has the size of the batches that were kept, which a new loss does not know."""
         for name in self._queue_names:
@@ -464,12 +447,3 @@ class CovarianceLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if isinstance(self.average, QueueAverage):
             self._filled = min(int(self.queue_step), self.average.batches)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CovarianceLoss":
-        """Buffers follow a change of device, not one of dtype: an average in bfloat16 would stand still."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)

@@ -9,6 +9,7 @@ from torch import Tensor
 from moment_ops.covariances import missing_memory
 from moment_ops.losses.dual import ESTIMATORS
 from moment_ops.ops import checks
+from moment_ops.ops.layout import columns_of
 from moment_ops.ops.reference_covariance import PRECISIONS
 from moment_ops.statistics import Moments
 
@@ -30,10 +31,6 @@ def layer_weights(weight: Any, name: str, layers: int) -> list[float]:
 
 def is_zero(weight: LayerWeight) -> bool:
     return not any(weight) if isinstance(weight, Sequence) else weight == 0
-
-
-def width_of(x: Tensor) -> int:
-    return x.numel() // x.shape[0]
 
 
 def joined(layers: Sequence[Tensor], joint: bool) -> list[Tensor]:
@@ -71,18 +68,17 @@ def check_mean_weight(target: Any, mean_weight: LayerWeight) -> None:
 def check_values(matrices: Sequence[Tensor]) -> None:
     """As those of Moments: finite, symmetric, variances not negative. Reads from the device."""
     for matrix in matrices:
-        cov = matrix.detach().double() if matrix.device.type != "mps" else matrix.detach()
-        Moments(cov.new_zeros(len(cov)), cov=(cov.to(matrix.dtype),), validate=False).check_values()
+        Moments(matrix.new_zeros(len(matrix)), cov=(matrix.detach(),), validate=False).check_values()
 
 
 def check_layers(layers: Sequence[Tensor], widths: Sequence[int], name: str) -> None:
     if len(layers) != len(widths):
         raise ValueError(f"input: got {len(layers)} layers, expected {len(widths)} as in {name}")
     for i, (x, width) in enumerate(zip(layers, widths, strict=True)):
-        if width_of(x) != width:
+        if columns_of(x) != width:
             label = "input" if len(layers) == 1 else f"input[{i}]"
             raise ValueError(
-                f"{label}: got {width_of(x)} columns in shape {tuple(x.shape)}, expected {width} as {name}"
+                f"{label}: got {columns_of(x)} columns in shape {tuple(x.shape)}, expected {width} as {name}"
             )
 
 
@@ -114,7 +110,7 @@ def choose_method(method: str, layers: Sequence[Tensor], rows: int, *, kept: boo
         raise ValueError("estimator: got 'unbiased' with method 'primal', expected method 'dual'")
     if method != "auto":
         return method
-    widths = [sum(width_of(x) for x in layers)] if joint else [width_of(x) for x in layers]
+    widths = [sum(columns_of(x) for x in layers)] if joint else [columns_of(x) for x in layers]
     if estimator == "unbiased":
         return "dual"
     if any(missing_memory(width, layers[0].dtype, layers[0].device) for width in widths):

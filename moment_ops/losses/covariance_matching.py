@@ -11,7 +11,7 @@ from moment_ops.losses.matching import Matcher
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.covariance import covariance_match_backward
-from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.layout import columns_of, statistics_dtype
 
 # From packed means, packed covariances over N and N to those over all processes.
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -111,7 +111,7 @@ def match_covariances(
         state: of the average, on packed triangles.
         merge: over processes.
     """
-    widths = [x.numel() // x.shape[0] for x in layers]
+    widths = [columns_of(x) for x in layers]
     configuration: tuple[str, list[float], float] = ("none", [], 1.0)
     if average is not None:
         configuration = average.kind, average.options(sum(width * width for width in widths)), average.curvature

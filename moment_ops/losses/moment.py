@@ -1,13 +1,14 @@
 """The moment matching loss: means and variances of many layers against targets, with or without a running average."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moment_ops.averages import Average
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
+from moment_ops.losses.buffers import BufferedLoss
 from moment_ops.losses.matching import Matcher, Weight, unpack_weight
 from moment_ops.ops import checks
 from moment_ops.statistics import Moments
@@ -58,7 +59,7 @@ def moment_loss(
     return matcher(input)
 
 
-class MomentLoss(nn.Module):
+class MomentLoss(BufferedLoss):
     """Moment matching with targets, running average and weights kept as module state.
 
     Args:
@@ -106,11 +107,7 @@ class MomentLoss(nn.Module):
         if target is not None:
             self._set_target(_check_target(target))
         state = {} if self.average is None else self.average.new_state(self.target_mean, self.target_var is not None)
-        for name in set(self._state_names) - set(state):
-            del self._buffers[name]
-        self._state_names = tuple(state)
-        for name, value in state.items():
-            self._set_buffer(name, value)
+        self._set_buffers("_state_names", state)
 
     def forward(self, input: Moments | Tensor | Sequence[Tensor]) -> Tensor:
         """The loss of one batch."""
@@ -165,21 +162,3 @@ class MomentLoss(nn.Module):
         self._set_buffer("mean_weight", mean_weight, persistent=False)
         self._set_buffer("var_weight", var_weight, persistent=False)
         self._set_buffer("layer_sizes", torch.tensor(target.sizes, device=mean.device), persistent=False)
-
-    def _set_buffer(self, name: str, value: Tensor | None, persistent: bool = True) -> None:
-        old = self._buffers.get(name)
-        same = old is not None and value is not None and (old.shape, old.dtype) == (value.shape, value.dtype)
-        if same:
-            with torch.no_grad():
-                old.copy_(value)
-        else:
-            self.register_buffer(name, value, persistent=persistent)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MomentLoss":
-        """Buffers follow a change of device, not one of dtype: an average in bfloat16 would stand still."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)

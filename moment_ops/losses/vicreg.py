@@ -10,16 +10,6 @@ from moment_ops.ops.layout import statistics_dtype
 from moment_ops.statistics import moments
 
 
-def _check(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, expected a Tensor")
-    checks.features(x, "x")
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, D)")
-    if x.shape[0] < 2 or x.shape[1] == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least two rows and one column")
-
-
 def vicreg_variance(x: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
     """`mean(relu(gamma - sqrt(Var(x) + eps)))` over columns: the hinge that keeps embeddings from collapsing.
 
@@ -39,7 +29,7 @@ def vicreg_variance(x: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
 
     Cost: one read of x and one launch; backward one read, one write.
     """
-    _check(x)
+    checks.embeddings(x, "x")
     var = moments(x).var
     assert var is not None
     return torch.relu(gamma - (var + eps).sqrt()).mean()
@@ -62,7 +52,7 @@ def vicreg_covariance(x: Tensor) -> Tensor:
     Cost: with N < D through N^2 D inner products, as `||C||_F^2 - sum_j Var_j^2` and without a (D, D) matrix; its
     error is then some epsilons of `||C||_F^2`. Else through the covariance, N D^2 products.
     """
-    _check(x)
+    checks.embeddings(x, "x")
     rows, columns = x.shape
     if rows < columns:
         # Its two gradients are added before they are rounded to 16 bits.

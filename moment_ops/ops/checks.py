@@ -103,3 +103,14 @@ def _no_forward_mode(layers: Sequence[Tensor], name: str) -> None:
         return
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in layers):
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported, use reverse mode")
+
+
+def embeddings(x: Any, name: str) -> None:
+    """(N, D) of features with at least two rows."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
+    features(x, name)
+    if x.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (N, D)")
+    if x.shape[0] < 2 or x.shape[1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected at least two rows and one column")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import backends, reference_covariance, triangle
-from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.layout import columns_of, statistics_dtype
 from moment_ops.ops.library import LIBRARY, define
 from moment_ops.ops.match import advance
 from moment_ops.ops.packed_match import match_packed
@@ -29,12 +29,8 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1)
 
 
-def _width(x: Tensor) -> int:
-    return x.numel() // x.shape[0]
-
-
 def _columns(x: Sequence[Tensor]) -> int:
-    return sum(_width(layer) for layer in x)
+    return sum(columns_of(layer) for layer in x)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -57,7 +53,7 @@ def _covariance(x: Tensor, correction: int, centered: bool, precision: str) -> t
 
 
 def _covariance_fake(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
-    width, dtype = _width(x), statistics_dtype(x.dtype)
+    width, dtype = columns_of(x), statistics_dtype(x.dtype)
     return x.new_empty((width, width), dtype=dtype), x.new_empty(width, dtype=dtype)
 
 
@@ -209,7 +205,7 @@ def _covariance_match_fake(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(x[0].dtype)
-    packed = triangle.total_size([_width(layer) for layer in x]) if keep else 0
+    packed = triangle.total_size([columns_of(layer) for layer in x]) if keep else 0
     return (
         x[0].new_empty((), dtype=dtype),
         x[0].new_empty(_columns(x), dtype=dtype),

@@ -49,3 +49,8 @@ def has_same_columns(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:
     """Whether the feature dimensions of two tensors of one shape lie alike in memory; rows may lie differently."""
     dim %= a.dim()
     return all(size == 1 or i == dim or a.stride(i) == b.stride(i) for i, size in enumerate(a.shape))
+
+
+def columns_of(x: torch.Tensor) -> int:
+    """Columns of features with the batch on dimension 0."""
+    return x.numel() // x.shape[0]

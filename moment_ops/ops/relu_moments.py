@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import backends, checks, reference
-from moment_ops.ops.layout import has_same_columns, statistics_dtype, with_dense_columns
+from moment_ops.ops.layout import columns_of, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import LIBRARY, define, define_native
 
 define_native(
@@ -18,10 +18,6 @@ define_native(
 )
 
 
-def _columns(x: Tensor) -> int:
-    return x.numel() // x.shape[0]
-
-
 def _relu_moments(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tensor, Tensor, Tensor]:
     name = backends.select("relu_moments", x)
     # Strides as the shape function promises: those of the input where it is dense.
@@ -29,7 +25,7 @@ def _relu_moments(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tens
     if name == "reference":
         result, mean, var = reference.relu_moments(x, bias, correction)
         return y.copy_(result), mean, var
-    mean = x.new_empty(_columns(x), dtype=statistics_dtype(x.dtype))
+    mean = x.new_empty(columns_of(x), dtype=statistics_dtype(x.dtype))
     var = torch.empty_like(mean)
     native = with_dense_columns(x, 0)
     # The kernel writes columns in the order in which it reads them.
@@ -40,7 +36,7 @@ def _relu_moments(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tens
 
 
 def _relu_moments_fake(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty(_columns(x), dtype=statistics_dtype(x.dtype))
+    mean = x.new_empty(columns_of(x), dtype=statistics_dtype(x.dtype))
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 

@@ -14,12 +14,11 @@ from torch.nn import functional
 
 import moment_ops as mo
 from moment_ops.losses.matching import Weight
-from moment_ops.training import feature_networks, runs
-from moment_ops.training.data import ImageData, load, scale
+from moment_ops.training import feature_networks
+from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.evaluator import Evaluator
 from moment_ops.training.feature_networks import CLASSIFIER, Say
-from moment_ops.training.loop import train as train_generator
+from moment_ops.training.loop import run_method
 from moment_ops.training.networks import Classifier, Generator
 from moment_ops.training.settings import MatchingSettings, option
 from moment_ops.training.trainer import Trainer
@@ -227,30 +226,18 @@ def train(
     device: torch.device | str = "cpu",
     say: Say = print,
 ) -> tuple[float, float]:
-    """Train into the folder ``run``; the Frechet distances reached and of held-out real images.
+    """Train into the folder ``run``; arguments and results as of ``run_method``.
 
-    ``given``: settings that are not the defaults, or, for a run that is continued, not its own.
+    ``extractor_files`` hold the weights of the networks whose features are matched.
     """
-    device = torch.device(device)
-    if resume:
-        state = runs.load_checkpoint(run)
-        settings = Settings(**runs.continued_settings(state, Settings.method, given))
-        data = load(settings.data).to(device)
-        evaluator = Evaluator(data)
-        trainer = resumed_trainer(state, data, settings)
-        say(f"continuing {run} at step {trainer.step}")
-    else:
-        settings = Settings(**given)
-        data = load(settings.data).to(device)
-        earlier = runs.start_run(run, settings)
-        if earlier is not None:
-            say(f"the earlier run is kept in {earlier}")
+
+    def new(data: ImageData, settings: Settings) -> Trainer:
         extractor = make_extractor(data, settings, extractor_files, run.parent, say)
         target = target_moments(data, extractor)
         target.save(run / TARGET)
         covariances = target_covariances(data.train, extractor, settings)
         if covariances is not None:
             covariances.save(run / TARGET_COVARIANCES)
-        evaluator = Evaluator(data)
-        trainer = new_trainer(data, extractor, target, settings, covariances)
-    return train_generator(trainer, run, evaluator, say=say), evaluator.held_out_distance
+        return new_trainer(data, extractor, target, settings, covariances)
+
+    return run_method(run, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer)

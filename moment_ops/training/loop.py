@@ -6,13 +6,20 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from moment_ops.training import runs
+from moment_ops.training.data import ImageData, load
 from moment_ops.training.errors import TrainingError, import_extra
 from moment_ops.training.evaluator import Evaluator
 from moment_ops.training.interruption import Interrupted, deferred_signals
 from moment_ops.training.metrics import Metrics
+from moment_ops.training.settings import LoopSettings
 from moment_ops.training.trainer import Trainer
+
+Settings = TypeVar("Settings", bound=LoopSettings)
 
 
 def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[str], None] = print) -> float:
@@ -81,6 +88,44 @@ def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[s
         distance = evaluator(trainer.averaged)
         runs.draw(run, trainer, curves=True)
     return distance
+
+
+def run_method(
+    run: Path,
+    settings_type: type[Settings],
+    given: dict[str, Any],
+    *,
+    resume: bool,
+    device: torch.device | str,
+    say: Callable[[str], None],
+    new: Callable[[ImageData, Settings], Trainer],
+    resumed: Callable[[dict[str, Any], ImageData, Settings], Trainer],
+) -> tuple[float, float]:
+    """Train a method into the folder ``run``; the Frechet distances reached and of held-out real images.
+
+    Args:
+        given: settings that are not the defaults, or, for a run that is continued, not its own.
+        new: makes the trainer of a new run, whose folder is there.
+        resumed: makes the trainer of a checkpoint's content.
+    """
+    if resume:
+        state = runs.load_checkpoint(run)
+        settings = settings_type(**runs.continued_settings(state, settings_type.method, given))
+    else:
+        settings = settings_type(**given)
+    data = load(settings.data).to(torch.device(device))
+    if not resume:
+        earlier = runs.start_run(run, settings)
+        if earlier is not None:
+            say(f"the earlier run is kept in {earlier}")
+    # Before the trainer, which sets the random numbers.
+    evaluator = Evaluator(data)
+    if resume:
+        trainer = resumed(state, data, settings)
+        say(f"continuing {run} at step {trainer.step}")
+    else:
+        trainer = new(data, settings)
+    return train(trainer, run, evaluator, say=say), evaluator.held_out_distance
 
 
 def is_snapshot_step(step: int) -> bool:

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 import moment_ops as mo
 from moment_ops.moment_network import PENALTIES
-from moment_ops.training import runs
-from moment_ops.training.data import Batches, ImageData, load, scale
+from moment_ops.training.data import Batches, ImageData, scale
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.evaluator import Evaluator
-from moment_ops.training.loop import train as train_generator
+from moment_ops.training.loop import run_method
 from moment_ops.training.moment_networks import ConvMomentNetwork, SmallMomentNetwork
 from moment_ops.training.networks import Generator
 from moment_ops.training.settings import MatchingSettings, option
@@ -194,6 +192,13 @@ def new_trainer(data: ImageData, settings: Settings) -> MolmTrainer:
     return MolmTrainer(generator, Objective(net, generator, data.train, settings), settings)
 
 
+def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> MolmTrainer:
+    """The trainer of a checkpoint."""
+    trainer = new_trainer(data, settings)
+    trainer.load_state_dict(state["trainer"])
+    return trainer
+
+
 def train(
     run: Path,
     given: dict[str, Any],
@@ -202,25 +207,7 @@ def train(
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
 ) -> tuple[float, float]:
-    """Train into the folder ``run``; the Frechet distances reached and of held-out real images.
-
-    ``given``: settings that are not the defaults, or, for a run that is continued, not its own.
-    """
-    device = torch.device(device)
-    if resume:
-        state = runs.load_checkpoint(run)
-        settings = Settings(**runs.continued_settings(state, Settings.method, given))
-        data = load(settings.data).to(device)
-        evaluator = Evaluator(data)
-        trainer = new_trainer(data, settings)
-        trainer.load_state_dict(state["trainer"])
-        say(f"continuing {run} at step {trainer.step}")
-    else:
-        settings = Settings(**given)
-        data = load(settings.data).to(device)
-        earlier = runs.start_run(run, settings)
-        if earlier is not None:
-            say(f"the earlier run is kept in {earlier}")
-        evaluator = Evaluator(data)
-        trainer = new_trainer(data, settings)
-    return train_generator(trainer, run, evaluator, say=say), evaluator.held_out_distance
+    """Train into the folder ``run``; arguments and results as of ``run_method``."""
+    return run_method(
+        run, Settings, given, resume=resume, device=device, say=say, new=new_trainer, resumed=resumed_trainer
+    )
