@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ranks import Ranks
 
 import moment_ops as mo
 
@@ -33,3 +34,11 @@ def backend(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[s
     """Forces each backend in turn, on poisoned memory."""
     with mo.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Two processes that run the functions they are sent."""
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()

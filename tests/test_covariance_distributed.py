@@ -1,12 +1,10 @@
 """Covariances merged over processes: two gloo processes equal one on the concatenated batch."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_close, assert_same_bits, make_features
-from test_distributed import RANKS, Ranks
+from ranks import RANKS, Generator, rows_of
 from torch import nn
 
 import moment_ops as mo
@@ -19,32 +17,6 @@ AVERAGES = {
     "queue": mo.QueueAverage(2),
 }
 BATCHES = {"even": (6, 6), "uneven": (9, 3), "one row": (11, 1)}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
-    yield ranks
-    ranks.stop()
-
-
-class Generator(nn.Module):
-    """From three numbers per row to two layers of features."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, sum(WIDTHS))).double()
-
-    def forward(self, z):
-        y = self.net(z)
-        return [y[:, :5], y[:, 5:].reshape(-1, 3, 2)]
-
-
-def rows_of(rank, sizes, seed=0):
-    """The rows of one process, or of all for rank None."""
-    z = make_features(sum(sizes), [(3,)], torch.float64, seed)[0]
-    return z if rank is None else z.split(list(sizes))[rank]
 
 
 def make_loss(average, mean_weight=0.5):
@@ -62,7 +34,7 @@ def make_loss(average, mean_weight=0.5):
 
 def train(rank, average, sizes):
     """Some steps; the losses, the gradients averaged as DistributedDataParallel does, and the state."""
-    loss_fn, net = make_loss(average), Generator()
+    loss_fn, net = make_loss(average), Generator(5)
     if rank is not None:
         net = nn.parallel.DistributedDataParallel(net)
     results = []
@@ -89,7 +61,7 @@ def penalize(rank, average):
     """Gradients of the sum over all rows of |dL/dz|^2; scaled as in the tests of the moments."""
     sizes = BATCHES["uneven"]
     world = 1 if rank is None else RANKS
-    loss_fn, net = make_loss(average), Generator()
+    loss_fn, net = make_loss(average), Generator(5)
     z = rows_of(rank, sizes).clone().requires_grad_()
     (first,) = torch.autograd.grad(loss_fn(net(z)), z, create_graph=True)
     gradients = torch.autograd.grad(
@@ -122,7 +94,7 @@ def test_covariances_of_means_far_from_zero_merge(ranks, ratio):
 
 
 def alone(rank):
-    layers = Generator()(rows_of(rank, BATCHES["uneven"]))
+    layers = Generator(5)(rows_of(rank, BATCHES["uneven"]))
     target = [torch.eye(width).double() for width in WIDTHS]
     return [
         mo.CovarianceLoss(target, process_group=False)(layers).detach(),

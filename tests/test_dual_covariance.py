@@ -3,14 +3,12 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_close, assert_same_bits, epsilon, leaves, make_features, statistics_dtype
-from test_distributed import RANKS, Ranks, rows_of
-from torch import nn
+from ranks import RANKS, Generator, rows_of
 
 import moment_ops as mo
 from bench import memory
@@ -343,26 +341,6 @@ def test_wrong_arguments(case):
     with pytest.raises(error, match=message) as raised:
         dual_covariance_loss(*arguments, **{"weight": [1.0], **options})
     assert raised.type is error
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
-    yield ranks
-    ranks.stop()
-
-
-class Generator(nn.Module):
-    """From three numbers per row to two layers of features."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 10)).double()
-
-    def forward(self, z):
-        y = self.net(z)
-        return [y[:, :4], y[:, 4:].reshape(-1, 3, 2)]
 
 
 # Rows of every process: of the input, the samples, the queue.

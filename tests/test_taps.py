@@ -26,7 +26,6 @@ from tapped_networks import (
     make_network,
     plain_features,
 )
-from test_distributed import Ranks
 from test_relu_moments import saved_bytes
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -191,13 +190,6 @@ def merged_step(rank, sizes):
     images = (images if rank is None else images.split(list(sizes))[rank]).requires_grad_()
     value = loss(extractor(images))
     return value.detach(), torch.autograd.grad(value, images)[0]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
-    yield ranks
-    ranks.stop()
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (7, 1), (1, 1)])

@@ -9,7 +9,7 @@ from comparison import assert_same
 from torch import nn
 
 import moment_ops as mo
-from moment_ops.training import feature_networks, gfmn, runs
+from moment_ops.training import data, feature_networks, gfmn, runs
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.extractors import VGG19, ResNet18
 
@@ -83,7 +83,7 @@ def test_a_run_with_pretrained_features_continues_without_their_files(tmp_path, 
 
 @pytest.mark.usefixtures("small_vgg19")
 def test_layers_count_by_their_features_over_their_standard_deviation(pictures):
-    images = gfmn.load(str(pictures))
+    images = data.load(str(pictures))
     extractor = feature_networks.pretrained_extractor("vgg19", None)
     target = gfmn.target_moments(images, extractor)
     settings = gfmn.Settings(features="vgg19", mean_weight=2.0)
