@@ -36,7 +36,8 @@ def _save(path: Path, panels: Sequence[dict[str, Any]]) -> None:
         _panel(axis, result)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    # Long titles of a single panel would be cut off.
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
 def _panel(axis: Any, result: dict[str, Any]) -> None:
