@@ -11,6 +11,12 @@ def double(bits):
 
 
 @triton.jit
+def is_finite(value):
+    """By magnitude: `value - value == 0` of a product is contracted to fma(a, b, -(a * b)), the product's rounding."""
+    return tl.abs(value) < float("inf")
+
+
+@triton.jit
 def pick(values, starts, program, LAYERS: tl.constexpr):
     """The entry of the layer that a program works on; `starts` are the layers' first programs, sixteenfold.
 

@@ -12,13 +12,15 @@ rounding to nearest by the caller.
 import triton
 import triton.language as tl
 
+from moment_ops.kernels._common import is_finite
+
 
 @triton.jit
 def to_tf32(x):
     """float32 rounded to nearest even with 10 explicit bits of mantissa; tensor cores would truncate."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
-    return tl.where(x - x == 0, rounded.to(tl.float32, bitcast=True), x)
+    return tl.where(is_finite(x), rounded.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels import _plan
-from moment_ops.kernels._common import double, pick, pick_integer
+from moment_ops.kernels._common import double, is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import architecture_of, forward_tile, product_mode, triangle_groups
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import (
@@ -27,7 +27,6 @@ from moment_ops.kernels.match import (
     average_arguments,
     bias_corrections,
     finish_loss,
-    is_finite,
     loss_arguments,
     match_quantity,
 )

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels import _plan
-from moment_ops.kernels._common import arrive, double
+from moment_ops.kernels._common import arrive, double, is_finite
 from moment_ops.kernels._order import is_native
 from moment_ops.kernels._reduce import reduce_columns
 from moment_ops.kernels.moments import moments, reduction_arguments
@@ -27,11 +27,6 @@ _AVERAGE_VECTORS = (0, 1, 3)
 
 _FOLD_LOSSES = 1024
 _MATCH_TILE = {4: _plan.Tile(1, 512, 4), 8: _plan.Tile(1, 256, 4)}
-
-
-@triton.jit
-def is_finite(value):
-    return value - value == 0
 
 
 @triton.jit

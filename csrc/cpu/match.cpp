@@ -24,11 +24,6 @@ struct Quantity {
   A* grad;
 };
 
-template <class A>
-inline bool is_finite(A value) {
-  return value - value == A(0);
-}
-
 // The sum of a few terms in double, in an order that depends on their number alone.
 template <class A>
 inline double sum_terms(const A* terms, int64_t count) {

@@ -72,7 +72,7 @@ template <Average KIND, class A>
 __device__ __forceinline__ double match_column(const MatchArguments<A>& arguments, const MatchParameters<A>& parameters,
                                                int64_t at, A mean, A var) {
   const bool has_var = arguments.var.target != nullptr;
-  const bool store = parameters.update && mean - mean == A(0) && (!has_var || var - var == A(0));
+  const bool store = parameters.update && is_finite(mean) && (!has_var || is_finite(var));
   const bool started = KIND == Average::moving && arguments.started[at] != 0;
   double loss = match_quantity<KIND>(arguments.mean, at, mean, store, started, parameters);
   if (has_var) loss += match_quantity<KIND>(arguments.var, at, var, store, started, parameters);

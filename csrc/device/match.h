@@ -3,10 +3,17 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "device/merge.h"
 
 namespace moment_ops {
+
+// By magnitude: `value - value == 0` of a product is contracted to fma(a, b, -(a * b)), the product's rounding.
+template <class Accumulate>
+MOMENT_OPS_HOST_DEVICE bool is_finite(Accumulate value) {
+  return std::abs(value) < std::numeric_limits<Accumulate>::infinity();
+}
 
 enum class Average : int { none = 0, moving = 1, adam = 2 };
 
