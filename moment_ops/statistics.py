@@ -335,8 +335,12 @@ def moments(
 
     Source: dos Santos et al. 2019, section 3: per-feature mean and variance over the batch, never pooled over space.
     """
-    layers = checks.features(input)
     correction = checks.correction(correction)
+    if dim == 0 and type(dim) is int:
+        layers, signature, shapes, _ = checks.batch_of(input)
+        mean, variance, count = moments_op(layers, 0, correction, var, signature=signature)
+        return Moments(mean, variance, None, count, correction, shapes, validate=False)
+    layers = checks.features(input)
     dims = checks.dimensions(dim, layers)
     first = [d[0] for d in dims]
     if any(d != first[0] for d in first):

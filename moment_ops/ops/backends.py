@@ -147,6 +147,17 @@ def implementation(name: str, operator: str) -> Callable[..., Any]:
     return getattr(torch.ops.moment_ops, operator).native
 
 
+def requested() -> str:
+    """The backend that was asked for; "auto" where none was."""
+    return _forced
+
+
+def fill(operator: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
+    """What fills the outputs of an operator on tensors like `tensor`; None where the reference computes them."""
+    name = select(operator, tensor)
+    return None if name == "reference" else implementation(name, operator)
+
+
 def select(operator: str, tensor: torch.Tensor) -> str:
     """The name of the backend that runs `operator` on tensors like `tensor`."""
     global _warned

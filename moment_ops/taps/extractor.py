@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moment_ops.ops.moments import new_count
 from moment_ops.statistics import Moments
 from moment_ops.taps.functions import BOTH, FEATURES, MOMENTS, Collected
 from moment_ops.taps.recording import RecordedNetwork
@@ -87,16 +88,10 @@ class MomentExtractor(nn.Module):
         return self._packed(taps), [tap.features for tap in taps if tap.features is not None]
 
     def _packed(self, taps: list[Collected]) -> Moments:
-        rows = [tap.rows for tap in taps]
-        first = taps[0].mean
-        if all(n == rows[0] for n in rows):
-            count = first.new_full((len(rows),), rows[0], dtype=torch.int64)
-        else:
-            count = torch.cat([first.new_full((1,), n, dtype=torch.int64) for n in rows])
         return Moments(
             torch.cat([tap.mean for tap in taps]),
             torch.cat([tap.var for tap in taps]),
-            count=count,
+            count=new_count([tap.rows for tap in taps], taps[0].mean),
             shapes=tuple(tap.shape for tap in taps),
             names=self.names,
             validate=False,
