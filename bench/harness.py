@@ -13,12 +13,10 @@ import numpy as np
 import torch
 
 from bench.machine import Call, Machine, Probe, Sample, Traffic, pytorch_calls
+from bench.results import BOTH, COMPILED, FORWARD, OURS
 from bench.workloads import DTYPES, Workload
 
-OURS = "moment_ops"
-# How the names of compiled contestants begin.
-COMPILED = "torch.compile: "
-FORWARD, BOTH = "forward", "forward + backward"
+__all__ = ["BOTH", "COMPILED", "FORWARD", "OURS", "Bench", "Entry", "measure"]
 
 WARM_UP_CALLS = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 200

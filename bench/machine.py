@@ -1,5 +1,6 @@
 """Devices to measure on: their clock, their bandwidth, their memory. A new kind of device is one more class here."""
 
+import gc
 import resource
 import time
 from collections.abc import Callable
@@ -115,6 +116,8 @@ class Gpu:
     def begin(self) -> None:
         if not self.cuda.is_available():
             raise SystemExit("there is no GPU that torch can use")
+        # Contestants of an earlier measurement refer to each other.
+        gc.collect()
         self.cuda.empty_cache()
 
     def prepare(self) -> None:

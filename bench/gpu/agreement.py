@@ -46,11 +46,11 @@ def _agrees(
     return compare(results, exact, DTYPES[dtype])
 
 
-def smoke_cases(context: Context) -> list[Case]:
-    """Every operator, backend, dtype, size and layout."""
+def smoke_cases_by_backend(context: Context) -> list[list[Case]]:
+    """Every operator, dtype, size and layout."""
 
-    def made() -> Iterator[Case]:
-        for backend, (name, operator) in itertools.product(BACKENDS, OPERATORS.items()):
+    def made(backend: str) -> Iterator[Case]:
+        for name, operator in OPERATORS.items():
             for dtype, size, layout in itertools.product(operator.dtypes, operator.sizes, operator.layouts):
 
                 def run(device: Device, emit: Emit, given: Any = (operator, backend, dtype, size, layout)) -> Any:
@@ -59,7 +59,7 @@ def smoke_cases(context: Context) -> list[Case]:
                 title = f"{name}: {backend}, {dtype}, {size}, {layout}"
                 yield Case(title, run, 60.0, _shard(name, operator, backend), _tags(operator, backend, dtype))
 
-    return list(made())
+    return [list(made(backend)) for backend in BACKENDS]
 
 
 def _few(operator: Operator) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from bench.gpu.device import Device
 
 # How a case ended. What is not there, as a kernel that a backend lacks, is no failure.
-OK, WRONG, FAILED, CRASHED, HUNG, NOT_RUN, NOT_THERE = "ok wrong failed crashed hung not_run not_there".split()
+OK, WRONG, FAILED, CRASHED, HUNG = "ok", "wrong", "failed", "crashed", "hung"
+NOT_RUN, NOT_THERE = "not_run", "not_there"
 BAD = (WRONG, FAILED, CRASHED, HUNG)
 
 Emit = Callable[[dict[str, Any]], None]

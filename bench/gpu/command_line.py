@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description="Find out on a GPU what is right, what waits, what is captured, and how fast it is.",
-        epilog="`python -m bench.gpu report FOLDER...` makes tables and plots of the results, `summary` the page again.",
+        epilog="`python -m bench.gpu report FOLDER...` makes tables and plots of results, `summary` the page again.",
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default: {SECONDS:g})")
     parser.add_argument("--output", type=Path, help="folder of the results (default: $OUT, else runs/gpu/<time>)")
@@ -50,9 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="moment_ops-bench-"))
     # Of this program alone: it deletes files in it.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "moment_ops-bench-inductor")
-    context = Context(
-        options.rehearse, output, scratch, options.commit, force_build=options.build or options.rehearse
-    )
+    context = Context(options.rehearse, output, scratch, options.commit, force_build=options.build or options.rehearse)
     stamp = {"rehearsal": True, "device": summary.REHEARSAL} if options.rehearse else {}
     records = Records(output, stamp)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -63,7 +61,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     budget = ", ".join(f"{name} {STAGES[name].most:g}" for name in names)
     print(f"{summary.REHEARSAL + ': ' if options.rehearse else ''}{options.seconds:g} s; at most: {budget}", flush=True)
-    session = Session(context, records, options.seconds, list(read(options.resume)), lambda text: print(text, flush=True))
+    session = Session(
+        context, records, options.seconds, list(read(options.resume)), lambda text: print(text, flush=True)
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         session.run(names)

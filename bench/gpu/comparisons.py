@@ -10,12 +10,13 @@ from typing import Any
 
 from bench import report
 from bench.gpu.cases import Case, Context, Emit, NotThere
-from bench.gpu.device import BACKENDS, Device
+from bench.gpu.device import BACKENDS, Device, first_line
 from bench.gpu.environment import clocks
 from bench.gpu.goals import COMPARISONS
 from bench.gpu.tools import Tools
-from bench.harness import BOTH, COMPILED, FORWARD, OURS, Bench, Entry, measure
+from bench.harness import Bench, Entry, measure
 from bench.machine import Traffic
+from bench.results import BOTH, COMPILED, FORWARD, ON_BACKEND, OURS
 
 SECONDS = 1.5
 # Contestants that read results on the host, which no graph can hold.
@@ -29,7 +30,7 @@ class OnBackends(Bench):
         self.bench, self.gpu = bench, device
         self.operator, self.workload, self.dtype_name = bench.operator, bench.workload, bench.dtype_name
         self.dtype, self.device = bench.dtype, bench.device
-        self.backends = {OURS if i == 0 else f"{OURS} on {name}": name for i, name in enumerate(names)}
+        self.backends = {OURS if i == 0 else f"{ON_BACKEND}{name}": name for i, name in enumerate(names)}
         others = [name for name in bench.contestants if name != OURS]
         self.contestants = (*self.backends, *others)
 
@@ -113,33 +114,45 @@ def _forget_tuning() -> None:
 
 
 def _compare(device: Device, emit: Emit, comparison: Comparison) -> dict[str, Any]:
-    names = _trusted(device, comparison)
-    if not names:
+    trusted = _trusted(device, comparison)
+    if not trusted:
         raise NotThere(
             f"{comparison.operator} in {comparison.dtype} was not seen to agree with float64 on any backend: no factors"
         )
     _forget_tuning()
     # The reference is plain PyTorch: one of the others, unless there is nothing else.
-    bench = OnBackends(_bench(device, comparison), device, names[: max(len(names) - 1, 1)])
-    said: list[str] = []
-    withheld = [backend for backend in BACKENDS if backend not in names]
-    facts: dict[str, Any] = {"backends": bench.backends, "withheld": withheld, "said": said}
+    names = [name for name in trusted if name != "reference"] or trusted
+    facts: dict[str, Any] = {"withheld": [name for name in BACKENDS if name not in trusted], "said": []}
+    goal = COMPARISONS.get((comparison.operator, comparison.workload))
+    if goal:
+        facts["goal"] = str(goal)
 
     def replay(result: dict[str, Any], entries: dict[str, Entry]) -> None:
-        emit({"result": result, **facts})
+        # Captures may fail in ways of their own; what was found before stays.
+        emit({**facts, "result": result, "factors": factors(result)})
         for direction in (BOTH, FORWARD):
             calls = {
                 name: [entry.calls[direction]] for name, entry in entries.items() if not name.startswith(NOT_CAPTURED)
             }
-            times = device.replayed(calls, SECONDS)
-            for name, entry in times.items():
-                result["directions"][direction]["contestants"][name]["replayed"] = entry
+            for name, times in device.replayed(calls, SECONDS).items():
+                result["directions"][direction]["contestants"][name]["replayed"] = times
 
-    result = measure(bench, device, seconds=device.patience * SECONDS, say=said.append, after=replay)
+    while True:
+        bench = OnBackends(_bench(device, comparison), device, names)
+        facts["backends"] = bench.backends
+        try:
+            result = measure(
+                bench, device, seconds=SECONDS, repeat=device.rounds, say=facts["said"].append, after=replay
+            )
+            break
+        except Exception as problem:
+            # Without the first backend of ours the others can still be compared.
+            if len(names) == 1 or not device.alive():
+                raise
+            facts["said"].append(f"{names.pop(0)}: {first_line(problem)}")
     with suppress(Exception):
         facts["clocks"] = clocks(Tools(device.context))
-    goal = COMPARISONS.get((comparison.operator, comparison.workload))
-    return {"result": result, **facts} | ({"goal": str(goal)} if goal else {}) | {"factors": factors(result)}
+    return {**facts, "result": result, "factors": factors(result)}
 
 
 def factors(result: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -23,9 +23,11 @@ class Device(Gpu):
     """A GPU that torch can use.
 
     Attributes:
-        patience: what times and numbers of repetitions are multiplied with.
+        rounds: of timed calls; None for as many as fit into the time that they are given.
+        patience: what numbers of repetitions are multiplied with.
     """
 
+    rounds: int | None = None
     patience = 1.0
 
     def __init__(self, context: Context) -> None:
@@ -126,7 +128,7 @@ class Device(Gpu):
                     raise
                 notes[name] = {"not_captured": first_line(problem)}
         results = {}
-        for name, samples in interleave(timed, self, seconds=self.patience * seconds).items():
+        for name, samples in interleave(timed, self, seconds=seconds, repeat=self.rounds).items():
             each = [Sample(sample.seconds / len(calls[name])) for sample in samples]
             results[name] = summary(each) | notes[name]
         return results

@@ -24,7 +24,7 @@ TOOLS = {
     "compute-sanitizer": ["--version"],
     "ncu": ["--version"],
 }
-PACKAGES = "torch triton numpy pytest pytest-xdist ninja setuptools hypothesis torchvision timm".split()
+PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "ninja", "setuptools", "torchvision", "timm")
 BUILD_SECONDS = 240.0
 
 

@@ -183,6 +183,7 @@ def _calls(device: Device, build: Build, sets: list[Inputs], backend: str) -> tu
 def _time(device: Device, kernel: Kernel, backend: str, dtype: str) -> dict[str, Any]:
     if (kernel.family, backend, dtype) not in device.context.trusted:
         raise NotThere(f"{kernel.family} on {backend} in {dtype} was not seen to agree with float64")
+    device.begin()
     device.prepare()
     workload = device.workload(kernel.workload)
     sets = list(_inputs(device, workload, dtype))

@@ -20,12 +20,13 @@ def main() -> None:
     loaded = time.perf_counter()
     from bench import environment
     from bench.gpu.device import BACKENDS
+    from moment_ops.ops import backends
 
     facts = {
         "import_torch_s": round(imported - start, 2),
         "import_moment_ops_s": round(loaded - imported, 2),
         "unavailable": {name: reason for name in BACKENDS if (reason := device.unavailable(name)) is not None},
-        "environment": environment.describe(),
+        "environment": environment.describe() | {"backend": backends.chosen(device.device)},
         "torch_cuda": torch.version.cuda,
         "computes": device.alive(),
     }

@@ -8,6 +8,8 @@ from typing import Any
 
 # Below the 16 MiB that a file may have where results are carried from one machine to another.
 MOST_BYTES = 15 << 20
+# Of a file, for records that are shortened.
+RESERVED_BYTES = 1 << 20
 # Of a text in a record: the rest is cut out of its middle.
 MOST_CHARACTERS = 4000
 
@@ -53,7 +55,7 @@ class Records:
         path = self.folder / file
         size = path.stat().st_size if path.exists() else 0
         line = json.dumps(record) + "\n"
-        if size + len(line) > MOST_BYTES - (1 << 20):
+        if size + len(line) > MOST_BYTES - RESERVED_BYTES:
             line = json.dumps(_shortened(record)) + "\n"
         if size + len(line) > MOST_BYTES:
             self._full.add(file)

@@ -7,12 +7,12 @@ Nothing that comes out of it is a measurement, and everything says so.
 import os
 import shutil
 import signal
-import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -33,6 +33,8 @@ STAND_INS = {"cuda": "cpu", "triton": "reference", "reference": "reference"}
 # The one whose inner products are wrong.
 WRONG_GRAM = "triton"
 HANG_SECONDS = 2.0
+# All of so many cases are rehearsed.
+FEW = 8
 DEVICE_ERROR = "CUDA error: an illegal memory access was encountered"
 
 
@@ -103,6 +105,7 @@ class RehearsedDevice(Device):
 
     device = "cpu"
     FLUSH_BYTES = PROBE_BYTES = 4096
+    rounds = 2
     patience = 0.0
 
     def __init__(self, context: Context) -> None:
@@ -161,10 +164,10 @@ def _kills_device(device: RehearsedDevice, emit: Emit) -> None:
 # By the beginning of a case's name.
 FAILURES = {
     "identity_moments: triton": _raises,
-    "coral_loss, wide: reference": _crashes,
+    "coral_loss, wide: reference": _raises,
     "style_loss: reference": _kills_device,
     "MomentLoss, moving, means alone: reference": _hangs,
-    "relu_moments, bias: reference": _raises,
+    "relu_moments, bias: reference": _crashes,
     "mean and var, 1 layer: eager": _crashes,
 }
 
@@ -177,6 +180,8 @@ def prepared(cases: Sequence[Case]) -> list[Case]:
 
 
 def _kept(cases: Sequence[Case]) -> set[str]:
+    if len(cases) <= FEW:
+        return {case.name for case in cases}
     groups: dict[str, list[Case]] = {}
     for case in cases:
         operator, _, rest = case.name.partition(": ")
@@ -228,7 +233,7 @@ case "$*" in
 esac""",
 }
 
-_TESTS = '''
+_TESTS = """
 import os, signal, time
 import pytest
 
@@ -239,7 +244,16 @@ def test_that_crashes(): os.kill(os.getpid(), signal.SIGSEGV)
 def test_that_hangs(): time.sleep(3600)
 def test_whose_device_dies(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
 def test_that_comes_last(): pass
-'''
+"""
+
+
+def _write(path: Path, text: str) -> None:
+    """An executable file, at once: another process may be about to run it."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text)
+    temporary.chmod(0o755)
+    temporary.replace(path)
 
 
 class RehearsedTools(Tools):
@@ -252,12 +266,9 @@ class RehearsedTools(Tools):
         super().__init__(context)
         self.folders = (str(context.scratch / "bin"),)
         self.tests = context.scratch / "test_rehearsal.py"
-        self.tests.write_text(_TESTS)
+        _write(self.tests, _TESTS)
         for name, text in _STUBS.items():
-            path = context.scratch / "bin" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+            _write(context.scratch / "bin" / name, f"#!/usr/bin/env bash\n{text}\n")
 
     def path(self) -> str:
         return os.pathsep.join([*self.folders, os.environ.get("PATH", "")])

@@ -149,7 +149,7 @@ class Runner:
                     self._finish(worker, self._death(worker, CRASHED, f"the process ended with {_how(worker)}"))
                 elif not worker.shard.finished:
                     worker.shard.false_starts += 1
-                    shard.last_words = self._log_lines(worker)
+                    worker.shard.last_words = self._log_lines(worker)
                 self._start_again(worker.shard)
         if now > self.context.deadline:
             for shard in self._queue:

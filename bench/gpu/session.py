@@ -1,5 +1,6 @@
 """A run: stage after stage within a budget of time, whatever happens in them."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -16,8 +17,17 @@ from bench.gpu.stages import STAGES, Stage
 # Kept for the summary at the end.
 SUMMARY_SECONDS = 6.0
 USABLE_SECONDS = 90.0
-# Imported once, before processes are forked. Nothing of inductor: it starts processes when it is imported.
-PRELOADED = ("torch", "triton", "moment_ops", "bench.gpu.operators", "bench.gpu.comparisons", "bench.gpu.kernel_times")
+# Imported once, before processes are forked; the profiler imports inductor, too. None of them may touch the device, and
+# not `torch._inductor.async_compile`, which starts processes.
+PRELOADED = (
+    "torch",
+    "triton",
+    "torch._inductor",
+    "moment_ops",
+    "bench.gpu.agreement",
+    "bench.gpu.comparisons",
+    "bench.gpu.kernel_times",
+)
 FINISHED = (OK, *BAD, "not_there")
 
 
@@ -125,6 +135,9 @@ class Session:
                 importlib.import_module(name)
             except ImportError as problem:
                 self.say(f"{name} cannot be imported: {problem}")
+        # Processes collect garbage before they time: not what was imported here.
+        gc.collect()
+        gc.freeze()
         if not self._is_usable("fork") and self._is_usable("spawn"):
             self.method = "spawn"
         self.say(f"processes are started by {self.method}")

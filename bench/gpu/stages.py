@@ -17,7 +17,9 @@ def _environment(context: Context) -> list[Case]:
 def _smoke(context: Context) -> list[Case]:
     from bench.gpu import agreement, comparisons
 
-    return [*agreement.smoke_cases(context), *comparisons.compile_cases(context)]
+    cuda, *others = agreement.smoke_cases_by_backend(context)
+    # Kernels of CUDA C++ need no compiler: their shards leave room for what takes long.
+    return [*cuda, *comparisons.compile_cases(context), *(case for cases in others for case in cases)]
 
 
 def _syncs(context: Context) -> list[Case]:
@@ -105,7 +107,7 @@ class Stage:
 
 STAGES = {
     "environment": Stage("environment.jsonl", 5, 400, _environment, needs_device=False),
-    "smoke": Stage("smoke.jsonl", 20, 200, _smoke, side_by_side=12),
+    "smoke": Stage("smoke.jsonl", 20, 200, _smoke, side_by_side=14),
     "syncs": Stage("smoke.jsonl", 10, 60, _syncs, side_by_side=3),
     "graphs": Stage("smoke.jsonl", 10, 90, _graphs, side_by_side=3),
     "kernels": Stage("bench.jsonl", 10, 120, _kernels),

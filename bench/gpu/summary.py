@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.gpu.cases import BAD, NOT_RUN, NOT_THERE, OK
 from bench.gpu.records import Record
-from bench.harness import BOTH, COMPILED, OURS
+from bench.results import BOTH, COMPILED, ON_BACKEND, OURS
 
 REHEARSAL = "rehearsal, no GPU"
 MOST_CHARACTERS = 11_500
@@ -41,12 +41,17 @@ def page(records: Sequence[Record], full: Sequence[str] = ()) -> str:
 
 
 def _cases(records: Iterable[Record], *stages: str) -> list[Record]:
-    """Ended cases; of one that ran again the last."""
-    kept = {
-        (record["stage"], record["case"]): record
-        for record in records
-        if record.get("stage") in stages and "case" in record and record.get("status") != SO_FAR
-    }
+    """Ended cases, of one that ran again the last; where one ended badly, with what it had found until then."""
+    kept: dict[tuple[str, str], Record] = {}
+    found: dict[tuple[str, str], Any] = {}
+    for record in records:
+        if record.get("stage") not in stages or "case" not in record:
+            continue
+        key = (record["stage"], record["case"])
+        if record.get("status") == SO_FAR:
+            found[key] = record["facts"]
+        else:
+            kept[key] = {"facts": found.get(key, {}), **record}
     return list(kept.values())
 
 
@@ -170,9 +175,9 @@ def _tests(records: Sequence[Record]) -> list[str]:
     tests = {record["test"]: record for record in records if "test" in record}
     if not tests:
         return []
-    counts = Counter(record["status"] for record in tests.values())
     left = [r["facts"]["not_run"] for r in _cases(records, "tests") if "not_run" in r.get("facts", {})]
-    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    skipped = sum(record["status"] == "skipped" for record in tests.values())
+    told = ", ".join(part for part in (_told(tests.values()), f"{skipped} skipped" if skipped else "") if part)
     bad: dict[str, list[str]] = {}
     for name, record in tests.items():
         if record["status"] in BAD:
@@ -255,7 +260,7 @@ def _kinds(factors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Rivals as compiled, eager and others by their names."""
     kinds: dict[str, dict[str, Any]] = {}
     for name, factor in factors.items():
-        kind = "compiled" if name.startswith(COMPILED) else name.partition(":")[0].removeprefix(f"{OURS} on ")
+        kind = "compiled" if name.startswith(COMPILED) else name.partition(":")[0].removeprefix(ON_BACKEND)
         kinds.setdefault(kind.replace("the network without matching", "without"), {})[name] = factor
     return kinds
 

@@ -1,0 +1,513 @@
+"""The run on a GPU, rehearsed without one: what fails is recorded, what follows still runs, nothing is claimed."""
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.gpu import comparisons, environment, records, rehearsal, report, sanitizer, session, stages, suite, summary
+from bench.gpu.cases import CRASHED, FAILED, HUNG, NOT_RUN, NOT_THERE, OK, WRONG, Case, Context, NotThere, Wrong
+from bench.gpu.exactness import Close, compare
+from bench.gpu.operators import DTYPES, OPERATORS, SIZES
+from bench.gpu.runner import Runner
+from bench.gpu.stages import STAGES, Stage
+from bench.gpu.tools import Ended
+from bench.machine import Replay
+from bench.results import BOTH, ON_BACKEND, OURS
+
+ROOT = Path(__file__).parents[1]
+MOST_FILES, MOST_BYTES, MOST_CHARACTERS = 6, 16 << 20, 12_000
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One rehearsal of everything: its folder, records and printed text."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", f"--output={folder}", "--seconds=400"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=450)
+    return SimpleNamespace(folder=folder, records=list(records.read([folder])), text=ended.stdout, log=ended.stderr)
+
+
+def cases(run, stage):
+    """Ended cases by name."""
+    found = [r for r in run.records if r.get("stage") == stage and "case" in r and r["status"] != "so far"]
+    assert len({r["case"] for r in found}) == len(found), "a case ended twice"
+    return {r["case"]: r for r in found}
+
+
+def of(cases, start):
+    (case,) = [record for name, record in cases.items() if name.startswith(start)][:1]
+    return case
+
+
+def test_every_stage_ran_in_its_order(run):
+    ended = [r for r in run.records if "seconds" in r and "case" not in r and "test" not in r and r["stage"] != "run"]
+    written = {r["stage"]: r for r in ended}
+    assert set(written) == set(STAGES), run.log
+    assert all(r["status"] == "ended" for r in ended), ended
+    printed = [line.partition(":")[0] for line in run.text.splitlines() if ": seconds " in line]
+    assert printed == list(STAGES)
+
+
+def test_every_operator_was_tried_on_every_backend_and_dtype(run):
+    smoke = [r for r in cases(run, "smoke").values() if "tags" in r]
+    assert {r["case"].partition(": ")[0] for r in smoke} == set(OPERATORS)
+    tags = {(r["tags"]["family"], r["tags"]["backend"], r["tags"]["dtype"]) for r in smoke}
+    wanted = {(o.family, b, d) for o in OPERATORS.values() for b in rehearsal.STAND_INS for d in o.dtypes}
+    assert tags == wanted
+    assert not [r for r in smoke if r["status"] in (NOT_RUN, NOT_THERE)]
+
+
+FAILURES = {
+    "identity_moments: triton": (FAILED, "an exception of the rehearsal"),
+    "relu_moments, bias: reference": (CRASHED, "SIGSEGV"),
+    "style_loss: reference": (FAILED, rehearsal.DEVICE_ERROR),
+    "MomentLoss, moving, means alone: reference": (HUNG, "no end after 2 s"),
+    "covariance_loss, dual: triton": (WRONG, "times the bound"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_of_each_kind_is_recorded_with_its_place(run, name):
+    status, error = FAILURES[name]
+    record = of(cases(run, "smoke"), name)
+    assert record["status"] == status
+    assert error in record["error"]
+    if status != WRONG:
+        assert "rehearsal.py" in "".join(record.get("traceback") or record["log"])
+
+
+def test_after_a_crash_a_hang_and_a_dead_device_the_others_still_run(run):
+    for stage in ("smoke", "syncs", "graphs"):
+        mine = [r for r in cases(run, stage).values() if r.get("tags", {}).get("backend") == "reference"]
+        ends = [r["status"] for r in mine]
+        assert {CRASHED, HUNG, FAILED, OK} <= set(ends)
+        assert NOT_RUN not in ends
+        assert OK in ends[ends.index(CRASHED) :]
+        assert OK in ends[ends.index(HUNG) :]
+        dead = [i for i, r in enumerate(mine) if rehearsal.DEVICE_ERROR in r.get("error", "")]
+        # What comes next fails by itself, not by the device.
+        assert "an exception of the rehearsal" in mine[dead[-1] + 1]["error"]
+    assert of(cases(run, "overhead"), "mean and var, 1 layer")["status"] == CRASHED
+    assert of(cases(run, "overhead"), "mean and var, 32 layers")["status"] == OK
+
+
+def test_a_missing_tool_is_named(run):
+    assert cases(run, "environment")["nvcc"]["error"] == "missing tool: nvcc"
+    assert cases(run, "environment")["gcc"]["status"] == OK
+
+
+def test_factors_are_withheld_where_smoke_did_not_agree(run):
+    trusted = session.trusted(run.records)
+    assert not [key for key in trusted if key[:2] == ("gram", "triton")]
+    kernels = cases(run, "kernels")
+    gram = [r for name, r in kernels.items() if name.startswith("gram") and "triton" in name]
+    assert gram
+    assert all(r["status"] == NOT_THERE and "not seen to agree" in r["error"] for r in gram)
+    facts = of(cases(run, "comparisons"), "gram")["facts"]
+    assert "triton" in facts["withheld"]
+    assert "triton" not in facts["backends"].values()
+    assert not any(name.startswith(ON_BACKEND) for name in facts["factors"])
+    assert facts["factors"]
+    match = of(cases(run, "comparisons"), "match")["facts"]
+    assert match["backends"] == {OURS: "cuda", f"{ON_BACKEND}triton": "triton"}
+
+
+def test_what_agreed_is_timed_as_called_and_as_a_graph(run):
+    for record in cases(run, "comparisons").values():
+        contestants = record["facts"]["result"]["directions"][BOTH]["contestants"]
+        assert contestants[OURS]["median_ms"] > 0
+        assert contestants[OURS]["replayed"]["median_ms"] > 0
+    timed = [r["facts"] for r in cases(run, "kernels").values() if r["status"] == OK]
+    assert len(timed) >= 10
+    assert all(facts["us"] > 0 and facts["copy_gb_per_s"] > 0 and "copy" in facts["times"] for facts in timed)
+    assert all(
+        len(r["facts"]["times"]["torch.mm"]["samples_ms"]) == 2
+        for n, r in cases(run, "kernels").items()
+        if "d8192" in n
+    )
+
+
+def test_tests_are_recorded_one_by_one_and_outlive_the_process_of_some(run):
+    outcomes = {r["test"].rpartition("::")[2]: r["status"] for r in run.records if "test" in r}
+    assert outcomes == {
+        "test_that_passes": OK,
+        "test_that_fails": FAILED,
+        "test_that_is_skipped": "skipped",
+        "test_that_crashes": CRASHED,
+        "test_that_hangs": HUNG,
+        "test_whose_device_dies": FAILED,
+        "test_that_comes_last": OK,
+    }
+    assert cases(run, "tests")["tests/gpu"]["facts"]["not_run"] == 0
+
+
+def test_tools_have_verdicts(run):
+    tools = cases(run, "sanitizer")
+    assert tools["memcheck: cuda"]["facts"]["verdict"] == "ERROR SUMMARY: 0 errors"
+    assert re.match(r"[1-9]\d* of \d+ calls ran", tools["memcheck: cuda"]["facts"]["program"])
+    assert tools["racecheck: cuda"]["status"] == WRONG
+    assert "1 hazard" in tools["racecheck: cuda"]["error"]
+    assert tools["ncu: cuda"]["facts"]["kernels"][0]["us"] == 1.0
+    assert tools["ncu: triton"]["status"] == FAILED
+
+
+def test_files_keep_within_the_limits(run):
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert len(files) <= MOST_FILES
+    assert all(path.parent == run.folder and path.stat().st_size <= MOST_BYTES for path in files)
+
+
+def test_nothing_claims_a_gpu(run):
+    assert all(r["rehearsal"] and r["device"] == rehearsal.STAMP for r in run.records)
+    page = (run.folder / "summary.txt").read_text()
+    headings = [line for line in page.splitlines() if line.startswith("== ")]
+    assert len(headings) == len(summary.SECTIONS) + 1
+    assert all(rehearsal.STAMP in line.lower().replace("no gpu", "no GPU") for line in headings)
+
+
+def test_the_page_fits_and_ends_the_output(run):
+    page = (run.folder / "summary.txt").read_text()
+    assert len(page) <= MOST_CHARACTERS
+    assert run.text.rstrip().endswith(page.rstrip())
+    assert "this section failed" not in page
+    for told in (
+        "missing tool: nvcc",
+        "signal SIGSEGV",
+        "no end after 2 s",
+        "2 ok, 2 failed, 1 crashed, 1 hung, 1 skipped",
+    ):
+        assert told in page
+
+
+def test_a_rehearsal_makes_no_results(run, tmp_path):
+    with pytest.raises(SystemExit, match=rehearsal.STAMP):
+        report.write([run.folder], plots=False)
+    folder = report.write([run.folder], tmp_path / "page", plots=False)
+    page = (folder / "README.md").read_text()
+    assert page.startswith(f"# {rehearsal.STAMP}")
+    tables = re.findall(r"^\*\*`.*", page, re.MULTILINE)
+    assert len(tables) == len(cases(run, "comparisons"))
+    assert all("REHEARSAL, NO GPU" in line for line in tables)
+    assert "as a graph, ms" in page
+    assert (folder / report.RAW / "1-smoke.jsonl").read_text() == (run.folder / "smoke.jsonl").read_text()
+
+
+def make_context(tmp_path, **options):
+    return Context(True, tmp_path, tmp_path, **options)
+
+
+def make_session(tmp_path, seconds=0.0, earlier=()):
+    kept = records.Records(tmp_path / "out", {})
+    return session.Session(make_context(tmp_path), kept, seconds, earlier, say=lambda text: None), kept
+
+
+def test_what_does_not_fit_is_skipped_and_said(tmp_path):
+    made, kept = make_session(tmp_path)
+    made.run(list(STAGES))
+    assert [r["stage"] for r in kept.written] == list(STAGES)
+    assert all(r["status"] == NOT_RUN and "0 s are left" in r["error"] for r in kept.written)
+
+
+def fake_stage(monkeypatch, made):
+    """A stage of cases that need no device; forked processes know it, too."""
+    stage = Stage("fake.jsonl", 0, 60, lambda context: made, needs_device=False, side_by_side=2)
+    monkeypatch.setitem(stages.STAGES, "fake", stage)
+    monkeypatch.setattr(rehearsal, "prepared", list)
+    monkeypatch.setattr(session.Session, "_preload", lambda made: None)
+    return stage
+
+
+def test_a_run_that_goes_on_repeats_nothing_that_ended(tmp_path, monkeypatch):
+    fake_stage(monkeypatch, [Case(name, lambda tools, emit: {}) for name in ("done", "was not run", "new")])
+    earlier = [
+        {"stage": "fake", "case": "done", "status": FAILED},
+        {"stage": "fake", "case": "was not run", "status": NOT_RUN},
+    ]
+    made, kept = make_session(tmp_path, 60.0, earlier)
+    made.run(["fake"])
+    assert {r["case"] for r in kept.written if "case" in r} == {"was not run", "new"}
+
+
+def test_a_stage_that_cannot_begin_is_a_failure_and_no_end(tmp_path, monkeypatch):
+    def broken(context):
+        raise ImportError("no such module")
+
+    stage = fake_stage(monkeypatch, [])
+    monkeypatch.setitem(stages.STAGES, "broken", Stage(stage.file, 0, 60, broken))
+    made, kept = make_session(tmp_path, 60.0)
+    made.run(["broken", "fake"])
+    assert [r["status"] for r in kept.written] == ["failed", "ended"]
+    assert "no such module" in kept.written[0]["error"]
+
+
+def run_cases(tmp_path, monkeypatch, made, seconds=30.0):
+    """What a runner saves of cases: (name, status, error)."""
+    fake_stage(monkeypatch, made)
+    saved = []
+    context = make_context(tmp_path, deadline=time.monotonic() + seconds)
+    Runner(context, "fake", "fork", 2, lambda case, result: saved.append((case.name, result))).run(made)
+    return {name: result for name, result in saved if result["status"] != "so far"}
+
+
+def test_a_stage_ends_at_its_time(tmp_path, monkeypatch):
+    def slow(tools, emit):
+        time.sleep(60)
+
+    made = [
+        Case("quick", lambda tools, emit: {}),
+        Case("slow", slow),
+        Case("later", slow),
+        Case("beside", slow, shard="b"),
+    ]
+    start = time.monotonic()
+    results = run_cases(tmp_path, monkeypatch, made, seconds=2.0)
+    assert time.monotonic() - start < 10
+    assert {name: result["status"] for name, result in results.items()} == {
+        "quick": OK,
+        "slow": NOT_RUN,
+        "later": NOT_RUN,
+        "beside": NOT_RUN,
+    }
+
+
+def test_processes_that_do_not_start_are_given_up_with_their_last_words(tmp_path, monkeypatch):
+    def end_at_once(context):
+        print("this machine has no luck", flush=True)
+        os._exit(3)
+
+    monkeypatch.setattr(Stage, "worker", lambda stage, context: end_at_once(context))
+    results = run_cases(tmp_path, monkeypatch, [Case("first", lambda t, e: {}), Case("second", lambda t, e: {})])
+    assert results["first"]["status"] == CRASHED
+    assert results["first"]["log"] == ["this machine has no luck"]
+    assert results["second"]["status"] == NOT_RUN
+
+
+def test_what_a_crashed_case_started_ends_with_it(tmp_path, monkeypatch):
+    def crash(tools, emit):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        emit({"child": child.pid})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    fake_stage(monkeypatch, [Case("crash", crash)])
+    saved = []
+    context = make_context(tmp_path, deadline=time.monotonic() + 30)
+    Runner(context, "fake", "fork", 1, lambda case, result: saved.append(result)).run([Case("crash", crash)])
+    assert saved[-1]["status"] == CRASHED
+    deadline = time.monotonic() + 10
+    while suite._lives(saved[0]["facts"]["child"]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not suite._lives(saved[0]["facts"]["child"])
+
+
+def test_the_supervisor_starts_without_torch_and_without_the_library():
+    code = "import sys, bench.gpu.command_line; sys.exit('torch' in sys.modules or 'moment_ops' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
+        == 0
+    )
+
+
+def test_the_rehearsed_cuda_has_the_names_and_arguments_of_the_real_one():
+    for name, value in vars(rehearsal.RehearsedCuda).items():
+        if name.startswith("_"):
+            continue
+        real = getattr(torch.cuda, name)
+        if inspect.isfunction(value):
+            ours = list(inspect.signature(value).parameters)[1:]
+            assert ours == list(inspect.signature(real).parameters)[: len(ours)], name
+        elif inspect.isclass(value):
+            assert all(hasattr(real, method) for method in vars(value) if not method.startswith("_")), name
+
+
+def test_only_names_of_the_real_cuda_are_used():
+    sources = [*(ROOT / "bench" / "gpu").glob("*.py"), ROOT / "bench" / "machine.py"]
+    names = {name for path in sources for name in re.findall(r"\b(?:self|device)\.cuda\.(\w+)", path.read_text())}
+    assert {"Event", "CUDAGraph", "graph", "Stream", "set_sync_debug_mode"} <= names
+    assert all(hasattr(torch.cuda, name) for name in names)
+
+
+def test_what_cannot_be_captured_is_called_and_says_why(tmp_path, monkeypatch):
+    device = make_context(tmp_path).device()
+    device.prepare()
+
+    def record(call, stream):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    assert "not_captured" not in device.replayed({"call": [lambda: None]}, 0.0)["call"]
+    monkeypatch.setattr(device, "record", record)
+    times = device.replayed({"call": [lambda: None, lambda: None]}, 0.0)["call"]
+    assert times["not_captured"] == "RuntimeError: operation not permitted when stream is capturing"
+    assert times["median_ms"] >= 0
+
+
+def test_replays_that_differ_from_the_call_are_wrong(tmp_path, monkeypatch):
+    from bench.gpu import agreement
+
+    device = make_context(tmp_path).device()
+    arguments = (device, OPERATORS["moments"], "cuda", "float32", "odd")
+    agreement._is_captured(*arguments)
+    monkeypatch.setattr(device, "record", lambda call, stream, kept=[]: Replay(lambda: None, lambda: shifted(call())))
+
+    def shifted(results):
+        return {name: Close(result.value.detach() + 1e-6, result.terms) for name, result in results.items()}
+
+    with pytest.raises(Wrong, match="replay 0 differs"):
+        agreement._is_captured(*arguments)
+
+
+def test_a_comparison_without_a_backend_that_agreed_is_withheld(tmp_path):
+    device = make_context(tmp_path).device()
+    with pytest.raises(NotThere, match="not seen to agree"):
+        comparisons._compare(device, lambda facts: None, comparisons.ALL[0])
+
+
+@pytest.mark.parametrize("value", [1 + 1e-3, float("nan"), float("inf")])
+def test_a_wrong_number_among_right_ones_is_found(value):
+    exact = {"a": Close(torch.ones(9, dtype=torch.float64)), "b": Close(torch.ones(9, dtype=torch.float64))}
+    right = {"a": Close(torch.ones(9)), "b": Close(torch.ones(9))}
+    assert compare(right, exact, torch.float32)["worst"] == 0
+    right["b"].value[4] = value
+    with pytest.raises(Wrong, match="in b"):
+        compare(right, exact, torch.float32)
+
+
+def test_sizes_have_rows_that_are_split_and_layers_beyond_a_launch():
+    assert max(rows for rows, _ in SIZES.values()) > 1024
+    assert max(len(shapes) for _, shapes in SIZES.values()) > 64
+    assert set(DTYPES.values()) == {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+
+
+class Scripted:
+    """Tools whose programs end as they are told: probes and builds by turns."""
+
+    def __init__(self, *texts, force_build=False):
+        self.context = SimpleNamespace(force_build=force_build)
+        self.texts, self.commands = list(texts), []
+
+    def module(self, *arguments):
+        return list(arguments)
+
+    def build_command(self):
+        return ["build"]
+
+    def seconds(self, most):
+        return most
+
+    def run(self, command, seconds, environment=None):
+        self.commands.append(command[0])
+        text = self.texts.pop(0)
+        return Ended(-11 if text is None else 0, text or "", 0.1)
+
+
+LOADS = json.dumps({"unavailable": {}})
+NO_CUDA = json.dumps({"unavailable": {"cuda": "built without CUDA kernels"}})
+
+
+def test_a_library_that_loads_is_not_built_again():
+    tools = Scripted(LOADS)
+    facts = environment._library(tools, lambda facts: None)
+    assert facts["as_found"] == {"unavailable": {}}
+    assert tools.commands == ["bench.gpu.probe"]
+
+
+@pytest.mark.parametrize("first", [None, NO_CUDA, "no JSON"])
+def test_a_library_that_does_not_load_is_built(first):
+    tools = Scripted(first, "compiled", LOADS)
+    facts = environment._library(tools, lambda facts: None)
+    assert tools.commands == ["bench.gpu.probe", "build", "bench.gpu.probe"]
+    assert facts["as_built"] == {"unavailable": {}}
+    assert ("signal SIGSEGV" in str(facts["as_found"])) == (first is None)
+
+
+def test_a_library_that_never_loads_is_set_aside(monkeypatch, tmp_path):
+    (tmp_path / "moment_ops").mkdir()
+    (tmp_path / "moment_ops" / "_C.abi3.so").write_text("crashes")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    with pytest.raises(Wrong, match="set aside"):
+        environment._library(Scripted(None, "", None), lambda facts: None)
+    assert not list((tmp_path / "moment_ops").glob("*.so"))
+
+
+def test_a_build_without_cuda_kernels_is_wrong():
+    with pytest.raises(Wrong, match="built without CUDA kernels"):
+        environment._library(Scripted(NO_CUDA, "", NO_CUDA), lambda facts: None)
+
+
+def test_counters_are_read_from_between_other_output():
+    name = '"void moment_ops::moments_kernel<float, 4>(moment_ops::Arguments)"'
+    metrics = ",".join(f'"{metric}"' for metric in sanitizer.METRICS)
+    text = f'==PROF== Connected\nprinted\n"ID","Kernel Name","Grid Size",{metrics}\n'
+    text += '"","","","ns","%","byte","byte","%",""\n'
+    text += f'"0",{name},"(132, 1, 1)","71,234","88.5","218,103,808","n/a","74.1","48"\n==PROF== Disconnected\n'
+    (kernel,) = sanitizer.parse_ncu(text)
+    assert kernel["kernel"] == "void moment_ops::moments_kernel<float, 4>"
+    assert kernel["us"] == 71.23
+    assert kernel["MB read"] == 218.1
+    assert "MB written" not in kernel
+
+
+def test_a_full_file_gets_short_records_and_then_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MOST_BYTES", 3000)
+    monkeypatch.setattr(records, "RESERVED_BYTES", 1000)
+    kept = records.Records(tmp_path, {})
+    for i in range(40):
+        kept.write("a.jsonl", {"number": i, "samples": list(range(100)), "text": "x" * 900})
+    kept.write("b.jsonl", {"number": 40})
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert lines[0]["samples"] == list(range(100))
+    assert lines[1]["samples"] == 100
+    assert len(lines[1]["text"]) <= 200
+    assert (tmp_path / "a.jsonl").stat().st_size <= 3000
+    assert 2 < len(lines) < 40
+    assert kept.full == ["a.jsonl"]
+    assert len(kept.written) == 41
+
+
+def test_long_texts_lose_their_middle():
+    assert records.cut_middle("short") == "short"
+    cut = records.cut_middle("a" * 5000 + "b" * 5000, 1000)
+    assert len(cut) <= 1000
+    assert cut.startswith("aaa")
+    assert cut.endswith("bbb")
+    assert "9" in cut
+
+
+def test_a_line_that_was_cut_off_is_no_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"stage": "smoke"}\n{"stage": "smo')
+    assert list(records.read([tmp_path])) == [{"stage": "smoke"}]
+
+
+def test_a_flood_of_failures_leaves_room_for_what_matters():
+    def failed(stage, i, **tags):
+        tags = {"family": "moments", "backend": "cuda", "dtype": "float32"} | tags
+        error = f"RuntimeError: {'long ' * 60}{i}"
+        return {"stage": stage, "case": f"operator {i}: cuda", "status": FAILED, "error": error, "tags": tags}
+
+    flood = [failed(stage, i) for stage in ("smoke", "syncs", "graphs", "overhead", "comparisons") for i in range(600)]
+    flood += [
+        {"stage": "tests", "test": f"a/test_b.py::test_{i}[x]", "status": FAILED, "error": "y" * 300}
+        for i in range(900)
+    ]
+    facts = {"us": 70.0, "share_of_copy": 0.9, "copy_gb_per_s": 4300.0, "factors": {}, "goal": "<= 69 us (H200)"}
+    kernel = {"stage": "kernels", "case": "match, forward: cuda, gfmn, float32", "status": OK, "facts": facts}
+    page = summary.page([*flood, kernel])
+    assert len(page) <= MOST_CHARACTERS
+    assert "match, forward, gfmn, float32: cuda 70.0 us 90 %  [<= 69 us (H200)]" in page
+    assert page.index("600 failed") < page.index("match, forward")
+
+
+def test_an_odd_record_costs_its_section_alone():
+    page = summary.page([{"stage": "overhead", "case": "a: cuda", "status": OK, "facts": {"strange": 1}}])
+    assert "this section failed: KeyError" in page
+    assert "== environment" in page
