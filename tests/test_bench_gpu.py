@@ -1,5 +1,6 @@
 """The run on a GPU, rehearsed without one: what fails is recorded, what follows still runs, nothing is claimed."""
 
+import gc
 import inspect
 import json
 import os
@@ -318,6 +319,43 @@ def test_the_supervisor_starts_without_torch_and_without_the_library():
     )
 
 
+def test_the_supervisor_leaves_the_device_to_its_processes(tmp_path, monkeypatch):
+    """A process that has a context of CUDA cannot be forked."""
+
+    def touched(*arguments, **keywords):
+        raise AssertionError("the supervisor touched the device")
+
+    for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    made, _ = make_session(tmp_path)
+    monkeypatch.setattr(made, "_is_usable", lambda method: True)
+    made._preload()
+    gc.unfreeze()
+    for stage in STAGES.values():
+        made_cases = stage.cases(Context(False, tmp_path, tmp_path))
+        assert len({case.name for case in made_cases}) == len(made_cases) > 0
+
+
+@pytest.mark.parametrize(
+    ("fork", "spawn", "method"), [(True, True, "fork"), (False, True, "spawn"), (False, False, "fork")]
+)
+def test_processes_are_spawned_where_forked_ones_cannot_use_the_device(tmp_path, monkeypatch, fork, spawn, method):
+    monkeypatch.setattr(session, "PRELOADED", ())
+    made, _ = make_session(tmp_path)
+    monkeypatch.setattr(made, "_is_usable", {"fork": fork, "spawn": spawn}.__getitem__)
+    made._preload()
+    gc.unfreeze()
+    assert made.method == method
+
+
+def test_spawned_processes_run_cases(tmp_path):
+    context = Context(False, tmp_path, tmp_path, deadline=time.monotonic() + 60)
+    (machine,) = [case for case in STAGES["environment"].cases(context) if case.name == "machine"]
+    saved = []
+    Runner(context, "environment", "spawn", 1, lambda case, result: saved.append(result)).run([machine])
+    assert saved[0]["facts"]["packages"]["torch"] == torch.__version__
+
+
 def test_the_rehearsed_cuda_has_the_names_and_arguments_of_the_real_one():
     for name, value in vars(rehearsal.RehearsedCuda).items():
         if name.startswith("_"):
@@ -404,6 +442,9 @@ class Scripted:
     def seconds(self, most):
         return most
 
+    def which(self, tool):
+        return tool
+
     def run(self, command, seconds, environment=None):
         self.commands.append(command[0])
         text = self.texts.pop(0)
@@ -442,6 +483,13 @@ def test_a_library_that_never_loads_is_set_aside(monkeypatch, tmp_path):
 def test_a_build_without_cuda_kernels_is_wrong():
     with pytest.raises(Wrong, match="built without CUDA kernels"):
         environment._library(Scripted(NO_CUDA, "", NO_CUDA), lambda facts: None)
+
+
+def test_a_driver_that_refuses_a_long_query_gets_a_short_one():
+    tools = Scripted('Field "mig.mode.current" is not a valid field to query.', "NVIDIA H0, 1.0, 345 MHz, 3201 MHz\n")
+    assert environment.clocks(tools)["clocks.mem"] == "3201 MHz"
+    with pytest.raises(RuntimeError, match="nvidia-smi: signal SIGSEGV"):
+        environment.clocks(Scripted(None, None))
 
 
 def test_counters_are_read_from_between_other_output():

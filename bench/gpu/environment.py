@@ -12,11 +12,13 @@ from bench.gpu.cases import Case, Context, Emit, Wrong
 from bench.gpu.records import cut_middle
 from bench.gpu.tools import ROOT, Ended, Tools
 
-QUERY = (
+# What nvidia-smi is asked for; a driver that does not know all of the first refuses them all.
+QUERIES = (
     "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,power.draw,"
-    "temperature.gpu,memory.total,memory.used,ecc.mode.current,mig.mode.current"
+    "temperature.gpu,memory.total,memory.used,ecc.mode.current,mig.mode.current",
+    "name,driver_version,clocks.sm,clocks.mem",
 )
-# Each tool, how it tells its version, and whether cases can do without it.
+# Each tool, and how it tells its version.
 TOOLS = {
     "nvcc": ["--version"],
     "gcc": ["--version"],
@@ -30,12 +32,15 @@ BUILD_SECONDS = 240.0
 
 def clocks(tools: Tools) -> dict[str, str]:
     """What nvidia-smi says of the device now."""
-    command = [tools.which("nvidia-smi"), f"--query-gpu={QUERY}", "--format=csv,noheader"]
-    ended = tools.run(command, 20)
-    values = [value.strip() for value in ended.text.strip().splitlines()[0].split(",")] if ended.text.strip() else []
-    if ended.code != 0 or len(values) != len(QUERY.split(",")):
-        raise RuntimeError(f"nvidia-smi: {ended.how}: {cut_middle(ended.text, 300)}")
-    return dict(zip(QUERY.split(","), values, strict=True))
+    said = ""
+    for query in QUERIES:
+        ended = tools.run([tools.which("nvidia-smi"), f"--query-gpu={query}", "--format=csv,noheader"], 20)
+        names, line = query.split(","), next(iter(ended.text.strip().splitlines()), "")
+        values = [value.strip() for value in line.split(",")]
+        if ended.code == 0 and len(values) == len(names):
+            return dict(zip(names, values, strict=True))
+        said = f"{ended.how}: {cut_middle(ended.text, 300)}"
+    raise RuntimeError(f"nvidia-smi: {said}")
 
 
 def _smi(tools: Tools, emit: Emit) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from bench import report, results
 from bench.gpu import summary
 from bench.gpu.records import Record, read
+from bench.gpu.session import device_names
 
 RAW = "raw"
 
@@ -17,7 +18,6 @@ RAW = "raw"
 def environment_of(records: Sequence[Record]) -> dict[str, Any]:
     """The environment as results of the CPU have it, of the GPU that the records tell of."""
     described: dict[str, Any] = {}
-    devices: list[str] = []
     commit = None
     for record in records:
         if record.get("stage") == "run":
@@ -26,13 +26,13 @@ def environment_of(records: Sequence[Record]) -> dict[str, Any]:
         if record.get("case") == "library":
             probe = facts.get("as_built") or facts.get("as_found") or {}
             described = probe.get("environment") or described
-        if record.get("case") == "nvidia-smi" and "name" in facts:
-            devices.append(facts["name"])
+    devices = device_names(records)
     if not described or not devices:
         sys.exit("the records do not say where they were made: there is no environment among them")
-    if len(set(devices)) > 1:
+    rehearsed = any(record.get("rehearsal") for record in records)
+    if len(set(devices)) > 1 and not rehearsed:
         sys.exit(f"the records are of several devices, {', '.join(sorted(set(devices)))}: report them one by one")
-    device = summary.REHEARSAL if any(record.get("rehearsal") for record in records) else devices[0]
+    device = summary.REHEARSAL if rehearsed else devices[0]
     if commit not in (None, "unknown"):
         described = described | {"commit": commit}
     return described | {"device": device}

@@ -46,6 +46,19 @@ def trusted(records: Iterable[Record]) -> frozenset[tuple[str, str, str]]:
     return frozenset(good - bad)
 
 
+def device_names(records: Iterable[Record]) -> list[str]:
+    """As torch and nvidia-smi call the device, one after another."""
+    names = []
+    for record in records:
+        facts = record.get("facts") or {}
+        if record.get("case") == "nvidia-smi":
+            names.append(facts.get("name"))
+        if record.get("case") == "library":
+            probe = facts.get("as_built") or facts.get("as_found") or {}
+            names.append(probe.get("device", {}).get("name"))
+    return [name for name in names if name]
+
+
 def _is_finished(record: Record) -> bool:
     """Whether a case need not run again. Another machine has another environment."""
     if "case" not in record or record["stage"] == "environment":
@@ -120,10 +133,9 @@ class Session:
 
     def _name_device(self) -> None:
         """Every record from here on has the name of the device."""
-        for record in self.records.written:
-            found = record.get("facts", {}).get("name") if record.get("case") == "nvidia-smi" else None
-            if found and "rehearsal" not in self.records.stamp:
-                self.records.stamp["device"] = found
+        names = device_names(self.records.written)
+        if names and "rehearsal" not in self.records.stamp:
+            self.records.stamp["device"] = names[-1]
 
     def _preload(self) -> None:
         """Import what workers need, and find out whether a forked process can use the device."""

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.gpu.cases import BAD, NOT_RUN, NOT_THERE, OK
 from bench.gpu.records import Record
@@ -12,7 +12,6 @@ from bench.results import BOTH, COMPILED, ON_BACKEND, OURS
 
 REHEARSAL = "rehearsal, no GPU"
 MOST_CHARACTERS = 11_500
-WIDTH = 150
 BACKENDS = ("cuda", "triton", "reference")
 SO_FAR = "so far"
 
@@ -21,15 +20,15 @@ def page(records: Sequence[Record], full: Sequence[str] = ()) -> str:
     """All sections; each of them stands alone, so that a record that is odd costs one of them."""
     rehearsed = any(record.get("rehearsal") for record in records)
     parts = []
-    for title, (section, most_lines) in SECTIONS.items():
+    for title, section in SECTIONS.items():
         try:
-            lines = section(records)
+            lines = section.lines(records)
         except Exception as problem:
             lines = [f"this section failed: {type(problem).__name__}: {problem}"]
         if lines:
             heading = f"== {title}{f' ({REHEARSAL})' if rehearsed else ''}"
-            more = [f"... and {len(lines) - most_lines} lines more"] if len(lines) > most_lines else []
-            parts.append("\n".join([heading, *(line[:WIDTH] for line in lines[:most_lines]), *more]))
+            more = [f"... and {len(lines) - section.most} lines more"] if len(lines) > section.most else []
+            parts.append("\n".join([heading, *(line[: section.width] for line in lines[: section.most]), *more]))
     if full:
         parts.append(f"== records are missing in full files: {', '.join(full)}")
     if rehearsed:
@@ -265,18 +264,27 @@ def _kinds(factors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return kinds
 
 
-# Each with the most lines that it may have.
-SECTIONS: dict[str, tuple[Callable[[Sequence[Record]], list[str]], int]] = {
-    "counters of ncu": (_counters, 14),
-    "host time per call, us": (_overhead, 10),
-    "stages": (_stages, 20),
-    "environment": (_environment, 8),
-    "failures": (_failures, 18),
-    "tests/gpu": (_tests, 10),
-    "compute-sanitizer": (_sanitizer, 8),
-    "host syncs": (_question("syncs", "do not wait"), 3),
-    "CUDA graphs": (_question("graphs", "captured, replays equal"), 3),
-    "agreement with float64 in units of the bound": (_agreement, 10),
-    "against eager and torch.compile, forward + backward: time over ours, called/as a graph": (_comparisons, 12),
-    "kernels as graphs, inputs not in the cache, share of copy bandwidth": (_kernels, 22),
+class Section(NamedTuple):
+    """A part of the page, with the most lines that it may have, and the most characters of a line."""
+
+    lines: Callable[[Sequence[Record]], list[str]]
+    most: int
+    width: int = 140
+
+
+SECTIONS: dict[str, Section] = {
+    "counters of ncu": Section(_counters, 12),
+    "host time per call, us": Section(_overhead, 10),
+    "stages": Section(_stages, 20),
+    "environment": Section(_environment, 8, 180),
+    "failures": Section(_failures, 18),
+    "tests/gpu": Section(_tests, 10),
+    "compute-sanitizer": Section(_sanitizer, 8),
+    "host syncs": Section(_question("syncs", "do not wait"), 3, 200),
+    "CUDA graphs": Section(_question("graphs", "captured, replays equal"), 3, 200),
+    "agreement with float64 in units of the bound": Section(_agreement, 8),
+    "against eager and torch.compile, forward + backward: time over ours, called/as a graph": Section(
+        _comparisons, 12, 190
+    ),
+    "kernels as graphs, inputs not in the cache, share of copy bandwidth": Section(_kernels, 22, 160),
 }
