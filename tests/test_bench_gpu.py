@@ -139,17 +139,20 @@ def test_what_agreed_is_timed_as_called_and_as_a_graph(run):
     )
 
 
+OUTCOMES = {
+    "test_that_passes": OK,
+    "test_that_fails": FAILED,
+    "test_that_is_skipped": "skipped",
+    "test_that_crashes": CRASHED,
+    "test_that_hangs": HUNG,
+    "test_whose_device_dies": FAILED,
+    "test_that_comes_last": OK,
+}
+
+
 def test_tests_are_recorded_one_by_one_and_outlive_the_process_of_some(run):
     outcomes = {r["test"].rpartition("::")[2]: r["status"] for r in run.records if "test" in r}
-    assert outcomes == {
-        "test_that_passes": OK,
-        "test_that_fails": FAILED,
-        "test_that_is_skipped": "skipped",
-        "test_that_crashes": CRASHED,
-        "test_that_hangs": HUNG,
-        "test_whose_device_dies": FAILED,
-        "test_that_comes_last": OK,
-    }
+    assert outcomes == OUTCOMES
     assert cases(run, "tests")["tests/gpu"]["facts"]["not_run"] == 0
 
 
@@ -292,6 +295,31 @@ def test_processes_that_do_not_start_are_given_up_with_their_last_words(tmp_path
     assert results["first"]["status"] == CRASHED
     assert results["first"]["log"] == ["this machine has no luck"]
     assert results["second"]["status"] == NOT_RUN
+
+
+def test_without_xdist_pytest_is_started_again_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
+    tools = rehearsal.RehearsedTools(make_context(tmp_path, tests_done=frozenset({"an earlier test"})))
+    outcomes, starts = {}, []
+    commands = suite._command
+    monkeypatch.setattr(suite, "_command", lambda tools: starts.append(1) or commands(tools))
+    facts = suite._suite(tools, lambda line: outcomes.update({line["test"].rpartition("::")[2]: line["status"]}))
+    assert outcomes == OUTCOMES
+    # After the crash, the hang and the dead device.
+    assert len(starts) == 4
+    assert "-n" not in commands(tools)
+    assert facts["tests"] == len(OUTCOMES)
+    assert facts["not_run"] == 0
+
+
+def test_tests_that_ran_at_the_end_of_the_time_have_not_crashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
+    tools = rehearsal.RehearsedTools(make_context(tmp_path, deadline=time.monotonic() + 6))
+    outcomes = {}
+    facts = suite._suite(tools, lambda line: outcomes.update({line["test"].rpartition("::")[2]: line["status"]}))
+    assert "test_that_hangs" not in outcomes
+    assert facts["not_run"] >= 3
+    assert "stopped after" in facts["pytest"][-1]
 
 
 def test_what_a_crashed_case_started_ends_with_it(tmp_path, monkeypatch):

@@ -37,9 +37,8 @@ class Recorder:
     @pytest.hookimpl
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         done = set(Path(os.environ[DONE]).read_text().splitlines())
-        found = len(items)
         items[:] = [item for item in items if item.nodeid not in done]
-        self.write(collected=len(items), left_out=found - len(items))
+        self.write(collected=len(items))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:

@@ -44,7 +44,9 @@ class _Watch:
     def __init__(self, folder: Path, done: frozenset[str], emit: Emit) -> None:
         self.folder, self.emit = folder, emit
         self.done = set(done)
-        self.all_tests = 0
+        self._earlier = len(self.done)
+        # To run, of the first collection: later ones leave out what has run by then.
+        self.tests = 0
         self._started: dict[str, int] = {}
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -55,10 +57,11 @@ class _Watch:
                 except json.JSONDecodeError:
                     continue
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Record new outcomes."""
         for line in self._lines():
             if "collected" in line:
-                self.all_tests = max(self.all_tests, line["collected"] + line["left_out"])
+                self.tests = max(self.tests, line["collected"])
             elif "start" in line:
                 self._started.setdefault(line["start"], line["process"])
             elif line["test"] not in self.done:
@@ -66,12 +69,12 @@ class _Watch:
                 self.emit(line | {"status": _STATUS[line["outcome"]]})
 
     def look(self) -> None:
-        """Record new outcomes, and tests that ended their process."""
-        self._read()
+        """Record new outcomes, and tests whose process has ended without one."""
+        self.read()
         gone = [test for test, process in self._started.items() if test not in self.done and not _lives(process)]
         if gone:
             # One may have ended well in the meantime.
-            self._read()
+            self.read()
         for test in gone:
             if test in self.done:
                 continue
@@ -83,7 +86,7 @@ class _Watch:
 
     @property
     def missing(self) -> int:
-        return max(self.all_tests - len(self.done), 0)
+        return max(self.tests - (len(self.done) - self._earlier), 0)
 
 
 def _suite(tools: Tools, emit: Emit) -> dict[str, Any]:
@@ -102,12 +105,13 @@ def _suite(tools: Tools, emit: Emit) -> dict[str, Any]:
         before = len(watch.done)
         (folder / "done").write_text("\n".join(watch.done))
         ended = tools.run(_command(tools), end - time.monotonic(), environment, watch.look)
-        watch.look()
+        # What ran when pytest was stopped has not crashed.
+        (watch.read if ended.code is None else watch.look)()
         texts.append(f"{ended.how}: {cut_middle(ended.text, 3000)}")
         # Without xdist pytest dies with a test; it goes on with the others.
         if ended.code is None or watch.missing == 0 or len(watch.done) == before:
             break
-    return {"tests": watch.all_tests, "not_run": watch.missing, "pytest": texts}
+    return {"tests": watch.tests, "not_run": watch.missing, "pytest": texts}
 
 
 def cases(context: Context) -> list[Case]:
