@@ -1,5 +1,7 @@
 """The run on a GPU, rehearsed without one: what fails is recorded, what follows still runs, nothing is claimed."""
 
+import copy
+import fcntl
 import gc
 import inspect
 import json
@@ -15,7 +17,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.gpu import comparisons, environment, records, rehearsal, report, sanitizer, session, stages, suite, summary
+from bench.gpu import (
+    agreement,
+    comparisons,
+    environment,
+    records,
+    rehearsal,
+    report,
+    sanitizer,
+    session,
+    stages,
+    suite,
+    summary,
+)
 from bench.gpu.cases import CRASHED, FAILED, HUNG, NOT_RUN, NOT_THERE, OK, WRONG, Case, Context, NotThere, Wrong
 from bench.gpu.exactness import Close, compare
 from bench.gpu.operators import DTYPES, OPERATORS, SIZES
@@ -25,18 +39,27 @@ from bench.gpu.tools import Ended
 from bench.machine import Replay
 from bench.results import BOTH, ON_BACKEND, OURS
 
+# The profiler is asked for kernels all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")
+
 ROOT = Path(__file__).parents[1]
+VARIABLES = {**os.environ, "PYTHONPATH": str(ROOT)}
 MOST_FILES, MOST_BYTES, MOST_CHARACTERS = 6, 16 << 20, 12_000
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One rehearsal of everything: its folder, records and printed text."""
-    folder = tmp_path_factory.mktemp("rehearsal")
-    command = [sys.executable, "-m", "bench.gpu", "--rehearse", f"--output={folder}", "--seconds=400"]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=450)
-    return SimpleNamespace(folder=folder, records=list(records.read([folder])), text=ended.stdout, log=ended.stderr)
+    """One rehearsal of everything, whatever the number of processes of pytest: its folder, records and printed text."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, printed = base / "rehearsal", base / "rehearsal.txt"
+    with (base / "rehearsal.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            command = [sys.executable, "-m", "bench.gpu", "--rehearse", f"--output={folder}", "--seconds=400"]
+            ended = subprocess.run(command, cwd=ROOT, env=VARIABLES, capture_output=True, text=True, timeout=450)
+            printed.write_text(ended.stdout or ended.stderr)
+    return SimpleNamespace(folder=folder, records=list(records.read([folder])), text=printed.read_text())
 
 
 def cases(run, stage):
@@ -54,7 +77,7 @@ def of(cases, start):
 def test_every_stage_ran_in_its_order(run):
     ended = [r for r in run.records if "seconds" in r and "case" not in r and "test" not in r and r["stage"] != "run"]
     written = {r["stage"]: r for r in ended}
-    assert set(written) == set(STAGES), run.log
+    assert set(written) == set(STAGES), run.text
     assert all(r["status"] == "ended" for r in ended), ended
     printed = [line.partition(":")[0] for line in run.text.splitlines() if ": seconds " in line]
     assert printed == list(STAGES)
@@ -211,6 +234,17 @@ def make_context(tmp_path, **options):
     return Context(True, tmp_path, tmp_path, **options)
 
 
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    """A rehearsed one, started as in a process of its own."""
+    monkeypatch.setattr(torch, "compile", torch.compile)
+    threads = torch.get_num_threads()
+    device = make_context(tmp_path).device()
+    device.start()
+    yield device
+    torch.set_num_threads(threads)
+
+
 def make_session(tmp_path, seconds=0.0, earlier=()):
     kept = records.Records(tmp_path / "out", {})
     return session.Session(make_context(tmp_path), kept, seconds, earlier, say=lambda text: None), kept
@@ -341,10 +375,7 @@ def test_what_a_crashed_case_started_ends_with_it(tmp_path, monkeypatch):
 
 def test_the_supervisor_starts_without_torch_and_without_the_library():
     code = "import sys, bench.gpu.command_line; sys.exit('torch' in sys.modules or 'moment_ops' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=VARIABLES).returncode == 0
 
 
 def test_the_supervisor_leaves_the_device_to_its_processes(tmp_path, monkeypatch):
@@ -403,8 +434,7 @@ def test_only_names_of_the_real_cuda_are_used():
     assert all(hasattr(torch.cuda, name) for name in names)
 
 
-def test_what_cannot_be_captured_is_called_and_says_why(tmp_path, monkeypatch):
-    device = make_context(tmp_path).device()
+def test_what_cannot_be_captured_is_called_and_says_why(device, monkeypatch):
     device.prepare()
 
     def record(call, stream):
@@ -417,10 +447,7 @@ def test_what_cannot_be_captured_is_called_and_says_why(tmp_path, monkeypatch):
     assert times["median_ms"] >= 0
 
 
-def test_replays_that_differ_from_the_call_are_wrong(tmp_path, monkeypatch):
-    from bench.gpu import agreement
-
-    device = make_context(tmp_path).device()
+def test_replays_that_differ_from_the_call_are_wrong(device, monkeypatch):
     arguments = (device, OPERATORS["moments"], "cuda", "float32", "odd")
     agreement._is_captured(*arguments)
     monkeypatch.setattr(device, "record", lambda call, stream, kept=[]: Replay(lambda: None, lambda: shifted(call())))
@@ -432,10 +459,35 @@ def test_replays_that_differ_from_the_call_are_wrong(tmp_path, monkeypatch):
         agreement._is_captured(*arguments)
 
 
-def test_a_comparison_without_a_backend_that_agreed_is_withheld(tmp_path):
-    device = make_context(tmp_path).device()
+def test_a_comparison_without_a_backend_that_agreed_is_withheld(device):
     with pytest.raises(NotThere, match="not seen to agree"):
         comparisons._compare(device, lambda facts: None, comparisons.ALL[0])
+
+
+def test_a_backend_that_fails_in_a_bench_leaves_the_others_to_be_compared(device, tmp_path, monkeypatch):
+    trusted = frozenset(("match", backend, "float32") for backend in rehearsal.STAND_INS)
+    device.context = make_context(tmp_path, trusted=trusted)
+    entry = comparisons.OnBackends.entry
+
+    def failing(bench, contestant):
+        if bench.backends.get(contestant) == "cuda":
+            raise RuntimeError("no resources")
+        return entry(bench, contestant)
+
+    monkeypatch.setattr(comparisons.OnBackends, "entry", failing)
+    facts = comparisons._compare(device, lambda facts: None, comparisons.ALL[0])
+    assert facts["backends"] == {OURS: "triton"}
+    assert "cuda: RuntimeError: no resources" in facts["said"]
+    assert facts["factors"]
+
+
+def test_no_factors_where_ours_is_wrong_and_none_over_a_wrong_rival(run):
+    result = copy.deepcopy(of(cases(run, "comparisons"), "match")["facts"]["result"])
+    assert "original" in comparisons.factors(result)
+    result["contestants"]["original"]["agrees"] = False
+    assert "original" not in comparisons.factors(result)
+    result["contestants"][OURS]["agrees"] = False
+    assert comparisons.factors(result) == {}
 
 
 @pytest.mark.parametrize("value", [1 + 1e-3, float("nan"), float("inf")])
