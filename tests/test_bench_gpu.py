@@ -24,6 +24,7 @@ from bench.gpu import (
     records,
     rehearsal,
     report,
+    runner,
     sanitizer,
     session,
     stages,
@@ -154,6 +155,7 @@ def test_what_agreed_is_timed_as_called_and_as_a_graph(run):
         assert contestants[OURS]["replayed"]["median_ms"] > 0
     timed = [r["facts"] for r in cases(run, "kernels").values() if r["status"] == OK]
     assert len(timed) >= 10
+    assert all(facts["clocks"]["driver_version"] == "none" for facts in timed)
     assert all(facts["us"] > 0 and facts["copy_gb_per_s"] > 0 and "copy" in facts["times"] for facts in timed)
     assert all(
         len(r["facts"]["times"]["torch.mm"]["samples_ms"]) == 2
@@ -329,6 +331,26 @@ def test_processes_that_do_not_start_are_given_up_with_their_last_words(tmp_path
     assert results["first"]["status"] == CRASHED
     assert results["first"]["log"] == ["this machine has no luck"]
     assert results["second"]["status"] == NOT_RUN
+
+
+def test_processes_that_hang_before_their_cases_are_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "START_SECONDS", 0.3)
+    monkeypatch.setattr(Stage, "worker", lambda stage, context: time.sleep(600))
+    start = time.monotonic()
+    results = run_cases(tmp_path, monkeypatch, [Case("first", lambda t, e: {}), Case("second", lambda t, e: {})])
+    assert time.monotonic() - start < 20
+    assert [results[name]["status"] for name in ("first", "second")] == [CRASHED, NOT_RUN]
+
+
+def test_a_case_after_one_that_ended_late_is_not_the_one_that_hung(tmp_path, monkeypatch):
+    """The end of the one and the begin of the other may arrive when the supervisor has decided to end the process."""
+    made = [Case("late", lambda t, e: time.sleep(0.6), seconds=0.5), Case("next", lambda t, e: time.sleep(0.5))]
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 0.0)
+    listen = Runner._listen
+    monkeypatch.setattr(Runner, "_listen", lambda made: (listen(made), time.sleep(0.3)))
+    results = run_cases(tmp_path, monkeypatch, made)
+    assert results["late"]["status"] in (OK, HUNG)
+    assert results["next"]["status"] == OK
 
 
 def test_without_xdist_pytest_is_started_again_and_goes_on(tmp_path, monkeypatch):

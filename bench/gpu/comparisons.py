@@ -3,7 +3,6 @@
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from typing import Any
 from bench import report
 from bench.gpu.cases import Case, Context, Emit, NotThere
 from bench.gpu.device import BACKENDS, Device, first_line
-from bench.gpu.environment import clocks
 from bench.gpu.goals import COMPARISONS
-from bench.gpu.tools import Tools
 from bench.harness import Bench, Entry, measure
 from bench.machine import Traffic
 from bench.results import BOTH, COMPILED, FORWARD, ON_BACKEND, OURS
@@ -150,9 +147,7 @@ def _compare(device: Device, emit: Emit, comparison: Comparison) -> dict[str, An
             if len(names) == 1 or not device.alive():
                 raise
             facts["said"].append(f"{names.pop(0)}: {first_line(problem)}")
-    with suppress(Exception):
-        facts["clocks"] = clocks(Tools(device.context))
-    return {**facts, "result": result, "factors": factors(result)}
+    return {**facts, "clocks": device.clocks(), "result": result, "factors": factors(result)}
 
 
 def factors(result: dict[str, Any]) -> dict[str, dict[str, float]]:

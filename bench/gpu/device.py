@@ -8,6 +8,8 @@ import torch
 
 import moment_ops as mo
 from bench.gpu.cases import Context
+from bench.gpu.environment import clocks
+from bench.gpu.tools import Tools
 from bench.harness import interleave, summary
 from bench.machine import Call, Gpu, Sample
 from bench.workloads import WORKLOADS, Workload
@@ -63,6 +65,16 @@ class Device(Gpu):
 
     def workload(self, name: str) -> Workload:
         return _LARGE.get(name) or WORKLOADS[name]
+
+    def tools(self) -> Tools:
+        return Tools(self.context)
+
+    def clocks(self) -> dict[str, str] | None:
+        """What nvidia-smi says now; None where it says nothing."""
+        try:
+            return clocks(self.tools())
+        except Exception:
+            return None
 
     def synchronize(self) -> None:
         self.cuda.synchronize()

@@ -193,7 +193,13 @@ def _time(device: Device, kernel: Kernel, backend: str, dtype: str) -> dict[str,
     for name, build in kernel.rivals:
         calls[name] = _calls(device, build, sets, "reference")[0]
     times = device.replayed(calls, SECONDS)
-    facts: dict[str, Any] = {"kernel": kernel.name, "workload": kernel.workload, "dtype": dtype, "backend": backend}
+    facts: dict[str, Any] = {
+        "clocks": device.clocks(),
+        "kernel": kernel.name,
+        "workload": kernel.workload,
+        "dtype": dtype,
+        "backend": backend,
+    }
     facts |= {"times": times, "bytes": moved, "copy_gb_per_s": copy.bytes / times[COPY]["median_ms"] / 1e6}
     milliseconds = times[kernel.name]["median_ms"]
     facts["us"] = 1e3 * milliseconds

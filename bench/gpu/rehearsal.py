@@ -117,6 +117,9 @@ class RehearsedDevice(Device):
         super().start()
         torch.compile = lambda function, **options: function  # type: ignore[assignment]
 
+    def tools(self) -> Tools:
+        return RehearsedTools(self.context)
+
     def unavailable(self, backend: str) -> str | None:
         return super().unavailable("cpu") if backend == "cuda" else None
 

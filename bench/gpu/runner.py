@@ -20,6 +20,8 @@ from bench.gpu.worker import POISONED, work
 
 # Beyond a case's limit, in which its process may write down where it hangs.
 GRACE_SECONDS = 1.0
+# Until a process begins its first case.
+START_SECONDS = 60.0
 # Of processes that are started for one shard.
 MOST_STARTS = 12
 # Of processes that end before their first case.
@@ -37,8 +39,8 @@ class _Worker:
     connection: Any
     shard: "_Shard"
     log: Path
+    limit: float
     current: str | None = None
-    limit: float = float("inf")
     log_start: int = 0
 
 
@@ -97,7 +99,7 @@ class Runner:
         process = self.processes.Process(target=work, args=(theirs, self.context, self.stage, names, log))
         process.start()
         theirs.close()
-        self._active.append(_Worker(process, ours, shard, log))
+        self._active.append(_Worker(process, ours, shard, log, time.monotonic() + START_SECONDS))
 
     def _listen(self) -> None:
         now = time.monotonic()
@@ -138,9 +140,12 @@ class Runner:
                 self._kill(worker)
                 self._give_up(worker.shard, "the stage's time was over")
             elif now > worker.limit:
+                late = worker.current
                 self._kill(worker)
-                if worker.current is not None:
-                    limit = self._cases[worker.current].seconds
+                if late is None:
+                    self._count_false_start(worker)
+                elif late == worker.current:
+                    limit = self._cases[late].seconds
                     self._finish(worker, self._death(worker, HUNG, f"no end after {limit:g} s"))
                 self._start_again(worker.shard)
             elif not worker.process.is_alive():
@@ -148,13 +153,16 @@ class Runner:
                 if worker.current is not None:
                     self._finish(worker, self._death(worker, CRASHED, f"the process ended with {_how(worker)}"))
                 elif not worker.shard.finished:
-                    worker.shard.false_starts += 1
-                    worker.shard.last_words = self._log_lines(worker)
+                    self._count_false_start(worker)
                 self._start_again(worker.shard)
         if now > self.context.deadline:
             for shard in self._queue:
                 self._give_up(shard, "the stage's time was over")
             self._queue = []
+
+    def _count_false_start(self, worker: _Worker) -> None:
+        worker.shard.false_starts += 1
+        worker.shard.last_words = self._log_lines(worker)
 
     def _start_again(self, shard: _Shard) -> None:
         if shard.waiting:

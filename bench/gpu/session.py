@@ -16,7 +16,7 @@ from bench.gpu.stages import STAGES, Stage
 
 # Kept for the summary at the end.
 SUMMARY_SECONDS = 6.0
-USABLE_SECONDS = 90.0
+USABLE_SECONDS = 45.0
 # Imported once, before processes are forked; the profiler imports inductor, too. None of them may touch the device, and
 # not `torch._inductor.async_compile`, which starts processes.
 PRELOADED = (
