@@ -263,6 +263,9 @@ def test_only_names_of_the_real_cuda_are_used():
     names = {name for path in sources for name in re.findall(r"\b(?:self|device)\.cuda\.(\w+)", path.read_text())}
     assert {"Event", "CUDAGraph", "graph", "Stream", "set_sync_debug_mode"} <= names
     assert all(hasattr(torch.cuda, name) for name in names)
+    # What the rehearsal does not run.
+    assert "stream" in inspect.signature(torch.cuda.graph.__init__).parameters
+    assert hasattr(torch.cuda.CUDAGraph, "replay")
 
 
 def test_what_cannot_be_captured_is_called_and_says_why(device, monkeypatch):
