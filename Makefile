@@ -77,7 +77,7 @@ format: build  ## reformat the Python code
 bench: build  ## time the ops against eager PyTorch and torch.compile
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-gpu: build  ## everything that only a GPU can tell, the most important first; results in $$OUT
+bench-gpu: build  ## everything that only a GPU can tell, the most important first
 	@$(BIN)/python -m bench.gpu $(ARGS)
 
 clean:  ## remove the environment and everything built
