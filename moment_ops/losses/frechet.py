@@ -77,8 +77,6 @@ def _check_definite(cov: Tensor, name: str, rounding: float) -> None:
 
 
 def _of_one_layer(moments: Any, name: str) -> tuple[Tensor, Tensor]:
-    if not isinstance(moments, Moments):
-        raise TypeError(f"{name}: got {type(moments).__name__}, expected Moments")
     if moments.cov is None or len(moments.cov) != 1:
         raise ValueError(f"{name}: expected Moments of one layer with its covariance")
     return moments.mean, moments.cov[0]
@@ -110,9 +108,14 @@ def frechet_distance(*gaussians: Any, **named: Any) -> Tensor:
     """
     names = ("first", "second") if len(gaussians) + len(named) == 2 else ("mean1", "cov1", "mean2", "cov2")
     given = dict(zip(names, gaussians, strict=False))
-    if len(gaussians) > len(names) or set(given) & set(named) or set(given) | set(named) != set(names):
-        raise TypeError("frechet_distance: expected two Moments, first and second, or mean1, cov1, mean2, cov2")
+    clear = len(gaussians) <= len(names) and not set(given) & set(named) and set(given) | set(named) == set(names)
     given |= named
+    if not clear or any(isinstance(value, Moments) != (len(names) == 2) for value in given.values()):
+        got = ", ".join(type(value).__name__ for value in (*gaussians, *named.values()))
+        raise TypeError(
+            f"frechet_distance: got {got or 'nothing'}, expected two Moments, first and second, "
+            "or mean1, cov1, mean2, cov2"
+        )
     labels = [("mean1", "cov1"), ("mean2", "cov2")]
     if len(names) == 2:
         pairs = [_of_one_layer(given[name], name) for name in names]
