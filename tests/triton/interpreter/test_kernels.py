@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.fixture
 def wide(monkeypatch):
     """Wide tiles for few columns, too: the interpreter is slow."""
-    monkeypatch.setattr(_plan, "_NARROW_COLUMNS", 0)
+    monkeypatch.setattr(_plan, "IN_FLIGHT", 0)
     _plan._groups.cache_clear()
     yield
     _plan._groups.cache_clear()
