@@ -199,8 +199,8 @@ class _Memory:
             self.now = back
 
 
-def _steady(body: Sequence[Instruction], passes: int = 16) -> Flight:
-    """An iteration of a loop, after as many that what was loaded ahead is in flight."""
+def _steady(body: Sequence[Instruction], passes: int = 24) -> Flight:
+    """An iteration of a loop when it has run for a while, on average: stages of a pipeline take turns of 2, 3 or 4."""
     memory = _Memory()
     for _ in range(passes):
         memory.run(body)
