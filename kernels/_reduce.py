@@ -58,12 +58,14 @@ def fold_groups(pivot, mean, m2, rows):
     """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of all rows from those of each group."""
     GROUPS: tl.constexpr = pivot.shape[0]
     count = rows_of_groups(rows, GROUPS).to(mean.dtype)
-    # Relative to one of them, equal means have a mean without rounding.
+    # The pivot of one group, which may have had an outlier, and then the mean relative to it: that of equal means is
+    # these, without rounding.
     first = tl.sum(tl.where(tl.arange(0, GROUPS)[:, None] == 0, pivot, 0.0), axis=0)
-    mean = (pivot - first[None]) + mean
+    center = first + tl.sum(count * ((pivot - first[None]) + mean), axis=0) / tl.cast(rows, mean.dtype)
+    mean = (pivot - center[None]) + mean
     total = tl.sum(count * mean, axis=0) / tl.cast(rows, mean.dtype)
     delta = mean - total[None]
-    return first, total, tl.sum(m2 + count * (delta * delta), axis=0)
+    return center, total, tl.sum(m2 + count * (delta * delta), axis=0)
 
 
 @triton.jit
