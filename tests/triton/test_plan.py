@@ -90,10 +90,16 @@ def test_a_thread_merges_at_most_512_rows_in_float32(rows, columns):
     assert group.chunks == -(-rows // group.chunk_rows)
 
 
-@pytest.mark.parametrize("rows", [1024, 100_000, 2_000_000])
-def test_one_program_folds_no_more_chunks_than_it_would_read_rows(rows):
-    group = plan("reduce", rows, 64, torch.float32)
-    assert 1 < group.chunks <= 256
+def test_up_to_8192_rows_of_a_large_layer_leave_nothing_to_fold():
+    for rows in (600, 4000, 8192):
+        assert plan("reduce", rows, 851_968, torch.float32).chunks == 1
+
+
+@pytest.mark.parametrize("rows", [1024, 40_000, 100_000, 2_000_000])
+@pytest.mark.parametrize("kind", ["reduce", "tap"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_program_folds_no_more_chunks_than_it_has_time_for(kind, dtype, rows):
+    assert 1 < plan(kind, rows, 64, dtype).chunks <= 256
 
 
 @pytest.mark.parametrize("rows", ROWS)
