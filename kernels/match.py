@@ -40,7 +40,7 @@ def complement_of_power(beta, exponent):
     # exp(-38) is less than half a unit in the last place of 1.
     z = tl.minimum(-tl.log(tl.maximum(beta, 1e-300)) * exponent.to(tl.float64), 38.0) * (1.0 / 128)
     series = tl.full((), 1.0, tl.float64)
-    for k in tl.static_range(13, 1, -1):
+    for k in tl.static_range(8, 1, -1):
         series = 1.0 - z * (1.0 / k) * series
     result = z * series
     for _ in tl.static_range(7):

@@ -207,12 +207,18 @@ def test_backward_in_every_dtype(dtype, parts, added):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_of_wide_layers_in_chunks(wide, dtype):
-    layers = make_features(30, ((513,), (1024,)), dtype)
+@pytest.mark.parametrize("rows", [30, 130])
+def test_backward_of_wide_layers_tile_by_tile(wide, rows, dtype):
+    layers = make_features(rows, ((513,), (1024,)), dtype)
+    (group, *_) = _plan.groups("apply", layers, layers, layers)
+    assert group.chunks == -(-rows // 128)
+    assert min(rows, group.chunk_rows) > 2 * group.tile.rows
     mean, _, count = moments(layers)
-    grad = torch.randn_like(mean)
-    got = moments_backward(layers, mean, count, grad, grad)
-    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad, grad), strict=True):
+    coefficients = torch.randn_like(mean)
+    grad = [torch.randn_like(x) for x in layers]
+    got = moments_backward(layers, mean, count, coefficients, coefficients, grad=grad)
+    exact_gradients = backward_in_float64(layers, mean, count, coefficients, coefficients, grad)
+    for dx, exact in zip(got, exact_gradients, strict=True):
         assert bool(((dx.double() - exact).abs() <= bound(dtype, exact)).all())
 
 
