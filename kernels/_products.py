@@ -16,20 +16,12 @@ from moment_ops.kernels._common import is_finite
 
 
 @triton.jit
-def to_tf32(x):
-    """float32 rounded to nearest even with 10 explicit bits of mantissa; tensor cores would truncate."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
-    return tl.where(is_finite(x), rounded.to(tl.float32, bitcast=True), x)
+def rounded(x, BITS: tl.constexpr):
+    """float32 rounded to nearest, ties away from zero, without the last BITS bits of the mantissa.
 
-
-@triton.jit
-def leading(x, TF32: tl.constexpr, BF16: tl.constexpr):
-    """The leading term of float32, as an operand."""
-    if TF32:
-        return to_tf32(x)
-    else:
-        return x.to(tl.bfloat16).to(BF16)
+    In integers: a conversion to bfloat16 and back takes four times as long. A NaN may become a zero.
+    """
+    return ((x.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -40,16 +32,39 @@ def multiply(a, b, total, MODE: tl.constexpr, BF16: tl.constexpr):
     """
     if MODE == "ieee":
         return tl.dot(a, b, total, input_precision="ieee")
+    TF32: tl.constexpr = MODE == "tf32" or MODE == "tf32x3"
+    if TF32:
+        BITS: tl.constexpr = 13
+        OPERAND: tl.constexpr = tl.float32
     else:
-        TF32: tl.constexpr = MODE == "tf32" or MODE == "tf32x3"
-        a_high = leading(a, TF32, BF16)
-        b_high = leading(b, TF32, BF16)
-        if MODE != "tf32" and MODE != "bf16":
-            a_low = leading(a - a_high.to(tl.float32), TF32, BF16)
-            b_low = leading(b - b_high.to(tl.float32), TF32, BF16)
-            # Small terms first.
-            if MODE == "bf16x4":
-                total = tl.dot(a_low, b_low, total, input_precision="tf32")
-            total = tl.dot(a_low, b_high, total, input_precision="tf32")
-            total = tl.dot(a_high, b_low, total, input_precision="tf32")
-        return tl.dot(a_high, b_high, total, input_precision="tf32")
+        BITS: tl.constexpr = 16
+        OPERAND: tl.constexpr = BF16
+    if MODE == "bf16":
+        return tl.dot(a.to(tl.bfloat16).to(BF16), b.to(tl.bfloat16).to(BF16), total)
+    a_high = rounded(a, BITS)
+    b_high = rounded(b, BITS)
+    if MODE == "tf32":
+        a_high = tl.where(is_finite(a), a_high, a)
+        b_high = tl.where(is_finite(b), b_high, b)
+    else:
+        a_low = a - a_high
+        b_low = b - b_high
+        if TF32:
+            a_low = rounded(a_low, BITS)
+            b_low = rounded(b_low, BITS)
+        else:
+            a_low = a_low.to(tl.bfloat16).to(BF16)
+            b_low = b_low.to(tl.bfloat16).to(BF16)
+        a_high = a_high.to(OPERAND)
+        b_high = b_high.to(OPERAND)
+        if MODE == "bf16x4":
+            total = tl.dot(a_low, b_low, total, input_precision="tf32")
+        total = tl.dot(a_low, b_high, total, input_precision="tf32")
+        total = tl.dot(a_high, b_low, total, input_precision="tf32")
+    return tl.dot(a_high, b_high, total, input_precision="tf32")
+
+
+@triton.jit
+def promoted(total, part):
+    """total + part, rounded to nearest. Not `+`: Triton would sum the products of `part` on top of `total`."""
+    return tl.fma(part, tl.full(part.shape, 1.0, tl.float32), total)

@@ -25,7 +25,7 @@ from moment_ops.kernels._covariance_plan import (
     product_mode,
     triangle_groups,
 )
-from moment_ops.kernels._products import multiply
+from moment_ops.kernels._products import multiply, promoted
 from moment_ops.kernels._reduce import reduce_columns, variance
 from moment_ops.kernels._triangle import BLOCK, block_pair
 from moment_ops.kernels.moments import reduction_arguments
@@ -136,7 +136,7 @@ def tile_products(
                 left = tl.where(here, left - left_shift[None, :], 0.0)
                 right = right - right_shift[None, :]
             part = multiply(tl.trans(left), right, part, MODE, BF16)
-        total += part
+        total = promoted(total, part)
     return total
 
 

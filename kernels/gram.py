@@ -15,7 +15,7 @@ from torch import Tensor
 from moment_ops.kernels import _gram_plan, _plan
 from moment_ops.kernels._common import pick_integer
 from moment_ops.kernels._covariance_plan import architecture_of, operand_dtype
-from moment_ops.kernels._products import multiply
+from moment_ops.kernels._products import multiply, promoted
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
 
@@ -41,14 +41,18 @@ def row_pointers(
     tensors, strides, starts, firsts, program, row, LAYERS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr
 ):
     """(ROWS, 1) pointers to rows, counted over all groups."""
-    stride = (pick_group(strides, starts, program, 0, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
-    at = pick_group(tensors, starts, program, 0, LAYERS, GROUPS) + row.to(tl.int64)[:, None] * stride
+    first = pick_group(tensors, starts, program, 0, LAYERS, GROUPS)
+    address = first.to(tl.int64)
+    UNIT: tl.constexpr = VECTOR * (first.dtype.element_ty.primitive_bitwidth // 8)
+    wide = row.to(tl.int64)
+    offset = wide * ((pick_group(strides, starts, program, 0, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR)
     for group in tl.static_range(1, GROUPS):
-        local = row - (firsts[group] >> 4)
         stride = (pick_group(strides, starts, program, group, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
-        of_group = pick_group(tensors, starts, program, group, LAYERS, GROUPS) + local.to(tl.int64)[:, None] * stride
-        at = tl.where((local >= 0)[:, None], of_group, at)
-    return at
+        distance = pick_group(tensors, starts, program, group, LAYERS, GROUPS).to(tl.int64) - address
+        begin = distance // UNIT * VECTOR - (firsts[group] >> 4) * stride
+        offset = tl.where(row >= (firsts[group] >> 4), begin + wide * stride, offset)
+    base = tl.multiple_of(address.to(first.dtype), UNIT)
+    return base + offset[:, None]
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def gram_kernel(
                     right_at, shifts, starts, firsts, program, right_row, right_mask, column, inside, LAYERS, GROUPS
                 )
                 part = multiply(left, tl.trans(right), part, MODE, BF16)
-            total += part
+            total = promoted(total, part)
         # The sum over blocks is in memory: registers are for products.
         promoted = total.to(tl.float64)
         if block > begin:
@@ -235,7 +239,7 @@ def gram_backward_kernel(
             total = multiply(factor, z, total, MODE, BF16)
         else:
             # Not into `total`: the sums of tensor cores are truncated.
-            total += multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16)
+            total = promoted(total, multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16))
     out = row_pointers(outputs, output_strides, starts, firsts, program, row, LAYERS, GROUPS, VECTOR)
     mask = written[:, None] & column_mask[None, :]
     tl.store(out + column[None, :], total.to(outputs[0].dtype.element_ty), mask=mask)
