@@ -17,11 +17,35 @@ from moment_ops.kernels._common import is_finite
 
 @triton.jit
 def rounded(x, BITS: tl.constexpr):
-    """float32 rounded to nearest, ties away from zero, without the last BITS bits of the mantissa.
+    """float32 rounded to nearest, ties away from zero, to a mantissa without its last BITS bits; a NaN may become 0.
 
-    In integers: a conversion to bfloat16 and back takes four times as long. A NaN may become a zero.
+    In integers: conversions to bfloat16 and back take four times as long.
     """
-    return ((x.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)).to(tl.float32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True) + (1 << (BITS - 1))
+    return (bits & -(1 << BITS)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_tf32(x):
+    """Rounded to 10 explicit bits of mantissa; tensor cores would truncate."""
+    return tl.where(is_finite(x), rounded(x, 13), x)
+
+
+@triton.jit
+def to_bf16(x, BF16: tl.constexpr):
+    """Rounded to bfloat16, as an operand."""
+    return x.to(tl.bfloat16).to(BF16)
+
+
+@triton.jit
+def terms(x, TF32: tl.constexpr, BF16: tl.constexpr):
+    """(high, low) operands whose sum is x to twice their bits; where x is not finite, the low one is NaN."""
+    if TF32:
+        high = rounded(x, 13)
+        return high, rounded(x - high, 13)
+    else:
+        high = rounded(x, 16)
+        return to_bf16(high, BF16), to_bf16(x - high, BF16)
 
 
 @triton.jit
@@ -32,36 +56,21 @@ def multiply(a, b, total, MODE: tl.constexpr, BF16: tl.constexpr):
     """
     if MODE == "ieee":
         return tl.dot(a, b, total, input_precision="ieee")
-    TF32: tl.constexpr = MODE == "tf32" or MODE == "tf32x3"
-    if TF32:
-        BITS: tl.constexpr = 13
-        OPERAND: tl.constexpr = tl.float32
+    elif MODE == "tf32":
+        return tl.dot(to_tf32(a), to_tf32(b), total, input_precision="tf32")
+    elif MODE == "bf16":
+        return tl.dot(to_bf16(a, BF16), to_bf16(b, BF16), total, input_precision="ieee")
     else:
-        BITS: tl.constexpr = 16
-        OPERAND: tl.constexpr = BF16
-    if MODE == "bf16":
-        return tl.dot(a.to(tl.bfloat16).to(BF16), b.to(tl.bfloat16).to(BF16), total)
-    a_high = rounded(a, BITS)
-    b_high = rounded(b, BITS)
-    if MODE == "tf32":
-        a_high = tl.where(is_finite(a), a_high, a)
-        b_high = tl.where(is_finite(b), b_high, b)
-    else:
-        a_low = a - a_high
-        b_low = b - b_high
-        if TF32:
-            a_low = rounded(a_low, BITS)
-            b_low = rounded(b_low, BITS)
-        else:
-            a_low = a_low.to(tl.bfloat16).to(BF16)
-            b_low = b_low.to(tl.bfloat16).to(BF16)
-        a_high = a_high.to(OPERAND)
-        b_high = b_high.to(OPERAND)
+        TF32: tl.constexpr = MODE == "tf32x3"
+        PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+        a_high, a_low = terms(a, TF32, BF16)
+        b_high, b_low = terms(b, TF32, BF16)
+        # Small terms first.
         if MODE == "bf16x4":
-            total = tl.dot(a_low, b_low, total, input_precision="tf32")
-        total = tl.dot(a_low, b_high, total, input_precision="tf32")
-        total = tl.dot(a_high, b_low, total, input_precision="tf32")
-    return tl.dot(a_high, b_high, total, input_precision="tf32")
+            total = tl.dot(a_low, b_low, total, input_precision=PRECISION)
+        total = tl.dot(a_low, b_high, total, input_precision=PRECISION)
+        total = tl.dot(a_high, b_low, total, input_precision=PRECISION)
+        return tl.dot(a_high, b_high, total, input_precision=PRECISION)
 
 
 @triton.jit

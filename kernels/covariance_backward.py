@@ -8,12 +8,13 @@ from torch import Tensor
 
 from moment_ops.kernels import _plan
 from moment_ops.kernels._common import pick, pick_integer
-from moment_ops.kernels._covariance_plan import (
+from moment_ops.kernels._covariance_plan import output_groups
+from moment_ops.kernels._product_tiles import (
+    Architecture,
     architecture_of,
-    backward_mode,
     backward_tile,
+    gradient_mode,
     operand_dtype,
-    output_groups,
 )
 from moment_ops.kernels._products import multiply, promoted
 from moment_ops.kernels._triangle import BLOCK, packed_block
@@ -159,16 +160,16 @@ def backward_launches(
     centered: bool,
     precision: str,
     out: Sequence[Tensor],
-    architecture: int,
+    architecture: Architecture,
 ) -> list[_plan.Launch]:
     """The launches of the backward of layers (N, D) whose columns are neighbours, and of their outputs.
 
     grad: packed matrices, or the (D, D) one of the only layer.
     """
-    mode = backward_mode(precision, x[0].dtype)
+    mode = gradient_mode(precision, x[0].dtype, architecture)
     tile = backward_tile(mode, architecture, len(x[0]), [rows.shape[1] for rows in x])
     launches = []
-    for group in output_groups(x, out, tile):
+    for group in output_groups(x, out, tile, architecture):
         arguments = {
             "inputs": group.tensors(x),
             "outputs": group.tensors(out),

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from moment_ops.kernels import _gram_plan, _plan
 from moment_ops.kernels._common import pick_integer
-from moment_ops.kernels._covariance_plan import architecture_of, operand_dtype
+from moment_ops.kernels._product_tiles import (
+    Architecture,
+    architecture_of,
+    gram_gradient_tile,
+    gram_mode,
+    gram_tile,
+    operand_dtype,
+)
 from moment_ops.kernels._products import multiply, promoted
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
@@ -22,8 +29,6 @@ from moment_ops.kernels.covariance import unit_columns
 # Sides of the parts of a tile that are folded, and chunks that are loaded at a time.
 _FOLD_SIDE = 32
 _FOLD_CHUNKS = 8
-# As many as there are: left to itself, ptxas spills to reach the next step of occupancy.
-_REGISTERS = 255
 
 
 @triton.jit
@@ -246,16 +251,16 @@ def gram_backward_kernel(
 
 
 def gram_launches(
-    rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor, architecture: int
+    rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor, architecture: Architecture
 ) -> list[_plan.Launch]:
     """The launches of `gram`, products and their sums, of rows and shifts whose columns are neighbours."""
-    mode = _gram_plan.mode_of(rows[0].dtype)
-    tile = _gram_plan.forward_tile(mode, architecture)
+    mode = gram_mode(rows[0].dtype, architecture)
+    tile = gram_tile(mode, architecture)
     total = out.shape[1]
     row_tiles = _gram_plan.blocks(total, tile.rows)
     parts = row_tiles * (row_tiles + 1) // 2 * (tile.rows // _FOLD_SIDE) ** 2
     launches = []
-    for batch in _gram_plan.triangle_batches(rows, shift, layers, tile):
+    for batch in _gram_plan.triangle_batches(rows, shift, layers, tile, architecture):
         partials = out.new_empty(batch.programs * tile.rows * tile.columns)
         products = {
             "inputs": batch.tensors(rows, layers),
@@ -291,7 +296,7 @@ def gram_launches(
             "SIDE": _FOLD_SIDE,
             "CHUNKS": _FOLD_CHUNKS,
         }
-        launches.append(_plan.Launch(gram_kernel, batch.programs, products, tile.warps, _REGISTERS))
+        launches.append(_plan.Launch(gram_kernel, batch.programs, products, tile.warps, tile.registers))
         launches.append(_plan.Launch(gram_fold_kernel, parts * len(batch.layers), sums, 4))
     return launches
 
@@ -302,15 +307,15 @@ def backward_launches(
     shift: Sequence[Tensor],
     wanted: Sequence[bool],
     out: Sequence[Tensor],
-    architecture: int,
+    architecture: Architecture,
 ) -> list[_plan.Launch]:
     """The launches of `gram_backward`; `out` has a tensor for each of `rows`, any where none is wanted.
 
     factors: (L, R, 4 * ceil(R / 4)) float32, symmetric, zero beyond R.
     """
     layers, total = factors.shape[:2]
-    mode = _gram_plan.mode_of(rows[0].dtype)
-    tile = _gram_plan.backward_tile(mode, architecture)
+    mode = gram_mode(rows[0].dtype, architecture)
+    tile = gram_gradient_tile(mode, architecture)
     return [
         _plan.Launch(
             gram_backward_kernel,
@@ -340,9 +345,9 @@ def backward_launches(
                 "STAGES": tile.stages,
             },
             tile.warps,
-            _REGISTERS,
+            tile.registers,
         )
-        for batch in _gram_plan.output_batches(rows, out, shift, layers, tile)
+        for batch in _gram_plan.output_batches(rows, out, shift, layers, tile, architecture)
     ]
 
 
@@ -352,9 +357,7 @@ def _run(launches: Sequence[_plan.Launch], device: torch.device) -> None:
 
 def _must_be_joined(rows: Sequence[Tensor], layers: int) -> bool:
     """Whether the groups are more than a program chooses from, or differ in dtype."""
-    # Triton 3.7 fails to compile a choice between tensors of pointers for AMD's GPUs.
-    most = 1 if torch.version.hip is not None else _gram_plan.MOST_GROUPS
-    return len(rows) > most * layers or len({x.dtype for x in rows}) > 1
+    return len(rows) > _gram_plan.MOST_GROUPS * layers or len({x.dtype for x in rows}) > 1
 
 
 def _joined(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int) -> tuple[list[Tensor], list[Tensor]]:
