@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moment_ops.kernels._plan import encoded, padded
-from moment_ops.kernels._product_tiles import CHUNK_ROWS, Architecture, ProductTile, most_layers, processors
+from moment_ops.kernels._product_tiles import (
+    CHUNK_ROWS,
+    Architecture,
+    ProductTile,
+    most_chunks,
+    most_layers,
+    processors,
+)
 from moment_ops.ops import triangle
 
 # The most chunks of rows; in rows, what a tile costs besides them, and a chunk the program that folds it.
@@ -162,4 +169,4 @@ def _chunk_rows(rows: int, tiles: int, slots: int) -> int:
         count = -(-rows // size)
         return -(-tiles * count // slots) * (size + _TILE_ROWS) + (count - 1) * _FOLD_ROWS
 
-    return rows_of(min(range(1, min(max(1, rows // CHUNK_ROWS), _MOST_CHUNKS) + 1), key=duration))
+    return rows_of(min(range(1, min(most_chunks(rows), _MOST_CHUNKS) + 1), key=duration))

@@ -40,51 +40,52 @@ class ProductTile(NamedTuple):
 # Without tensor cores operands and sums share the registers; a sum of 32 products is promoted. Larger tiles read less
 # shared memory, but one program fills a multiprocessor.
 _IEEE = ProductTile(64, 64, 16, 2, 4, 2, 168)
-_COVARIANCES = {
-    # Operands in registers; 99 KiB of shared memory.
-    "sm_80": {
-        "ieee": _IEEE,
-        "tf32": ProductTile(128, 128, 16, 1, 8, 3),
-        "tf32x3": ProductTile(64, 64, 32, 1, 4, 3),
-        "bf16": ProductTile(128, 128, 32, 1, 8, 3),
-        "bf16x3": ProductTile(128, 128, 16, 1, 8, 3),
-        "bf16x4": ProductTile(128, 128, 16, 1, 8, 3),
-    },
-    # Tensor cores read shared memory.
-    "sm_90": {
-        "ieee": _IEEE,
-        "tf32": ProductTile(128, 128, 32, 1, 8, 3),
-        "tf32x3": ProductTile(64, 64, 32, 1, 4, 3),
-        "bf16": ProductTile(128, 128, 64, 1, 8, 3),
-        "bf16x3": ProductTile(128, 128, 32, 1, 8, 3),
-        "bf16x4": ProductTile(128, 128, 32, 1, 8, 3),
-    },
-    # Every product of a chain has its own columns of tensor memory, which has 512. Triton 3.6 takes more registers.
-    "sm_100": {"ieee": _IEEE._replace(registers=224), "bf16x4": ProductTile(64, 64, 32, 1, 4, 3)},
-    # 64 KiB of shared memory, for operands alone: what is loaded ahead stays in registers.
-    "gfx": dict.fromkeys(("ieee", "tf32", "bf16", "bf16x3", "bf16x4"), ProductTile(128, 128, 32, 1, 8, 2)),
+# Tensor cores take operands from registers; 99 KiB of shared memory. sm_120, too.
+_SM80 = {
+    "ieee": _IEEE,
+    "tf32": ProductTile(128, 128, 16, 1, 8, 3),
+    "tf32x3": ProductTile(64, 64, 32, 1, 4, 3),
+    "bf16": ProductTile(128, 128, 32, 1, 8, 3),
+    "bf16x3": ProductTile(128, 128, 16, 1, 8, 3),
+    "bf16x4": ProductTile(128, 128, 16, 1, 8, 3),
 }
-_COVARIANCES["sm_100"] = {**_COVARIANCES["sm_90"], **_COVARIANCES["sm_100"]}
-# Where the packed matrix is read takes scalar registers, of which larger tiles of AMD would spill some.
-_GRADIENTS = {
-    **_COVARIANCES,
-    "gfx": dict.fromkeys(_COVARIANCES["gfx"], ProductTile(64, 64, 16, 1, 4, 2)),
+# From shared memory.
+_SM90 = {
+    "ieee": _IEEE,
+    "tf32": ProductTile(128, 128, 32, 1, 8, 3),
+    "tf32x3": ProductTile(64, 64, 32, 1, 4, 3),
+    "bf16": ProductTile(128, 128, 64, 1, 8, 3),
+    "bf16x3": ProductTile(128, 128, 32, 1, 8, 3),
+    "bf16x4": ProductTile(128, 128, 32, 1, 8, 3),
 }
+_SM100 = {
+    **_SM90,
+    # Triton 3.6 takes more registers.
+    "ieee": _IEEE._replace(registers=224),
+    # Every product of a chain has its own columns of tensor memory, which has 512.
+    "bf16x4": ProductTile(64, 64, 32, 1, 4, 3),
+}
+# 64 KiB of shared memory, for operands alone: what is loaded ahead stays in registers.
+_GFX = dict.fromkeys(("ieee", "tf32", "bf16", "bf16x3", "bf16x4"), ProductTile(128, 128, 32, 1, 8, 2))
+# Reading the packed matrix takes scalar registers, of which larger tiles would spill some.
+_GFX_GRADIENTS = dict.fromkeys(_GFX, ProductTile(64, 64, 16, 1, 4, 2))
+
+_COVARIANCES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx": _GFX}
+_GRADIENTS = {**_COVARIANCES, "gfx": _GFX_GRADIENTS}
 
 # Rows are a few hundred: larger tiles would be mostly empty.
-_GRAMS = {
-    "sm_80": {"ieee": ProductTile(64, 64, 16, 2, 4, 3), "tf32x3": ProductTile(64, 64, 16, 1, 4, 3)},
-    "sm_90": {"ieee": ProductTile(64, 64, 16, 2, 4, 3), "tf32x3": ProductTile(64, 64, 32, 1, 4, 3)},
-    "gfx": {"ieee": ProductTile(64, 64, 32, 1, 4, 2)},
-}
+_GRAM = {"ieee": ProductTile(64, 64, 16, 2, 4, 3), "tf32x3": ProductTile(64, 64, 32, 1, 4, 3)}
 # Pointers to the rows that are summed take registers of their own: four warps of "ieee" would spill.
-_GRAM_GRADIENTS = {
-    "sm_80": {"ieee": ProductTile(64, 64, 16, 1, 8, 3, 255), "tf32x3": ProductTile(64, 64, 32, 1, 4, 3)},
-    "gfx": {"ieee": ProductTile(64, 64, 32, 1, 4, 2)},
+_GRAM_GRADIENT = {"ieee": ProductTile(64, 64, 16, 1, 8, 3, 255), "tf32x3": ProductTile(64, 64, 32, 1, 4, 3)}
+_GFX_GRAM = {"ieee": ProductTile(64, 64, 32, 1, 4, 2)}
+
+_GRAMS = {
+    "sm_80": {**_GRAM, "tf32x3": ProductTile(64, 64, 16, 1, 4, 3)},
+    "sm_90": _GRAM,
+    "sm_100": _GRAM,
+    "gfx": _GFX_GRAM,
 }
-for _tiles in (_GRAMS, _GRAM_GRADIENTS):
-    _tiles["sm_90"] = _tiles.get("sm_90", _tiles["sm_80"])
-    _tiles["sm_100"] = _tiles["sm_90"]
+_GRAM_GRADIENTS = {"sm_80": _GRAM_GRADIENT, "sm_90": _GRAM_GRADIENT, "sm_100": _GRAM_GRADIENT, "gfx": _GFX_GRAM}
 
 # Multiprocessors of the largest GPU of an architecture.
 _PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170, "gfx90a": 104, "gfx942": 304, "gfx950": 256}
@@ -103,6 +104,11 @@ def architecture_of(device: torch.device) -> Architecture:
 def processors(architecture: Architecture) -> int:
     """Multiprocessors that are to be kept busy."""
     return _PROCESSORS.get(architecture, 128)
+
+
+def most_chunks(rows: int) -> int:
+    """Programs that are worth having for so many rows."""
+    return -(-rows // CHUNK_ROWS)
 
 
 def most_layers(architecture: Architecture) -> int:
@@ -160,7 +166,7 @@ def forward_tile(mode: str, architecture: Architecture, rows: int, widths: Seque
     """The square tile of upper triangles of layers: small where large ones, cut along the rows, leave a GPU idle."""
     tile = _COVARIANCES[_family(architecture)][mode]
     blocks = [triangle.blocks(width) for width in widths]
-    programs = sum(n * (n + 1) // 2 for n in blocks) * max(1, rows // CHUNK_ROWS)
+    programs = sum(n * (n + 1) // 2 for n in blocks) * most_chunks(rows)
     return tile if programs >= processors(architecture) else _small(tile)
 
 

@@ -74,6 +74,6 @@ def multiply(a, b, total, MODE: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
-def promoted(total, part):
+def promote(total, part):
     """total + part, rounded to nearest. Not `+`: Triton would sum the products of `part` on top of `total`."""
     return tl.fma(part, tl.full(part.shape, 1.0, tl.float32), total)

@@ -24,7 +24,7 @@ from moment_ops.kernels._product_tiles import (
     operand_dtype,
     product_mode,
 )
-from moment_ops.kernels._products import multiply, promoted
+from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._reduce import reduce_columns, variance
 from moment_ops.kernels._triangle import BLOCK, block_pair
 from moment_ops.kernels.moments import reduction_arguments
@@ -135,7 +135,7 @@ def tile_products(
                 left = tl.where(here, left - left_shift[None, :], 0.0)
                 right = right - right_shift[None, :]
             part = multiply(tl.trans(left), right, part, MODE, BF16)
-        total = promoted(total, part)
+        total = promote(total, part)
     return total
 
 

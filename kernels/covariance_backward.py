@@ -16,7 +16,7 @@ from moment_ops.kernels._product_tiles import (
     gradient_mode,
     operand_dtype,
 )
-from moment_ops.kernels._products import multiply, promoted
+from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import unit_columns
 
@@ -126,7 +126,7 @@ def covariance_backward_kernel(
             else:
                 right = doubled_rows(matrix, width, at, lane, columns, mask)
             part = multiply(left, right, part, MODE, BF16)
-        total = promoted(total, part)
+        total = promote(total, part)
     if PACKED:
         for begin in tl.range(middle, width, DEPTH * STEPS, num_stages=STAGES):
             part = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -135,7 +135,7 @@ def covariance_backward_kernel(
                 left = shifted_rows(x, mean + offset, width, at, lane, row_mask, CENTERED)
                 right = symmetric_rows(matrix, width, at, lane, first_column, mask, COLUMNS, True)
                 part = multiply(left, right, part, MODE, BF16)
-            total = promoted(total, part)
+            total = promote(total, part)
 
     freedom = tl.cast(rows - correction, tl.float64)
     slope = tl.where(freedom > 0, (2.0 if PACKED else 1.0) / tl.where(freedom > 0, freedom, 1.0), float("nan"))

@@ -22,7 +22,7 @@ from moment_ops.kernels._product_tiles import (
     gram_tile,
     operand_dtype,
 )
-from moment_ops.kernels._products import multiply, promoted
+from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
 
@@ -132,7 +132,7 @@ def gram_kernel(
                     right_at, shifts, starts, firsts, program, right_row, right_mask, column, inside, LAYERS, GROUPS
                 )
                 part = multiply(left, tl.trans(right), part, MODE, BF16)
-            total = promoted(total, part)
+            total = promote(total, part)
         # The sum over blocks is in memory: registers are for products.
         promoted = total.to(tl.float64)
         if block > begin:
@@ -244,7 +244,7 @@ def gram_backward_kernel(
             total = multiply(factor, z, total, MODE, BF16)
         else:
             # Not into `total`: the sums of tensor cores are truncated.
-            total = promoted(total, multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16))
+            total = promote(total, multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16))
     out = row_pointers(outputs, output_strides, starts, firsts, program, row, LAYERS, GROUPS, VECTOR)
     mask = written[:, None] & column_mask[None, :]
     tl.store(out + column[None, :], total.to(outputs[0].dtype.element_ty), mask=mask)
