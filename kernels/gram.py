@@ -1,7 +1,7 @@
 """`gram` and `gram_backward`: products of the rows of many layers, two launches forward and one backward.
 
 Forward, a program multiplies one tile of an upper triangle over a chunk of the columns; chunks are then added in order.
-The rows of a layer lie in several tensors: every row of a tile has its pointer.
+The rows of a layer lie in several tensors: every row of a tile has its offset from the first of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,11 +51,13 @@ def row_pointers(
     UNIT: tl.constexpr = VECTOR * (first.dtype.element_ty.primitive_bitwidth // 8)
     wide = row.to(tl.int64)
     offset = wide * ((pick_group(strides, starts, program, 0, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR)
+    # A choice of offsets: one of pointers fails to compile for AMD.
     for group in tl.static_range(1, GROUPS):
         stride = (pick_group(strides, starts, program, group, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
         distance = pick_group(tensors, starts, program, group, LAYERS, GROUPS).to(tl.int64) - address
         begin = distance // UNIT * VECTOR - (firsts[group] >> 4) * stride
         offset = tl.where(row >= (firsts[group] >> 4), begin + wide * stride, offset)
+    # From a number, not from the tensor: of a small one, Triton for AMD takes offsets for 32 bits wide.
     base = tl.multiple_of(address.to(first.dtype), UNIT)
     return base + offset[:, None]
 
