@@ -137,10 +137,9 @@ def test_more_layers_than_a_launch_takes_would_spill(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_tile_that_is_too_large_spills(architecture):
-    launch = launches(architecture)["moments bf16"]()
-    arguments = {**launch.arguments, "BLOCK_ROWS": 12 * launch.arguments["BLOCK_ROWS"]}
-    assert compiled(_resources.replace(launch, arguments=arguments), architecture).spills > 0
+def test_too_few_warps_for_a_tile_spill(architecture):
+    launch = launches(architecture)["covariance tf32 fp32"]()
+    assert compiled(_resources.replace(launch, warps=1), architecture).spills > 0
 
 
 def test_losing_alignment_loses_wide_loads():
