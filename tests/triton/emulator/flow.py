@@ -79,7 +79,7 @@ def sources(ins: Instruction) -> list[str]:
 
 
 def doubtful(kernel: Kernel, graph: list[Block]) -> set[str]:
-    """Registers that some path through the kernel reads before it has written them, and what is computed from them.
+    """Registers that some path through the kernel reads before it has written them.
 
     A guarded instruction may not write. All other registers need no watching when the kernel runs.
     """
@@ -113,10 +113,10 @@ def doubtful(kernel: Kernel, graph: list[Block]) -> set[str]:
             if ins.guard is None:
                 for name in results(ins):
                     defined |= bit.get(name, 0)
-    return _spread(kernel, found)
+    return found
 
 
-def _spread(kernel: Kernel, names: set[str]) -> set[str]:
+def spread(kernel: Kernel, names: set[str]) -> set[str]:
     """With the registers that are computed from them."""
     edges = [(set(sources(ins)), set(results(ins))) for ins in kernel.instructions]
     while True:

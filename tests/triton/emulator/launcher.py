@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emulator.faults import Race, UnknownInstruction
+from emulator.faults import Race, UndefinedRegister, UnknownInstruction
 from emulator.machine import Machine, Result
 from emulator.memory import GlobalMemory
 from emulator.parsing import Kernel, parse
@@ -44,12 +44,13 @@ class Allocations(TorchDispatchMode):
 class Schedule:
     """How blocks run: `together` of them in lockstep, in the order of the grid, reversed, or in a random one.
 
-    together: as many as make some hundred lanes where it is None. inexact: approximate instructions err as far as they
-    may.
+    together: as many as make some hundred lanes where it is None. warps: together, or one after another up to the next
+    barrier: forward or reversed. inexact: approximate instructions err as far as they may.
     """
 
     order: str = "forward"
     together: int | None = None
+    warps: str = "together"
     seed: int = 0
     inexact: bool = False
 
@@ -58,6 +59,11 @@ class Schedule:
         if self.order == "random":
             return np.random.default_rng(self.seed).permutation(programs).tolist()
         return list(range(programs))[:: -1 if self.order == "reversed" else 1]
+
+    def turns(self, warps: int) -> list[int]:
+        """The warps of a block, where they take turns."""
+        turns = [] if self.warps == "together" else list(range(warps))
+        return turns[:: -1 if self.warps == "reversed" else 1]
 
 
 _LANES = 1024
@@ -97,7 +103,7 @@ def run(
     codes: Sequence[Compiled] | None = None,
     allow_races: bool = False,
 ) -> list[Result]:
-    """Run launches one after another, as on a stream; their tensors are changed in place.
+    """Run launches one after another, as on a stream; their tensors are changed in place. A race is a fault.
 
     fresh: what nobody has written yet. codes: what was compiled of the launches, or was made of that.
     """
@@ -127,18 +133,36 @@ def _run(launch: Launch, code: Compiled, bound: list[Any], memory: GlobalMemory,
         field = (number & (1 << 8 * parameter.size) - 1).to_bytes(parameter.size, "little")
         parameters[parameter.offset : parameter.offset + parameter.size] = field
     together = schedule.together or max(1, _LANES // threads)
-    machine = Machine(
-        kernel,
-        memory,
-        bytes(parameters),
-        launch.programs,
-        threads,
-        code.shared,
-        min(together, launch.programs),
-        schedule.seed,
-        schedule.inexact,
-    )
-    return machine.run(schedule.blocks(launch.programs))
+
+    def machine(contested: dict[int, set[int]]) -> Machine:
+        return Machine(
+            kernel,
+            memory,
+            bytes(parameters),
+            launch.programs,
+            threads,
+            code.shared,
+            min(together, launch.programs),
+            schedule.turns(launch.warps),
+            schedule.seed,
+            schedule.inexact,
+            contested,
+        )
+
+    order = schedule.blocks(launch.programs)
+    before = memory.saved()
+    result = machine({}).run(order)
+    if result.races and all(race.is_read for race in result.races):
+        after = memory.saved()
+        memory.restore(before)
+        # Where nobody looks at what was read in a race, it is none: threads that hold copies load them, too.
+        try:
+            machine(result.reads).run(order)
+            result.races = []
+        except UndefinedRegister as fault:
+            result.races = [replace(race, example=f"{race.example}; it is used: {fault}") for race in result.races]
+        memory.restore(after)
+    return result
 
 
 def _bound(launch: Launch, code: Compiled) -> Iterator[tuple[str, Any, str]]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from emulator import accesses, arithmetic, conversions, matrices, moves, warps  # noqa: F401
 from emulator.faults import Divergence, Fault
-from emulator.flow import blocks, doubtful, seen_as_bits
+from emulator.flow import blocks, doubtful, results, seen_as_bits, spread
 from emulator.instructions import build
 from emulator.memory import GlobalMemory, SharedMemory
 from emulator.parsing import Instruction, Kernel
@@ -27,13 +27,16 @@ class Result:
     instructions: int = 0
     lanes: int = 0
     races: list[RaceReport] = field(default_factory=list)
+    reads: dict[int, set[int]] = field(default_factory=dict)  # that race: the warps of an instruction
 
 
 class Machine:
     """A launch of a kernel.
 
     together: how many blocks run in lockstep. Of their lanes, those that are furthest behind in the text run next, so
-    that threads that took different ways meet again.
+    that threads that took different ways meet again. apart: the warps of a block do not run in lockstep, but each of
+    them as far as it can before the next one begins, in this order. contested: of loads, the warps whose values nobody
+    may look at.
     """
 
     def __init__(
@@ -45,20 +48,26 @@ class Machine:
         threads: int,
         shared_bytes: int,
         together: int,
+        apart: Sequence[int] = (),
         seed: int = 0,
         inexact: bool = False,
+        contested: dict[int, set[int]] | None = None,
     ) -> None:
         self.kernel = kernel
         self.programs, self.threads, self.together = programs, threads, together
         self._graph = blocks(kernel)
         lanes = threads * together
+        warp = np.tile(np.arange(threads) // 32, together)
+        self._turns = [warp == number for number in apart] or [np.ones(lanes, bool)]
         self._block = np.zeros(lanes, np.uint32)
         special = _special_registers(threads, together, programs, self._block)
         symbols = {p.name: p.offset for p in kernel.parameters} | accesses.shared_address(kernel.shared)
         registers = Registers(kernel, lanes, special, symbols)
         shared = SharedMemory(max(shared_bytes, kernel.shared_bytes), together, threads)
         clocks = Clocks(programs, threads // 32)
-        watched = doubtful(kernel, self._graph)
+        contested = contested or {}
+        unsure = {name for index in contested for name in results(kernel.instructions[index])}
+        watched = spread(kernel, unsure | doubtful(kernel, self._graph))
         cells = _cells(kernel)
         self.state = State(
             registers=registers,
@@ -73,6 +82,7 @@ class Machine:
             written={name: np.zeros(lanes, bool) for name in watched},
             random=np.random.default_rng(seed),
             inexact=inexact,
+            contested=contested,
             blocks=np.full(together, -1),
         )
         self._code = [[build(self.state, ins) for ins in _body(block.instructions)] for block in self._graph]
@@ -91,6 +101,8 @@ class Machine:
             self.state.global_log.finish()
         for log in (self.state.shared_log, self.state.global_log):
             result.races += log.reports.values()
+            for instruction, racing in log.reads.items():
+                result.reads.setdefault(instruction, set()).update(racing)
         return result
 
     def _run_together(self, numbers: Sequence[int], result: Result) -> None:
@@ -100,13 +112,13 @@ class Machine:
         self.state.begin(chosen)
         self._pc[...] = np.where(np.repeat(chosen >= 0, self.threads), 0, _EXITED)
         for _ in range(_MOST_STEPS):
-            first = int(self._pc.min())
-            if first == _EXITED:
-                break
-            if first == _WAITING:
+            here = self._next()
+            if here is None:
+                if (self._pc == _EXITED).all():
+                    break
                 self._release()
                 continue
-            here = self._pc == first
+            first = int(self._pc[np.argmax(here)])
             active = Active(here, alone=bool((here | (self._pc == _EXITED)).all()))
             for run in self._code[first]:
                 run(active)
@@ -117,6 +129,14 @@ class Machine:
             raise Fault(f"{self.kernel.name} does not end")
         if self.state.copies:
             raise Fault(f"a copy that nobody waits for: {self.state.copies[0].instruction}")
+
+    def _next(self) -> np.ndarray | None:
+        """The lanes that run next, if any can."""
+        for turn in self._turns:
+            first = self._pc.min(where=turn, initial=_WAITING)
+            if first < _WAITING:
+                return (self._pc == first) & turn
+        return None
 
     def _leave(self, index: int, active: Active) -> None:
         """Go where the block's end leads."""

@@ -133,6 +133,14 @@ class GlobalMemory(Memory):
         for storage in self._storages:
             _bytes(storage)[...] = self._of(storage)
 
+    def saved(self) -> tuple[np.ndarray, np.ndarray]:
+        """A copy of everything."""
+        return self.bytes.copy(), self.shadow.copy()
+
+    def restore(self, copies: tuple[np.ndarray, np.ndarray]) -> None:
+        """Make it as it was."""
+        self.bytes[...], self.shadow[...] = copies
+
     def _of(self, storage: torch.UntypedStorage) -> np.ndarray:
         start = self._starts[storage.data_ptr()]
         return self.bytes[start : start + storage.nbytes()]

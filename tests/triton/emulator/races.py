@@ -98,6 +98,7 @@ class RaceReport:
     kinds: str
     count: int
     example: str
+    is_read: bool
 
     def __str__(self) -> str:
         return f"{self.kinds}, {self.count} times, for example {self.example}:\n  {self.first}\n  {self.second}"
@@ -160,6 +161,8 @@ class AccessLog:
     instructions: list[Instruction]
     cell: int
     reports: dict[tuple[int, int, int, int], RaceReport] = field(default_factory=dict)
+    # The warps of an instruction whose reads race.
+    reads: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._entries: list[tuple[np.ndarray, int, np.ndarray, int, int, np.ndarray | None]] = []
@@ -291,6 +294,9 @@ class AccessLog:
 
     def _note(self, accesses: _Accesses, i: int, j: int, one: int, other: int) -> None:
         key = (*(int(accesses.instruction[k]) for k in (i, j)), *(int(accesses.kind[k]) for k in (i, j)))
+        for instruction, kind, warp in zip(key[:2], key[2:], (one, other), strict=True):
+            if kind == READ:
+                self.reads.setdefault(instruction, set()).add(warp)
         old = self.reports.get(key)
         warps = self.clocks.warps_per_block
         places = [f"warp {w % warps} of block {w // warps}" for w in (one, other)]
@@ -301,6 +307,7 @@ class AccessLog:
             f"{_NAMES[key[2]]} and {_NAMES[key[3]]} that nothing orders",
             1 if old is None else old.count + 1,
             example if old is None else old.example,
+            READ in key[2:],
         )
 
     def _last(self, accesses: _Accesses, runs: _Runs) -> _Accesses:

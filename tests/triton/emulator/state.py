@@ -39,6 +39,7 @@ class State:
     written: dict[str, np.ndarray]
     random: np.random.Generator
     inexact: bool
+    contested: dict[int, set[int]]  # warps of loads whose result counts as not written
     blocks: np.ndarray  # that run now; -1 where there is none
     warps: np.ndarray = field(init=False)  # (lanes) of the whole launch
     rows: np.ndarray = field(init=False)  # (lanes) of the clocks

@@ -1,6 +1,6 @@
-"""Registers that may hold what nobody has written.
+"""Registers that may hold what nobody has written, or what was read in a race.
 
-Compilers leave such values in threads whose results nobody uses. They may be moved and computed with; it is a fault to
+Compilers leave such values in threads whose results nobody uses: they may be moved and computed with. It is a fault to
 look at them, where they would become an address, a condition, or something in memory.
 """
 
@@ -55,4 +55,6 @@ def _known(state: State, ins: Instruction, reads: Sequence[str]) -> np.ndarray:
         every = every & state.written[name]
     if ins.opcode == "shfl":
         return every[state.shuffles[ins.index]]
+    if ins.index in state.contested:
+        return every & ~np.isin(state.warps, list(state.contested[ins.index]))
     return every
