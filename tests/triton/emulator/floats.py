@@ -137,10 +137,8 @@ def _fused_16(state: State, ins: Instruction, form: Form, type_: Type) -> Run:
 def extremum(state: State, ins: Instruction, form: Form, type_: Type) -> Run:
     """min and max: of a NaN and a number the number, unless `.NaN`; -0 is less than 0."""
     largest = ins.opcode == "max"
-    if form.flag("NaN"):
-        choose = np.maximum if largest else np.minimum
-    else:
-        choose = np.fmax if largest else np.fmin
+    functions = (np.maximum, np.minimum) if form.flag("NaN") else (np.fmax, np.fmin)
+    choose = functions[0 if largest else 1]
 
     def function(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         result = choose(x, y)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from emulator.faults import UnknownInstruction
-from emulator.parsing import Address, Instruction, Kernel, Negated, Operand, Pair, Register, Symbol, Vector
+from emulator.parsing import Address, Immediate, Instruction, Kernel, Negated, Operand, Pair, Register, Symbol, Vector
 
 # Control leaves a block behind these.
 TERMINATORS = frozenset({"bra", "ret", "exit", "bar", "barrier"})
@@ -74,7 +74,11 @@ def results(ins: Instruction) -> list[str]:
 
 def sources(ins: Instruction) -> list[str]:
     """The registers that an instruction reads, its guard aside."""
-    operands = ins.operands if ins.opcode in (*_NO_RESULT, "wgmma") else ins.operands[1:]
+    whole = ins.opcode in _NO_RESULT
+    if ins.opcode == "wgmma" and len(ins.operands) > 3:
+        # It adds to its result, unless it is told not to.
+        whole = ins.operands[3] != Immediate(0)
+    operands = ins.operands if whole else ins.operands[1:]
     return [name for operand in operands for name in registers_in(operand)]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from emulator import accesses, arithmetic, conversions, matrices, moves, warps  # noqa: F401
+from emulator import accesses, arithmetic, conversions, matrices, moves, warpgroups, warps  # noqa: F401
 from emulator.faults import Divergence, Fault
 from emulator.flow import blocks, doubtful, results, seen_as_bits, spread
 from emulator.instructions import build
@@ -129,6 +129,8 @@ class Machine:
             raise Fault(f"{self.kernel.name} does not end")
         if self.state.copies:
             raise Fault(f"a copy that nobody waits for: {self.state.copies[0].instruction}")
+        if self.state.products:
+            raise Fault(f"a product that nobody waits for in {self.kernel.name}")
 
     def _next(self) -> np.ndarray | None:
         """The lanes that run next, if any can."""
@@ -211,7 +213,7 @@ def _cells(kernel: Kernel) -> dict[str, int]:
 def _access_bytes(ins: Instruction) -> int:
     if ins.opcode == "cp":
         return ins.operands[2].value if len(ins.operands) > 2 else 16
-    if ins.opcode in ("ldmatrix", "stmatrix"):
+    if ins.opcode in ("ldmatrix", "stmatrix", "fence"):
         return 16
     count = next((int(m[1:]) for m in ins.modifiers if m in ("v2", "v4", "v8")), 1)
     bits = [int(m.lstrip("bsuf")) for m in ins.modifiers if m.lstrip("bsuf").isdigit()]

@@ -100,27 +100,34 @@ def multiply(state: State, ins: Instruction, form: Form) -> Run:
     lane = np.arange(32)
     group, place = lane // 4, lane % 4
 
-    def operand_of(words: list[np.ndarray], active: Active, rows: int) -> np.ndarray:
-        """(warps, rows, K): word r has rows r % (rows / 8) and a half of K or all of it."""
-        matrix = np.zeros((active.mask.sum() // 32, rows, depth))
-        blocks = rows // 8
-        for r, word in enumerate(words):
-            values = terms(word[active.lanes].reshape(-1, 32), names[1])  # (warps, 32, per_word)
-            for j in range(per_word):
-                column = place * per_word + j + 4 * per_word * (r // blocks)
-                matrix[:, group + 8 * (r % blocks), column] = values[..., j]
-        return matrix
-
     def run(active: Active) -> None:
         together(state, ins, active)
+        lanes = active.lanes
         sums = np.zeros((active.mask.sum() // 32, 16, 8))
         for i, word in enumerate(added):
-            sums[:, group + 8 * (i // 2), place * 2 + i % 2] = word.view(np.float32)[active.lanes].reshape(-1, 32)
-        product = accumulated(operand_of(left, active, 16), operand_of(right, active, 8), sums, state.inexact)
+            sums[:, group + 8 * (i // 2), place * 2 + i % 2] = word.view(np.float32)[lanes].reshape(-1, 32)
+        a, b = (fragments(words, lanes, rows, depth, names[1]) for words, rows in ((left, 16), (right, 8)))
+        product = accumulated(a, b, sums, state.inexact)
         for i, out in enumerate(outs):
-            out[active.lanes] = product[:, group + 8 * (i // 2), place * 2 + i % 2].ravel()
+            out[lanes] = product[:, group + 8 * (i // 2), place * 2 + i % 2].ravel()
 
     return run
+
+
+def fragments(words: list[np.ndarray], lanes: np.ndarray | slice, rows: int, depth: int, name: str) -> np.ndarray:
+    """(warps, rows, depth) operands in registers: word r has rows r % (rows / 8) and a part of the depth."""
+    lane = np.arange(32)
+    parts = []
+    for r, word in enumerate(words):
+        values = terms(word[lanes].reshape(-1, 32), name)  # (warps, 32, per word)
+        column = lane[:, None] % 4 * values.shape[2] + np.arange(values.shape[2])
+        parts.append(
+            (lane[:, None] // 4 + 8 * (r % (rows // 8)), column + 4 * values.shape[2] * (r // (rows // 8)), values)
+        )
+    matrix = np.zeros((len(parts[0][2]), rows, depth))
+    for row, column, values in parts:
+        matrix[:, row, column] = values
+    return matrix
 
 
 def terms(words: np.ndarray, name: str) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Happens-before with vector clocks, a clock per warp, and the accesses to memory that nothing orders.
 
 A warp's time is cut into epochs: it begins a new one whenever others may learn what it did in the old one, at barriers,
-releases and fences. Its row is (warp, epoch, what it knows): the last epoch of every other warp that happened before.
+releases and fences. Its row is (warp, epoch, what it knows): the last epoch of every other warp that happened before,
+and, for reads through the asynchronous proxy, the last one with a proxy fence on the way.
 Accesses are kept in a log of rows and looked at together: an access races with the last write before it, or a read with
 the next write behind it, unless the later one knows the earlier one's epoch. As in FastTrack (Flanagan & Freund 2009),
 the first race on every cell of memory is found that way.
@@ -17,8 +18,9 @@ import numpy as np
 from emulator.memory import Memory
 from emulator.parsing import Instruction
 
-READ, WRITE, ATOMIC = 0, 1, 2
-_NAMES = ("read", "write", "atomic")
+READ, WRITE, ATOMIC, ASYNC_READ = range(4)
+_NAMES = ("read", "write", "atomic", "asynchronous read")
+_READS = (READ, ASYNC_READ)
 
 
 class Clocks:
@@ -29,6 +31,8 @@ class Clocks:
         count = blocks * warps_per_block
         self.vectors = [np.full(count, -1, np.int32)]
         self.warp, self.epoch, self.vector = list(range(count)), [0] * count, [0] * count
+        # What is known behind a proxy fence.
+        self.proxied = [0] * count
         # The row of every warp.
         self.row = np.arange(count, dtype=np.int32)
         self._released: dict[object, np.ndarray | None] = {}
@@ -39,9 +43,10 @@ class Clocks:
         """The warps of a block learn from one another."""
         warps = range(block * self.warps_per_block, (block + 1) * self.warps_per_block)
         known = np.maximum.reduce([self._own(warp) for warp in warps])
-        self.vectors.append(known)
+        proxied = np.maximum.reduce([self.vectors[self.proxied[self.row[warp]]] for warp in warps])
+        self.vectors += [known, proxied]
         for warp in warps:
-            self._advance(warp, len(self.vectors) - 1)
+            self._advance(warp, len(self.vectors) - 2, len(self.vectors) - 1)
 
     def atomic(self, warp: int, location: object, semantics: str) -> None:
         """A read and a write of a location.
@@ -61,14 +66,19 @@ class Clocks:
         if given is not None:
             self._released[location] = given if before is None else np.maximum(before, given)
         if semantics in ("release", "acq_rel"):
-            self._advance(warp, self.vector[self.row[warp]])
+            self._advance(warp)
 
     def fence(self, warp: int) -> None:
         """Before a relaxed atomic it is a release, behind one an acquire."""
         if warp in self._read:
             self._learn(warp, self._read[warp])
         self._fenced[warp] = self._own(warp)
-        self._advance(warp, self.vector[self.row[warp]])
+        self._advance(warp)
+
+    def proxy_fence(self, warp: int) -> None:
+        """The asynchronous proxy sees what the warp knows."""
+        self.vectors.append(self._own(warp))
+        self._advance(warp, proxied=len(self.vectors) - 1)
 
     def _own(self, warp: int) -> np.ndarray:
         """What it knows, itself included."""
@@ -81,12 +91,13 @@ class Clocks:
         self.vectors.append(np.maximum(self.vectors[self.vector[self.row[warp]]], what))
         self._advance(warp, len(self.vectors) - 1)
 
-    def _advance(self, warp: int, vector: int) -> None:
-        epoch = self.epoch[self.row[warp]]
+    def _advance(self, warp: int, vector: int | None = None, proxied: int | None = None) -> None:
+        row = self.row[warp]
         self.row[warp] = len(self.warp)
         self.warp.append(warp)
-        self.epoch.append(epoch + 1)
-        self.vector.append(vector)
+        self.epoch.append(self.epoch[row] + 1)
+        self.vector.append(self.vector[row] if vector is None else vector)
+        self.proxied.append(self.proxied[row] if proxied is None else proxied)
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ class _Runs:
     @classmethod
     def of(cls, accesses: _Accesses) -> "_Runs":
         """Those of sorted accesses."""
-        writes = np.flatnonzero(accesses.kind != READ)
+        writes = np.flatnonzero(~np.isin(accesses.kind, _READS))
         cells = accesses.cell[writes]
         begins = ~accesses.silent[writes]
         begins |= np.diff(cells, prepend=-1) != 0
@@ -182,7 +193,7 @@ class AccessLog:
     ) -> None:
         """Lanes of these rows access these positions."""
         self._entries.append((positions, width // self.cell, rows, kind, ins.index, silent))
-        if kind != READ:
+        if kind not in _READS:
             cells = positions[:, None] * (width // self.cell) + np.arange(width // self.cell)
             self._written[cells.ravel()] = True
         self._count += len(positions) * (width // self.cell)
@@ -231,7 +242,7 @@ class AccessLog:
         """Reads with the run of writes before and the one behind them, writes with the run before theirs."""
         if not len(runs.writes):
             return
-        is_write = accesses.kind != READ
+        is_write = ~np.isin(accesses.kind, _READS)
         before = np.cumsum(is_write) - is_write  # writes
         reads = np.flatnonzero(~is_write)
         cell = accesses.cell[reads]
@@ -279,16 +290,17 @@ class AccessLog:
 
     def _report(self, accesses: _Accesses, first: np.ndarray, second: np.ndarray) -> None:
         clocks = self.clocks
-        warp, epoch, vector = (np.array(of) for of in (clocks.warp, clocks.epoch, clocks.vector))
+        warp, epoch = np.array(clocks.warp), np.array(clocks.epoch)
         rows, later = accesses.row[first], accesses.row[second]
         kinds = accesses.kind[first], accesses.kind[second]
-        open_ = (warp[rows] != warp[later]) & ~((kinds[0] == ATOMIC) & (kinds[1] == ATOMIC))
-        open_ &= (kinds[0] != READ) | (kinds[1] != READ)
-        first, second, rows, later = first[open_], second[open_], rows[open_], later[open_]
+        asynchronous = kinds[1] == ASYNC_READ
+        open_ = ((warp[rows] != warp[later]) | asynchronous) & ~((kinds[0] == ATOMIC) & (kinds[1] == ATOMIC))
+        open_ &= ~(np.isin(kinds[0], _READS) & np.isin(kinds[1], _READS))
+        first, second, rows, later, asynchronous = (x[open_] for x in (first, second, rows, later, asynchronous))
         if not len(first):
             return
-        known = np.stack(clocks.vectors)[vector[later], warp[rows]]
-        racing = known < epoch[rows]
+        vector = np.where(asynchronous, np.array(clocks.proxied)[later], np.array(clocks.vector)[later])
+        racing = np.stack(clocks.vectors)[vector, warp[rows]] < epoch[rows]
         for i, j in zip(first[racing], second[racing], strict=True):
             self._note(accesses, int(i), int(j), int(warp[accesses.row[i]]), int(warp[accesses.row[j]]))
 

@@ -1,5 +1,6 @@
 """What instructions work on: registers, memories, clocks, and copies that are on their way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,17 @@ class Copy:
     wanted: np.ndarray
     size: int
     instruction: Instruction
+
+
+@dataclass
+class Product:
+    """A product of warp groups that is on its way, for the lanes of the mask."""
+
+    mask: np.ndarray
+    groups: np.ndarray  # (lanes)
+    descriptors: np.ndarray  # (warp groups)
+    added: np.ndarray  # (warp groups)
+    complete: Callable[[Active, "Product"], None]
 
 
 @dataclass
@@ -46,9 +58,12 @@ class State:
     shuffles: dict[int, np.ndarray] = field(default_factory=dict)  # the lanes that values came from last
     copies: list[Copy] = field(default_factory=list)
     groups: np.ndarray = field(init=False)  # (lanes) of copies that were committed
+    products: list[Product] = field(default_factory=list)
+    product_groups: np.ndarray = field(init=False)  # (lanes)
 
     def __post_init__(self) -> None:
         self.groups = np.zeros(self.registers.lanes, np.int64)
+        self.product_groups = self.groups.copy()
 
     def begin(self, blocks: np.ndarray) -> None:
         """Other blocks take the place of those before."""
@@ -58,6 +73,7 @@ class State:
         self.warps = first + np.tile(np.arange(self.threads) // 32, len(blocks))
         self.refresh()
         self.groups[...] = 0
+        self.product_groups[...] = 0
         for written in self.written.values():
             written[...] = False
         self.shared_memory.reset()

@@ -154,6 +154,16 @@ def barrier(state: State, ins: Instruction, form: Form) -> Run:
 @instruction("fence", "membar")
 def fence(state: State, ins: Instruction, form: Form) -> Run:
     """Of programs that run on one GPU, all scopes but that of a block order the same."""
+    if form.flag("proxy"):
+        form.required("async")
+        form.one_of("shared::cta", "global")
+
+        def proxy_fence(active: Active) -> None:
+            for warp in state.warps_of(active):
+                state.clocks.proxy_fence(int(warp))
+            state.refresh()
+
+        return proxy_fence
     if ins.opcode == "membar":
         form.required("gl", "sys")
     else:
