@@ -28,6 +28,7 @@ class Result:
     lanes: int = 0
     races: list[RaceReport] = field(default_factory=list)
     reads: dict[int, set[int]] = field(default_factory=dict)  # that race: the warps of an instruction
+    unused: list[RaceReport] = field(default_factory=list)  # races whose values nobody looks at
 
 
 class Machine:

@@ -64,7 +64,7 @@ class Memory:
         kept = _same(view.take(positions), units)
         numbers = np.arange(count, dtype=np.int32)
         self._stamps[positions] = numbers
-        return unchanged | (kept & (self._stamps.take(positions) != numbers)), kept
+        return kept & (unchanged | (self._stamps.take(positions) != numbers)), kept
 
     def mark(self, positions: np.ndarray, width: int, state: int) -> None:
         """Change the shadow of what is accessible."""
