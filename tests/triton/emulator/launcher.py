@@ -32,6 +32,8 @@ class Allocations(TorchDispatchMode):
         if function.overloadpacket.__name__ in _EMPTY:
             storage = result.untyped_storage()
             self._storages[storage.data_ptr()] = storage
+            # NaN, in every dtype of floats.
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
         elif isinstance(result, Tensor) and function._schema.is_mutable:
             self._storages.pop(result.untyped_storage().data_ptr(), None)
         return result
@@ -44,11 +46,12 @@ class Allocations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Compiled:
-    """PTX, bytes of shared memory, and the types of the arguments as Triton has specialised them."""
+    """PTX, bytes of shared memory, types of the arguments, and what else it was specialised for."""
 
     ptx: str
     shared: int
     signature: tuple[Any, ...]
+    constants: tuple[Any, ...]
 
     @property
     def kernel(self) -> Kernel:
@@ -65,40 +68,30 @@ def compiled(launch: Launch, architecture: int) -> Compiled:
     """What Triton makes of a launch."""
     result = compile_launch(launch, architecture)
     signature = tuple(result.src.signature[name] for name in launch.kernel.arg_names)
-    return Compiled(result.asm["ptx"], result.metadata.shared, signature)
+    constants = (*sorted(map(str, result.src.constants.items())), *sorted(map(str, result.src.attrs.items())))
+    return Compiled(result.asm["ptx"], result.metadata.shared, signature, constants)
 
 
 def run(
     launches: Sequence[Launch],
-    architecture: int,
+    codes: Sequence[Compiled],
     fresh: Allocations | None = None,
     schedule: Schedule | None = None,
-    codes: Sequence[Compiled] | None = None,
     allow_races: bool = False,
 ) -> list[Result]:
     """Run launches one after another, as on a stream; their tensors are changed in place.
 
-    fresh: what nobody has written yet. codes: what was compiled of the launches, or was made of that.
+    codes: what was compiled of the launches, or was made of that. fresh: what nobody has written yet.
     """
-    codes = codes or [compiled(launch, architecture) for launch in launches]
     arguments = [list(_bound(launch, code)) for launch, code in zip(launches, codes, strict=True)]
     tensors = [(name, value) for bound in arguments for name, value in bound if isinstance(value, Tensor)]
     memory = GlobalMemory(tensors, fresh.addresses if fresh else set())
+    schedule = schedule or Schedule()
     results = []
     for launch, code, bound in zip(launches, codes, arguments, strict=True):
         values = [value for _, value in bound]
-        results.append(
-            execute(
-                code.kernel,
-                values,
-                memory,
-                launch.programs,
-                launch.warps,
-                code.shared,
-                schedule or Schedule(),
-                allow_races,
-            )
-        )
+        programs, warps = launch.programs, launch.warps
+        results.append(execute(code.kernel, values, memory, programs, warps, code.shared, schedule, allow_races))
     memory.write_back()
     return results
 
