@@ -86,7 +86,8 @@ def _layers(launch: Launch) -> list[tuple[int, ...]]:
 def _rows(launch: Launch) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of three tiles, whole or in chunks, of one block or of several; and the programs that make it so."""
     layers = launch.arguments["LAYERS"] // 2 + 2
-    tiles = 2 * launch.arguments["BLOCK_ROWS"] + 1
+    # The degrees of freedom are no power of two, by which a division would be exact.
+    tiles = 2 * launch.arguments["BLOCK_ROWS"] + 3
     yield tiles, {}
     yield tiles, {"_PROGRAMS": 1}
     for rows in (130, 1030):

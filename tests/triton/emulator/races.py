@@ -20,7 +20,7 @@ from emulator.parsing import Instruction
 
 READ, WRITE, ATOMIC, ASYNC_READ = range(4)
 _NAMES = ("read", "write", "atomic", "asynchronous read")
-_READS = (READ, ASYNC_READ)
+_IS_READ = np.array([True, False, False, True])
 
 
 class Clocks:
@@ -151,7 +151,7 @@ class _Runs:
     @classmethod
     def of(cls, accesses: _Accesses) -> "_Runs":
         """Those of sorted accesses."""
-        writes = np.flatnonzero(~np.isin(accesses.kind, _READS))
+        writes = np.flatnonzero(~_IS_READ[accesses.kind])
         cells = accesses.cell[writes]
         begins = ~accesses.silent[writes]
         begins |= np.diff(cells, prepend=-1) != 0
@@ -160,7 +160,7 @@ class _Runs:
 
 
 # Entries that are looked at together.
-_MOST_ENTRIES = 1 << 23
+_MOST_ENTRIES = 1 << 20
 
 
 @dataclass
@@ -193,7 +193,7 @@ class AccessLog:
     ) -> None:
         """Lanes of these rows access these positions."""
         self._entries.append((positions, width // self.cell, rows, kind, ins.index, silent))
-        if kind not in _READS:
+        if not _IS_READ[kind]:
             cells = positions[:, None] * (width // self.cell) + np.arange(width // self.cell)
             self._written[cells.ravel()] = True
         self._count += len(positions) * (width // self.cell)
@@ -219,21 +219,22 @@ class AccessLog:
         self._neighbours(accesses, runs)
         self._atomics(accesses)
         if not final:
-            self._kept = _Accesses.joined([self._last(accesses, runs), waiting])
+            self._kept = self._latest(_Accesses.joined([self._last(accesses, runs), waiting]))
 
     def _collected(self) -> _Accesses | None:
         if not self._entries:
             return None
         parts = [self._kept] if self._kept is not None else []
         for positions, count, rows, kind, ins, silent in self._entries:
-            cell, row = positions, rows
+            cell, row = positions.astype(np.int32), rows
             if silent is None:
                 silent = np.zeros(len(positions), bool)
             if count > 1:
-                cell = (positions[:, None] * count + np.arange(count)).ravel()
+                cell = (cell[:, None] * count + np.arange(count, dtype=np.int32)).ravel()
                 row, silent = np.repeat(rows, count), np.repeat(silent, count)
             self._order += 1
-            order, kinds, instruction = (np.full(len(cell), value, np.int32) for value in (self._order, kind, ins))
+            order, instruction = (np.full(len(cell), value, np.int32) for value in (self._order, ins))
+            kinds = np.full(len(cell), kind, np.int8)
             parts.append(_Accesses(cell, row, order, kinds, instruction, silent))
         self._entries, self._count = [], 0
         return _Accesses.joined(parts)
@@ -242,7 +243,7 @@ class AccessLog:
         """Reads with the run of writes before and the one behind them, writes with the run before theirs."""
         if not len(runs.writes):
             return
-        is_write = ~np.isin(accesses.kind, _READS)
+        is_write = ~_IS_READ[accesses.kind]
         before = np.cumsum(is_write) - is_write  # writes
         reads = np.flatnonzero(~is_write)
         cell = accesses.cell[reads]
@@ -295,7 +296,7 @@ class AccessLog:
         kinds = accesses.kind[first], accesses.kind[second]
         asynchronous = kinds[1] == ASYNC_READ
         open_ = ((warp[rows] != warp[later]) | asynchronous) & ~((kinds[0] == ATOMIC) & (kinds[1] == ATOMIC))
-        open_ &= ~(np.isin(kinds[0], _READS) & np.isin(kinds[1], _READS))
+        open_ &= ~(_IS_READ[kinds[0]] & _IS_READ[kinds[1]])
         first, second, rows, later, asynchronous = (x[open_] for x in (first, second, rows, later, asynchronous))
         if not len(first):
             return
@@ -323,12 +324,18 @@ class AccessLog:
         )
 
     def _last(self, accesses: _Accesses, runs: _Runs) -> _Accesses:
-        """The last run of writes to every cell and what reads it since, each row once."""
+        """The last run of writes to every cell and what reads it since."""
         last_run = np.flatnonzero(np.diff(runs.cell, append=-1))
         begin = runs.writes[runs.first[last_run]]
         cells = runs.cell[last_run]
         here = np.arange(len(accesses))
         keep = here >= begin[np.searchsorted(cells, accesses.cell)]
-        kept = accesses[keep | (accesses.kind == ATOMIC)]
-        _, once = np.unique(np.stack([kept.cell, kept.row, kept.kind]), axis=1, return_index=True)
-        return kept[once]
+        return accesses[keep | (accesses.kind == ATOMIC)]
+
+    def _latest(self, accesses: _Accesses) -> _Accesses:
+        """Of the accesses of a warp to a cell the last one of each kind: who knows of it knows of those before."""
+        warp = np.array(self.clocks.warp)[accesses.row]
+        order = np.lexsort((accesses.order, accesses.kind, warp, accesses.cell))
+        accesses, warp = accesses[order], warp[order]
+        following = [np.diff(x, append=-1) != 0 for x in (accesses.cell, warp, accesses.kind)]
+        return accesses[np.logical_or.reduce(following) | (accesses.kind == ATOMIC)]

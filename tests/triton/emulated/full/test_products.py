@@ -1,0 +1,100 @@
+"""Covariances, their match and both backwards, as compiled for tensor cores of sm_80 and sm_90, and without."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from emulated.cases import LAYOUTS
+from emulated.columns import OPTIONS
+from emulated.full.running import check, check_inexact
+from emulated.products import BOUNDS, Covariance, CovarianceBackward, CovarianceMatch, CovarianceMatchBackward
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ARCHITECTURES = (80, 90)
+# How a precision is computed depends on the dtype, too.
+PRECISIONS = [*((precision, F32) for precision in BOUNDS), ("ieee", BF16), ("ieee", F16), ("bf16", BF16), ("tf32", F16)]
+# (rows, width, constants of the planner): one tile, its tails; three tiles; chunks of rows; promoted blocks of rows.
+SHAPES = {
+    "one tile": (10, 8, {}),
+    "tails": (35, 130, {}),
+    "chunks": (135, 136, {"_CHUNK_ROWS": 65}),
+    "blocks": (140, 40, {"PROMOTED_ROWS": 64, "_PROGRAMS": 1}),
+    "chunks of blocks": (300, 40, {"PROMOTED_ROWS": 64, "_PROGRAMS": 2}),
+}
+NARROW = ("contiguous", "every second row", "rows of wider ones", "unaligned")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_covariances_in_every_branch(shape, precision, dtype, architecture):
+    rows, width, plan = SHAPES[shape]
+    check(partial(Covariance, rows, width, dtype, precision), architecture, **plan)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("layout", NARROW)
+def test_covariances_of_every_layout(layout, dtype, architecture):
+    assert set(NARROW) <= set(LAYOUTS)
+    check(partial(Covariance, 40, 136, dtype, "ieee", layout), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("precision", "dtype"), [("ieee", F32), ("ieee", BF16), ("bf16x3", F32)], ids=str)
+def test_second_moments(precision, dtype, architecture):
+    check(partial(Covariance, 40, 130, dtype, precision, centered=False), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("average", OPTIONS)
+@pytest.mark.parametrize(("precision", "dtype"), [("ieee", F32), ("ieee", BF16), ("bf16x3", F32)], ids=str)
+@pytest.mark.parametrize("shape", ["tails", "chunks", "blocks"])
+def test_matches_in_every_branch(shape, precision, dtype, average, architecture):
+    rows, width, plan = SHAPES[shape]
+    check(partial(CovarianceMatch, rows, (width, 7), dtype, precision, average), architecture, **plan)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("average", OPTIONS)
+@pytest.mark.parametrize(("update", "keep"), [(False, True), (True, False)])
+def test_matches_without_update_or_derivative(update, keep, average, architecture):
+    make = partial(CovarianceMatch, 20, (130, 8), F32, "ieee", average, update=update, keep=keep, full=(1,))
+    check(make, architecture)
+
+
+@pytest.mark.parametrize("average", OPTIONS)
+def test_a_loss_over_several_launches_is_one_loss(average):
+    check(partial(CovarianceMatch, 9, (8, 16, 24, 3), F32, "ieee", average), 80, MAX_LAYERS=2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_the_backward_of_packed_matrices(few, precision, dtype, architecture):
+    check(partial(CovarianceMatchBackward, 70, (150, 8), dtype, precision), architecture, _FEW_PROGRAMS=few)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_the_backward_of_a_full_matrix(few, precision, dtype, architecture):
+    check(partial(CovarianceBackward, 70, 136, dtype, precision), architecture, _FEW_PROGRAMS=few)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layout", NARROW)
+@pytest.mark.parametrize(("mean", "scaled"), [(True, False), (False, True)])
+def test_the_backward_of_every_layout(mean, scaled, layout, architecture):
+    check(partial(CovarianceMatchBackward, 33, (136, 8), BF16, "ieee", layout, mean, scaled), architecture)
+    check(partial(CovarianceBackward, 33, 136, F32, "ieee", layout, centered=scaled, mean=mean), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
+def test_approximate_instructions_and_the_least_exact_tensor_cores_do_not_leave_the_bounds(
+    precision, dtype, architecture
+):
+    check_inexact(partial(Covariance, 40, 136, dtype, precision), architecture)
+    check_inexact(partial(CovarianceMatchBackward, 33, (136,), dtype, precision), architecture)
