@@ -355,6 +355,22 @@ def test_approximations_err_by_as_much_as_they_may_and_only_where_they_are_told_
     assert distance.max() == (units if inexact else 0)
 
 
+@pytest.mark.parametrize(("opcode", "signs"), [("add", (1, 1)), ("sub", (1, -1)), ("minus", (-1, 1))])
+def test_products_are_fused_with_sums_where_the_assembler_may_and_it_is_told_to(opcode, signs):
+    a, b, c = (near_one(F32, seed) for seed in range(3))
+    operands = "{2}, %r9" if opcode == "minus" else "%r9, {2}"
+    text = f"mul.f32 %r9, {{0}}, {{1}}; {opcode.replace('minus', 'sub')}.f32 {{y}}, {operands}"
+    exact = fused(F32(signs[0]) * a, b, F32(signs[1]) * c, F32)
+    plain = F32(signs[0]) * (a * b) + F32(signs[1]) * c
+    assert (exact != plain).any()
+    assert_same(evaluate(text, a, b, c, out=F32), plain)
+    assert_same(evaluate(text, a, b, c, out=F32, inexact=True), exact)
+    # Not where the text says how to round, or a factor has changed.
+    assert_same(evaluate(text.replace("mul.f32", "mul.rn.f32"), a, b, c, out=F32, inexact=True), plain)
+    changed = text.replace("; ", "; mov.b32 {0}, 0; ", 1)
+    assert_same(evaluate(changed, a, b, c, out=F32, inexact=True), plain)
+
+
 def test_square_roots_of_float64_are_rounded_to_nearest():
     a = np.abs(near_one(F64))
     assert_same(evaluate("sqrt.rn.f64 {y}, {0}", a, out=F64), np.sqrt(a))

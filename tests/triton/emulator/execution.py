@@ -20,7 +20,8 @@ class Schedule:
     """How blocks run: `together` of them in lockstep, in the order of the grid, reversed, or in a random one.
 
     together: as many as make some hundred lanes where it is None. warps: together, or one after another up to the next
-    barrier: forward or reversed. inexact: approximate instructions err as far as they may.
+    barrier: forward or reversed. inexact: approximate instructions err as far as they may, and products are fused with
+    sums where PTX leaves that to the assembler.
     """
 
     order: str = "forward"

@@ -22,6 +22,8 @@ Function = Callable[..., np.ndarray]
 
 def arithmetic(state: State, ins: Instruction, form: Form, types: list[Type]) -> Run:
     """add, sub, mul; `add.f32.bf16` widens its first operand."""
+    if ins.index in state.fused:
+        return _fused_sum(state, ins, types[0])
     mode = form.one_of("rn", "rz", "rm", "rp") or "rn"
     function: Function = _PLAIN[ins.opcode]
     if mode != "rn":
@@ -35,6 +37,24 @@ def arithmetic(state: State, ins: Instruction, form: Form, types: list[Type]) ->
     y = state.registers.read(ins.operands[2], result)
     out = state.registers.write(ins.operands[0], result)
     return lambda active: np.copyto(out, function(widened(x, narrow), y), where=active.where)
+
+
+def _fused_sum(state: State, ins: Instruction, type_: Type) -> Run:
+    """A sum with a product that is not rounded before, as an assembler may make it."""
+    product, position = state.fused[ins.index]
+    a, b = (state.registers.read(operand, type_) for operand in product.operands[1:])
+    other = state.registers.read(ins.operands[3 - position], type_)
+    out = state.registers.write(ins.operands[0], type_)
+    fma = rounding.fma64 if type_.bits == 64 else rounding.fma32
+    # Which of the two is subtracted.
+    signs = [type_.dtype(1), type_.dtype(1)]
+    if ins.opcode == "sub":
+        signs[0 if position == 2 else 1] = type_.dtype(-1)
+
+    def run(active: Active) -> None:
+        np.copyto(out, fma(signs[0] * a, b, signs[1] * other), where=active.where)
+
+    return canonical(state, ins, type_, run)
 
 
 def _directed(opcode: str, mode: str, type_: Type) -> Function:

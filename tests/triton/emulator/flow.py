@@ -151,3 +151,25 @@ def seen_as_bits(kernel: Kernel) -> set[str]:
             break
         seen |= more
     return seen
+
+
+def fusible(graph: list[Block]) -> dict[int, tuple[Instruction, int]]:
+    """Sums that an assembler may fuse with a product: (the multiplication, which of their operands it is) by index.
+
+    Neither says how it is rounded, they are in one block, and nothing changes the factors between.
+    """
+    found = {}
+    for block in graph:
+        products: dict[str, Instruction] = {}
+        for ins in block.instructions:
+            plain = ins.guard is None and ins.modifiers in (("f32",), ("f64",))
+            if plain and ins.opcode in ("add", "sub"):
+                for position, operand in enumerate(ins.operands[1:], 1):
+                    if isinstance(operand, Register) and operand.name in products:
+                        found[ins.index] = products[operand.name], position
+                        break
+            changed = set(results(ins))
+            products = {n: p for n, p in products.items() if n not in changed and not changed & set(sources(p))}
+            if plain and ins.opcode == "mul" and not changed & set(sources(ins)):
+                products[ins.operands[0].name] = ins
+    return found

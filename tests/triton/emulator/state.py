@@ -51,6 +51,7 @@ class State:
     written: dict[str, np.ndarray]
     random: np.random.Generator
     inexact: bool
+    fused: dict[int, tuple[Instruction, int]]  # sums and the products that they are fused with
     contested: dict[int, set[int]]  # warps of loads whose result counts as not written
     blocks: np.ndarray  # that run now; -1 where there is none
     warps: np.ndarray = field(init=False)  # (lanes) of the whole launch
