@@ -8,6 +8,7 @@ from emulator.faults import MemoryFault, UnknownInstruction
 from emulator.instructions import Form, Run, instruction
 from emulator.memory import ACCESSIBLE, SHARED_BASE, Memory
 from emulator.parsing import Address, Instruction, Operand, Register, Vector
+from emulator.probing import joined
 from emulator.races import ATOMIC, READ, WRITE, AccessLog
 from emulator.registers import Active
 from emulator.state import Copy, State
@@ -77,6 +78,9 @@ def load(state: State, ins: Instruction, form: Form) -> Run:
     memory, log, locate = located(state, source, space, ins)
     width = type_.bits // 8 * len(results)
     view = memory.view(width)
+    if state.probe:
+        names = [result.name for result in results if isinstance(result, Register)]
+        state.probe.spoil[ins.index] = lambda active: state.forget(names, active)
 
     def run(active: Active) -> None:
         positions = memory.readable(locate(active), width, ins)
@@ -137,6 +141,15 @@ def store(state: State, ins: Instruction, form: Form) -> Run:
     values = [state.registers.read(element, bits) for element in elements]
     memory, log, locate = located(state, destination, space, ins)
     width = type_.bits // 8 * len(elements)
+    if state.probe:
+
+        def stored(active: Active) -> np.ndarray:
+            return joined([locate(active), *(value[active.lanes] for value in values)])
+
+        def spoil(active: Active) -> None:
+            memory.mark(memory.writable(locate(active), width, ins), width, ACCESSIBLE)
+
+        state.probe.stored[ins.index], state.probe.spoil[ins.index] = stored, spoil
 
     def run(active: Active) -> None:
         stacked = np.stack([value[active.lanes] for value in values], 1)

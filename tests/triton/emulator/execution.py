@@ -10,6 +10,7 @@ from emulator.faults import Race, UndefinedRegister, UnknownInstruction
 from emulator.machine import Machine, Result
 from emulator.memory import GlobalMemory
 from emulator.parsing import Kernel
+from emulator.probing import Probe
 
 # Lanes that run in lockstep.
 _LANES = 1024
@@ -51,13 +52,14 @@ def execute(
     shared_bytes: int,
     schedule: Schedule,
     allow_races: bool = False,
+    probe: Probe | None = None,
 ) -> Result:
     """Run a kernel on the tensors in memory. A race is a fault, unless nobody looks at what was read in it."""
     parameters = _packed(kernel, arguments, memory)
     threads = 32 * warps
     together = min(programs, schedule.together or max(1, _LANES // threads))
 
-    def run(contested: dict[int, set[int]]) -> Result:
+    def run(contested: dict[int, set[int]], probe: Probe | None = None) -> Result:
         machine = Machine(
             kernel,
             memory,
@@ -70,11 +72,12 @@ def execute(
             schedule.seed,
             schedule.inexact,
             contested,
+            probe,
         )
         return machine.run(schedule.blocks(programs))
 
     before = memory.saved()
-    result = run({})
+    result = run({}, probe)
     if result.races and all(race.is_read for race in result.races):
         # Threads that hold a copy of a value load it, too, and may see it before or after its owner has changed it.
         after = memory.saved()

@@ -106,5 +106,7 @@ def guarded(state: State, ins: Instruction, run: Run) -> Run:
         chosen = active.only(predicate if wanted else ~predicate)
         if chosen.mask.any():
             run(chosen)
+        if state.probe:
+            state.probe.guarded(ins, active, chosen)
 
     return conditional

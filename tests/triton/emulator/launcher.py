@@ -13,6 +13,7 @@ from emulator.execution import Schedule, execute
 from emulator.machine import Result
 from emulator.memory import GlobalMemory
 from emulator.parsing import Kernel, parse
+from emulator.probing import Probe
 from moment_ops.kernels._plan import Launch
 from moment_ops.kernels._resources import compile_launch
 
@@ -78,20 +79,32 @@ def run(
     fresh: Allocations | None = None,
     schedule: Schedule | None = None,
     allow_races: bool = False,
+    probes: dict[int, Probe] | None = None,
 ) -> list[Result]:
     """Run launches one after another, as on a stream; their tensors are changed in place.
 
-    codes: what was compiled of the launches, or was made of that. fresh: what nobody has written yet.
+    codes: what was compiled of the launches, or was made of that. fresh: what nobody has written yet. probes: of some
+    of the launches.
     """
     arguments = [list(_bound(launch, code)) for launch, code in zip(launches, codes, strict=True)]
     tensors = [(name, value) for bound in arguments for name, value in bound if isinstance(value, Tensor)]
     memory = GlobalMemory(tensors, fresh.addresses if fresh else set())
     schedule = schedule or Schedule()
     results = []
-    for launch, code, bound in zip(launches, codes, arguments, strict=True):
-        values = [value for _, value in bound]
-        programs, warps = launch.programs, launch.warps
-        results.append(execute(code.kernel, values, memory, programs, warps, code.shared, schedule, allow_races))
+    for i, (launch, code, bound) in enumerate(zip(launches, codes, arguments, strict=True)):
+        results.append(
+            execute(
+                code.kernel,
+                [value for _, value in bound],
+                memory,
+                launch.programs,
+                launch.warps,
+                code.shared,
+                schedule,
+                allow_races,
+                (probes or {}).get(i),
+            )
+        )
     memory.write_back()
     return results
 

@@ -11,6 +11,7 @@ from emulator.flow import blocks, doubtful, fusible, results, seen_as_bits, spre
 from emulator.instructions import build
 from emulator.memory import GlobalMemory, SharedMemory
 from emulator.parsing import Instruction, Kernel
+from emulator.probing import Probe
 from emulator.races import AccessLog, Clocks, RaceReport
 from emulator.registers import Active, Registers
 from emulator.state import State
@@ -53,13 +54,16 @@ class Machine:
         seed: int = 0,
         inexact: bool = False,
         contested: dict[int, set[int]] | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.kernel = kernel
         self.programs, self.threads, self.together = programs, threads, together
         self._graph = blocks(kernel)
         lanes = threads * together
-        warp = np.tile(np.arange(threads) // 32, together)
-        self._turns = [warp == number for number in apart] or [np.ones(lanes, bool)]
+        thread = np.tile(np.arange(threads), together)
+        # Warps that multiply together run together.
+        unit = 128 if any(ins.opcode == "wgmma" for ins in kernel.instructions) else 32
+        self._turns = [thread // unit == number for number in apart] or [np.ones(lanes, bool)]
         self._block = np.zeros(lanes, np.uint32)
         special = _special_registers(threads, together, programs, self._block)
         symbols = {p.name: p.offset for p in kernel.parameters} | accesses.shared_address(kernel.shared)
@@ -67,7 +71,11 @@ class Machine:
         shared = SharedMemory(max(shared_bytes, kernel.shared_bytes), together, threads)
         clocks = Clocks(programs, threads // 32)
         contested = contested or {}
-        unsure = {name for index in contested for name in results(kernel.instructions[index])}
+        unsure = {
+            name
+            for index in {*contested, *(probe.spoiled if probe else ())}
+            for name in results(kernel.instructions[index])
+        }
         watched = spread(kernel, unsure | doubtful(kernel, self._graph))
         cells = _cells(kernel)
         self.state = State(
@@ -76,8 +84,8 @@ class Machine:
             shared_memory=shared,
             parameters=np.frombuffer(parameters, np.uint8),
             clocks=clocks,
-            global_log=AccessLog(memory, clocks, kernel.instructions, cells["global"]),
-            shared_log=AccessLog(shared, clocks, kernel.instructions, cells["shared"]),
+            global_log=AccessLog(memory, clocks, kernel.instructions, cells["global"], probe),
+            shared_log=AccessLog(shared, clocks, kernel.instructions, cells["shared"], probe),
             threads=threads,
             seen_as_bits=seen_as_bits(kernel),
             written={name: np.zeros(lanes, bool) for name in watched},
@@ -85,6 +93,7 @@ class Machine:
             inexact=inexact,
             fused=fusible(self._graph) if inexact else {},
             contested=contested,
+            probe=probe,
             blocks=np.full(together, -1),
         )
         self._code = [[build(self.state, ins) for ins in _body(block.instructions)] for block in self._graph]
@@ -92,6 +101,7 @@ class Machine:
         self._barriers = {i: build(self.state, ins) for i, ins in ends.items() if _is_barrier(ins)}
         self._pc = np.zeros(lanes, np.int32)
         self._resume = np.zeros(lanes, np.int32)
+        self._arrived = np.zeros(lanes, np.int32)  # at which barrier
 
     def run(self, order: Sequence[int]) -> Result:
         """Run the blocks in this order, `together` at a time."""
@@ -152,6 +162,7 @@ class Machine:
             self._barriers[index](active)
             self._pc[here] = _WAITING
             self._resume[here] = following
+            self._arrived[here] = ins.index
             return
         if ins.opcode not in ("bra", "ret", "exit"):
             self._pc[here] = following
@@ -173,7 +184,10 @@ class Machine:
             number = self.state.blocks[np.argmax(partial)]
             raise Divergence(f"{complete[np.argmax(partial)].sum()} threads of block {number} wait for those that left")
         for slot in np.flatnonzero(complete.all(1)):
-            self.state.clocks.barrier(int(self.state.blocks[slot]))
+            block = int(self.state.blocks[slot])
+            self.state.clocks.barrier(block)
+            if self.state.probe:
+                self.state.probe.barrier(block, int(self._arrived[slot * self.threads]))
         self.state.refresh()
         self._pc[waiting] = self._resume[waiting]
 

@@ -21,6 +21,8 @@ class Memory:
     access's width.
     """
 
+    space = ""
+
     def __init__(self, size: int, base: int, describe: Callable[[int], str]) -> None:
         size = -(-size // 16) * 16
         self.base = base
@@ -104,6 +106,8 @@ class GlobalMemory(Memory):
     tensors: by name. fresh: addresses of storages that nobody has written yet.
     """
 
+    space = "global"
+
     def __init__(self, tensors: list[tuple[str, Tensor]], fresh: set[int]) -> None:
         self._starts: dict[int, int] = {}
         self._storages: list[torch.UntypedStorage] = []
@@ -177,6 +181,8 @@ SHARED_BASE = 1024
 
 class SharedMemory(Memory):
     """One array for every block that runs at the same time."""
+
+    space = "shared"
 
     def __init__(self, size: int, blocks: int, threads: int) -> None:
         self.size = -(-size // 16) * 16

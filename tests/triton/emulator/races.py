@@ -17,6 +17,7 @@ import numpy as np
 
 from emulator.memory import Memory
 from emulator.parsing import Instruction
+from emulator.probing import Accesses, Probe
 
 READ, WRITE, ATOMIC, ASYNC_READ = range(4)
 _NAMES = ("read", "write", "atomic", "asynchronous read")
@@ -171,6 +172,7 @@ class AccessLog:
     clocks: Clocks
     instructions: list[Instruction]
     cell: int
+    probe: Probe | None = None
     reports: dict[tuple[int, int, int, int], RaceReport] = field(default_factory=dict)
     # The warps of an instruction whose reads race.
     reads: dict[int, set[int]] = field(default_factory=dict)
@@ -196,6 +198,12 @@ class AccessLog:
         if not _IS_READ[kind]:
             cells = positions[:, None] * (width // self.cell) + np.arange(width // self.cell)
             self._written[cells.ravel()] = True
+        if self.probe:
+            unit = width // self.cell
+            cells = (positions[:, None] * unit + np.arange(unit)).ravel()
+            warps = np.repeat(np.array(self.clocks.warp)[rows], unit)
+            accesses = Accesses(self.memory.space, kind, warps, cells)
+            self.probe.accessed(warps // self.clocks.warps_per_block, accesses)
         self._count += len(positions) * (width // self.cell)
         if self._count > _MOST_ENTRIES:
             self._look(final=False)

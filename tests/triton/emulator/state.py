@@ -1,12 +1,13 @@
 """What instructions work on: registers, memories, clocks, and copies that are on their way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from emulator.memory import GlobalMemory, SharedMemory
 from emulator.parsing import Instruction
+from emulator.probing import Probe
 from emulator.races import AccessLog, Clocks
 from emulator.registers import Active, Registers
 
@@ -53,6 +54,7 @@ class State:
     inexact: bool
     fused: dict[int, tuple[Instruction, int]]  # sums and the products that they are fused with
     contested: dict[int, set[int]]  # warps of loads whose result counts as not written
+    probe: Probe | None
     blocks: np.ndarray  # that run now; -1 where there is none
     warps: np.ndarray = field(init=False)  # (lanes) of the whole launch
     rows: np.ndarray = field(init=False)  # (lanes) of the clocks
@@ -82,6 +84,11 @@ class State:
     def refresh(self) -> None:
         """Read the clocks again."""
         self.rows = self.clocks.row[self.warps]
+
+    def forget(self, names: Sequence[str], active: Active) -> None:
+        """Registers count as not written."""
+        for name in names:
+            self.written[name] &= ~active.mask
 
     def lane(self, index: int) -> str:
         """Its name."""

@@ -1,0 +1,43 @@
+"""A barrier or an order less is noticed, in a kernel with partials and tickets and in one that exchanges tiles."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from emulated.columns import Moments
+from emulated.mutations import Subject, idle_barriers
+from emulated.products import Gram
+
+
+@pytest.fixture(scope="module")
+def moments():
+    """Two strips of three chunks; what is beside the columns is out of bounds."""
+    return Subject(
+        lambda: Moments(170, [(516,)], torch.float32, "every second row"), {"_NARROW_COLUMNS": 0, "_PROGRAMS": 6}, 0
+    )
+
+
+@pytest.fixture(scope="module")
+def fold():
+    """Sums of Gram matrices: a tile goes through shared memory to be transposed."""
+    return Subject(lambda: Gram([66], [8], torch.float32), {}, 1)
+
+
+@pytest.mark.parametrize("name", ["moments", "fold"])
+def test_the_barriers_that_can_be_spared_are_those_that_have_nothing_to_order(name, request):
+    subject = request.getfixturevalue(name)
+    outcomes = {mutation.line: subject.outcome(mutation) for mutation in subject.mutations("barrier")}
+    spared = {line for line, outcome in outcomes.items() if outcome == "unnoticed"}
+    assert spared == idle_barriers(subject)
+    assert len(spared) < len(outcomes)
+
+
+@pytest.mark.parametrize("kind", ["acquire", "release", "order"])
+def test_a_ticket_needs_its_whole_order(moments, kind):
+    outcomes = [moments.outcome(mutation) for mutation in moments.mutations(kind)]
+    assert outcomes == ["noticed"]
