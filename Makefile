@@ -62,6 +62,9 @@ demo-molm: build  ## train MoLM on handwritten digits; results in runs/molm-mnis
 test: build  ## run every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 $(ARGS)
 
+test-emulated: build  ## run the compiled Triton kernels without a GPU, all of it; goes on where it was stopped
+	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full $(ARGS)
+
 test-gpu: build  ## run every operator on every GPU backend, against float64 on the CPU
 	@$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
 
@@ -83,4 +86,4 @@ bench-gpu: build  ## the same on a GPU; results in bench/results/<device>
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so
 
-.PHONY: help build demo demo-molm test test-gpu lint format bench bench-gpu clean
+.PHONY: help build demo demo-molm test test-emulated test-gpu lint format bench bench-gpu clean

@@ -9,8 +9,10 @@ from helpers import DTYPES
 from emulated.cases import LAYOUTS, emulate
 from emulated.columns import OPTIONS, Match, MatchFeatures
 from emulated.full.running import SCHEDULES, check, check_inexact
-from emulated.full.test_columns import ARCHITECTURES, SHAPES
+from emulated.full.test_columns import SHAPES
 from moment_ops.kernels import _plan
+
+ARCHITECTURES = (80, 90)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -53,6 +55,13 @@ def test_matches_of_features_without_update_with_weights_of_means_alone(
     rows, shapes, plan = SHAPES[shape]
     make = partial(MatchFeatures, rows, shapes, torch.float32, average, update=update, weighted=weighted, var=var)
     check(make, architecture, **plan)
+
+
+@pytest.mark.parametrize("average", OPTIONS)
+@pytest.mark.parametrize("shape", ["tails", "chunks", "wide chunks of blocks"])
+def test_matches_of_features_on_sm_100(shape, average):
+    rows, shapes, plan = SHAPES[shape]
+    check(partial(MatchFeatures, rows, shapes, torch.bfloat16, average), 100, **plan)
 
 
 @pytest.mark.parametrize("average", OPTIONS)
