@@ -42,6 +42,10 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 		print("\n".join(name for extra in extras for name in re.findall(r'"([^"]+)"', extra)))
 	PY
 	$(BIN)/python -m pip --disable-pip-version-check install -qq -c $$CONSTRAINTS -r $(VENV)/requirements.txt
+	OLDER=$$(sed -n 's/^# triton for the compiled tests: //p' constraints.txt)
+	if [ ! -d $(VENV)/triton-$$OLDER ] && $(BIN)/python -c 'import triton' 2>/dev/null; then
+		$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --target $(VENV)/triton-$$OLDER triton==$$OLDER
+	fi
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
@@ -80,8 +84,8 @@ format: build  ## reformat the Python code
 bench: build  ## time the ops against eager PyTorch and torch.compile
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-gpu: build  ## the same on a GPU; results in bench/results/<device>
-	@$(BIN)/python -m bench --device cuda $(ARGS)
+bench-gpu: build  ## everything that only a GPU can tell, the most important first
+	@$(BIN)/python -m bench.gpu $(ARGS)
 
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so

@@ -1,7 +1,11 @@
-"""Device functions that all kernels share: finding a program's layer and columns, merging moments, arriving last."""
+"""Device functions that kernels share: finding a program's layer, columns and rows, merging moments, arriving last."""
 
 import triton
 import triton.language as tl
+
+from moment_ops.kernels._plan import ROW_BYTES
+
+ROW_BITS = tl.constexpr(8 * ROW_BYTES)
 
 
 @triton.jit
@@ -73,11 +77,36 @@ def locate(
 
 
 @triton.jit
+def group_starts(x, stride, GROUPS: tl.constexpr):
+    """(GROUPS, BLOCK_COLUMNS) pointers to each group's first row, from those to the first row.
+
+    The threads of a program read a row of a wide strip at once, or of a narrow one as many rows as there are groups.
+    """
+    return x[None, :] + tl.arange(0, GROUPS)[:, None] * stride
+
+
+@triton.jit
+def tile_at(begin, x, stride, ROWS: tl.constexpr):
+    """(ROWS, GROUPS, BLOCK_COLUMNS) pointers from row `begin` on, row by row over the groups; x: `group_starts`.
+
+    `begin` is added first: a thread then keeps one pointer in registers, not one for each of its rows.
+    """
+    GROUPS: tl.constexpr = x.shape[0]
+    return (x + begin * stride)[None] + tl.arange(0, ROWS)[:, None, None] * (GROUPS * stride)
+
+
+@triton.jit
+def rows_of_groups(rows, GROUPS: tl.constexpr):
+    """How many of `rows` rows each group has; (GROUPS, 1)."""
+    return (rows + (GROUPS - 1) - tl.arange(0, GROUPS)[:, None]) // GROUPS
+
+
+@triton.jit
 def merge(mean_a, m2_a, count_a, mean_b, m2_b, count_b):
-    """Moments of two groups of rows together (Chan, Golub & LeVeque 1979), in the dtype of the moments."""
+    """Moments of two groups of rows together (Chan, Golub & LeVeque 1979), in the dtype of the moments; 0 of none."""
     rows_a = tl.cast(count_a, mean_a.dtype)
     rows_b = tl.cast(count_b, mean_a.dtype)
-    share = rows_b / (rows_a + rows_b)
+    share = rows_b / tl.maximum(rows_a + rows_b, 1.0)
     delta = mean_b - mean_a
     return mean_a + delta * share, m2_a + (m2_b + delta * delta * (rows_a * share))
 

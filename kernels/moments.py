@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels import _plan
-from moment_ops.kernels._common import locate, pick, pick_integer
+from moment_ops.kernels._common import ROW_BITS, group_starts, locate, pick, pick_integer, tile_at
 from moment_ops.kernels._order import (
     in_memory_order,
     restore_logical_order,
@@ -41,18 +41,45 @@ def moments_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    LONG: tl.constexpr,
 ):
     """Mean and variance of every column, packed."""
     complete, mean, var, packed, mask, _ = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
         None, None, None, None, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS,
-        BLOCK_CHUNKS, LONG,
+        BLOCK_CHUNKS,
     )  # fmt: skip
     if complete:
         tl.store(mean_out + packed, mean, mask=mask)
         if var_out is not None:
             tl.store(var_out + packed, var, mask=mask)
+
+
+@triton.jit
+def coefficients(
+    grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """(a, b, center), (BLOCK_COLUMNS), of the gradient a + b * (x - center)."""
+    dtype = mean.dtype.element_ty
+    # All loads before the first use.
+    statistic_rows = rows
+    if count is not None:
+        statistic_rows = tl.load(count + layer)
+    factor = 1.0
+    if scale is not None:
+        factor = tl.load(scale)
+    a = tl.zeros([BLOCK_COLUMNS], dtype)
+    b = a
+    center = a
+    if grad_mean is not None:
+        a = tl.load(grad_mean + packed, mask=mask, other=0.0)
+    if grad_var is not None:
+        b = tl.load(grad_var + packed, mask=mask, other=0.0)
+        center = tl.load(mean + packed, mask=mask, other=0.0)
+    statistic_rows = tl.cast(statistic_rows, tl.float64)
+    factor = tl.cast(factor, tl.float64)
+    slope = (2.0 * factor / (statistic_rows - correction)).to(dtype)
+    # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
+    return a * (factor / statistic_rows).to(dtype), tl.where(b == 0, b, b * slope), center
 
 
 @triton.jit(do_not_specialize=["rows", "chunk_rows", "correction"])
@@ -89,45 +116,44 @@ def moments_backward_kernel(
         starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
     )
     accumulate = mean.dtype.element_ty
-    if count is not None:
-        statistic_rows = tl.load(count + pick_integer(positions, starts, program, LAYERS)).to(tl.float64)
-    else:
-        statistic_rows = tl.cast(rows, tl.float64)
-    factor = tl.full((), 1.0, tl.float64)
-    if scale is not None:
-        factor = tl.load(scale).to(tl.float64)
-    a = tl.zeros([BLOCK_COLUMNS], accumulate)
-    if grad_mean is not None:
-        a = tl.load(grad_mean + packed, mask=mask, other=0.0) * (factor / statistic_rows).to(accumulate)
-    if grad_var is not None:
-        slope = (2.0 * factor / (statistic_rows - correction)).to(accumulate)
-        b = tl.load(grad_var + packed, mask=mask, other=0.0)
-        # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-        b = tl.where(b == 0, b, b * slope)
-        center = tl.load(mean + packed, mask=mask, other=0.0)
-
-    y = pick(outputs, starts, program, LAYERS) + column
-    y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    x = pick(inputs, starts, program, LAYERS) + column
-    x_stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    if grads is not None:
-        g = pick(grads, starts, program, LAYERS) + column
-        g_stride = pick_integer(grad_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    GROUPS: tl.constexpr = ROW_BITS // (BLOCK_COLUMNS * inputs[0].dtype.element_ty.primitive_bitwidth)
+    ROWS: tl.constexpr = BLOCK_ROWS // GROUPS
+    READS: tl.constexpr = RECTIFIED or grad_var is not None
     begin = chunk * chunk_rows
-    for tile in range(begin, tl.minimum(begin + chunk_rows, rows), BLOCK_ROWS):
-        row = tile + tl.arange(0, BLOCK_ROWS)
-        here = (row < rows)[:, None] & mask[None, :]
-        row = row.to(tl.int64)[:, None]
-        value = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], accumulate) + a[None, :]
-        if grad_var is not None or RECTIFIED:
-            features = tl.load(x[None, :] + row * x_stride, mask=here, other=0.0).to(accumulate)
+    end = tl.minimum(begin + chunk_rows, rows)
+    row = tl.arange(0, ROWS)[:, None, None] * GROUPS + tl.arange(0, GROUPS)[None, :, None]
+    here = mask[None, None, :] & (row < end - begin)  # (ROWS, GROUPS, BLOCK_COLUMNS)
+    # The first tiles are in flight together with the coefficients, and each next one while its predecessor is used.
+    if READS:
+        x_stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+        x = group_starts(pick(inputs, starts, program, LAYERS) + column, x_stride, GROUPS)
+        features = tl.load(tile_at(begin, x, x_stride, ROWS), mask=here, other=0.0)
+    if grads is not None:
+        g_stride = pick_integer(grad_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+        g = group_starts(pick(grads, starts, program, LAYERS) + column, g_stride, GROUPS)
+        added = tl.load(tile_at(begin, g, g_stride, ROWS), mask=here, other=0.0)
+    a, b, center = coefficients(
+        grad_mean, grad_var, mean, count, scale, rows, correction,
+        pick_integer(positions, starts, program, LAYERS), packed, mask, BLOCK_COLUMNS,
+    )  # fmt: skip
+    y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    y = group_starts(pick(outputs, starts, program, LAYERS) + column, y_stride, GROUPS)
+    for tile in range(begin, end, BLOCK_ROWS):
+        here = mask[None, None, :] & (row < end - tile)
+        value = tl.zeros([ROWS, GROUPS, BLOCK_COLUMNS], accumulate) + a[None, None, :]
         if grad_var is not None:
-            value += b[None, :] * (features - center[None, :])
+            value += b[None, None, :] * (features.to(accumulate) - center[None, None, :])
         if grads is not None:
-            value += tl.load(g[None, :] + row * g_stride, mask=here, other=0.0).to(accumulate)
+            value += added.to(accumulate)
         if RECTIFIED:
-            value = tl.where(features <= 0, 0.0, value)
-        tl.store(y[None, :] + row * y_stride, value.to(y.dtype.element_ty), mask=here)
+            value = tl.where(features.to(accumulate) <= 0, 0.0, value)
+        following = tile + BLOCK_ROWS
+        ahead = mask[None, None, :] & (row < end - following)
+        if READS:
+            features = tl.load(tile_at(following, x, x_stride, ROWS), mask=ahead, other=0.0)
+        if grads is not None:
+            added = tl.load(tile_at(following, g, g_stride, ROWS), mask=ahead, other=0.0)
+        tl.store(tile_at(tile, y, y_stride, ROWS), value.to(y.dtype.element_ty), mask=here)
 
 
 def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction: int) -> dict[str, Any]:
@@ -152,7 +178,6 @@ def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction
         "correction": correction,
         **group.constants,
         "BLOCK_CHUNKS": group.fold_chunks,
-        "LONG": group.long,
     }
 
 

@@ -25,7 +25,10 @@ def report() -> str:
     lines.append("backends")
     for name in backends.NAMES[1:]:
         reason = backends.unavailable(name)
-        lines.append(f"  {name:<9} {'available' if reason is None else 'not available: ' + reason}")
+        state = "available" if reason is None else f"not available: {reason}"
+        if name == "triton" and torch.version.hip is not None:
+            state += f"; {backends.UNPROVEN_ON_AMD}"
+        lines.append(f"  {name:<9} {state}")
     for device in ("cpu", "cuda"):
         lines.append(f"auto uses {backends.chosen(device)} for {device} tensors")
     return "\n".join(lines)

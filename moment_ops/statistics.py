@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from moment_ops import files
 from moment_ops.ops import checks
+from moment_ops.ops.layout import per_column
 from moment_ops.ops.moments import moments as moments_op
 
 
@@ -135,18 +136,13 @@ class Moments:
         """
         _check_parts(parts)
         first = parts[0]
-        sizes = torch.tensor(first.sizes, device=first.mean.device)
-
-        def per_column(count: Tensor) -> Tensor:
-            return count.repeat_interleave(sizes, output_size=first.mean.shape[0])
-
         counts = [part.count for part in parts if part.count is not None]
-        count, rows = counts[0], per_column(counts[0].double())
+        count, rows = counts[0], per_column(counts[0].double(), first.sizes)
         mean = first.mean.double()
         m2 = None if first.var is None else _sum_of_squares(first.var, rows, first.correction)
         scatter = _scatter(first)
         for part, part_count in zip(parts[1:], counts[1:], strict=True):
-            part_rows = per_column(part_count.double())
+            part_rows = per_column(part_count.double(), first.sizes)
             count, rows = count + part_count, rows + part_rows
             share = part_rows / rows
             delta = part.mean.double() - mean
@@ -335,8 +331,12 @@ def moments(
 
     Source: dos Santos et al. 2019, section 3: per-feature mean and variance over the batch, never pooled over space.
     """
-    layers = checks.features(input)
     correction = checks.correction(correction)
+    if dim == 0 and type(dim) is int:
+        layers, signature, shapes, _ = checks.batch_of(input)
+        mean, variance, count = moments_op(layers, 0, correction, var, signature=signature)
+        return Moments(mean, variance, None, count, correction, shapes, validate=False)
+    layers = checks.features(input)
     dims = checks.dimensions(dim, layers)
     first = [d[0] for d in dims]
     if any(d != first[0] for d in first):

@@ -134,7 +134,6 @@ __device__ __forceinline__ void merge_groups(Partial<double, WIDTH>& mine, RowRa
       merge(mean[at(group, c)], m2[at(group, c)], mean[at(group + span, c)], m2[at(group + span, c)], factors);
     }
   }
-  __syncthreads();
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
     mine.mean[c] = mean[at(group, c)];
@@ -143,13 +142,16 @@ __device__ __forceinline__ void merge_groups(Partial<double, WIDTH>& mine, RowRa
 }
 
 // True in every thread of the block that arrives last of `expected`; what the others wrote before is visible to it.
+// The thread that takes the ticket fences it on both sides; barriers extend that to its block.
 __device__ __forceinline__ bool arrives_last(unsigned int* ticket, unsigned int expected) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) + 1u == expected;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) + 1u == expected;
+    if (last) __threadfence();
+  }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 

@@ -80,30 +80,28 @@ __device__ __forceinline__ double match_column(const MatchArguments<A>& argument
   return loss;
 }
 
-// The sum of one number per thread, in thread 0, in a fixed order.
-__device__ __forceinline__ double sum_block(double value, double* shared) {
-  __syncthreads();
+// Adds up one number per thread, in a fixed order, and leaves the sum in shared[0], for thread 0. There has to be a
+// barrier between two sums in the same memory.
+__device__ __forceinline__ void sum_block(double value, double* shared) {
   shared[threadIdx.x] = value;
   for (int span = kThreads / 2; span > 0; span /= 2) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < span) shared[threadIdx.x] += shared[threadIdx.x + span];
   }
-  __syncthreads();
-  return shared[0];
 }
 
 // Called by the block that completed a strip; the last of all adds the strips up and advances the step.
 template <Average KIND, class A>
 __device__ __forceinline__ void finish_loss(const MatchArguments<A>& arguments, int strip, double thread_loss,
                                             double* shared) {
-  const double strip_loss = sum_block(thread_loss, shared);
-  if (threadIdx.x == 0) __stcg(arguments.losses + strip, strip_loss);
+  sum_block(thread_loss, shared);
+  if (threadIdx.x == 0) __stcg(arguments.losses + strip, shared[0]);
   if (!arrives_last(arguments.ticket, static_cast<unsigned int>(arguments.strips))) return;
   double loss = 0;
   for (int i = static_cast<int>(threadIdx.x); i < arguments.strips; i += kThreads) loss += __ldcg(arguments.losses + i);
-  loss = sum_block(loss, shared);
+  sum_block(loss, shared);
   if (threadIdx.x == 0) {
-    *arguments.loss = static_cast<A>(loss);
+    *arguments.loss = static_cast<A>(shared[0]);
     if (KIND != Average::none && arguments.parameters.update) ++*arguments.step;
   }
 }

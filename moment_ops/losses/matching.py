@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from moment_ops.averages import Average
-from moment_ops.ops import checks
-from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops import checks, plans
+from moment_ops.ops.layout import per_column, statistics_dtype
+from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
 from moment_ops.statistics import Moments
@@ -35,7 +36,7 @@ class _MatchMoments(torch.autograd.Function):
     ) -> Tensor:
         kind, options, curvature = average
         mean_scale, var_scale, reduction = scalars
-        loss, grad_mean, grad_var = torch.ops.moment_ops.match_.default(
+        loss, grad_mean, grad_var = match_(
             mean,
             var,
             target_mean,
@@ -85,14 +86,15 @@ class _MatchFeatures(torch.autograd.Function):
         scalars: tuple[float, float, float],
         average: tuple[str, list[float], float],
         update: bool,
+        signature: plans.Signature | None,
         layers: int,
         *tensors: Tensor,
     ) -> Tensor:
         kind, options, curvature = average
         features, state = tensors[:layers], tensors[layers:]
         mean_scale, var_scale, reduction = scalars
-        loss, mean, grad_mean, grad_var = torch.ops.moment_ops.match_.features(
-            list(features),
+        loss, mean, grad_mean, grad_var = match_features(
+            features,
             correction,
             target_mean,
             target_var,
@@ -105,6 +107,7 @@ class _MatchFeatures(torch.autograd.Function):
             options,
             list(state),
             update,
+            signature=signature,
         )
         ctx.correction, ctx.scalars, ctx.curvature = correction, scalars, curvature
         ctx.has_var, ctx.layers = target_var is not None, layers
@@ -128,8 +131,8 @@ class _MatchFeatures(torch.autograd.Function):
         d_features = moments_backward(
             features, mean, count, grad_mean, grad_var, correction=ctx.correction, scale=scale
         )
-        others = len(ctx.needs_input_grad) - 9 - ctx.layers
-        return *([None] * 9), *d_features, *([None] * others)
+        others = len(ctx.needs_input_grad) - 10 - ctx.layers
+        return *([None] * 10), *d_features, *([None] * others)
 
 
 def _rebuilt(saved: Tensor, moving: Tensor, bend: float, weight: Tensor | None) -> Tensor:
@@ -168,12 +171,13 @@ def _with_correction(input: Moments, correction: int) -> Tensor:
             f"input: got correction {input.correction}, expected {correction} as in target; without its count it cannot"
             " be converted"
         )
-    sizes = torch.tensor(input.sizes, device=input.count.device)
-    rows = input.count.repeat_interleave(sizes, output_size=input.mean.shape[0]).to(input.var.dtype)
+    rows = per_column(input.count.to(input.var.dtype), input.sizes)
     return input.var * ((rows - input.correction) / (rows - correction))
 
 
 def _check_shapes(shapes: Sequence[Sequence[int]], target: Sequence[Sequence[int]]) -> None:
+    if shapes == target:
+        return
     if len(shapes) != len(target):
         raise ValueError(f"input: got {len(shapes)} layers, expected {len(target)} as in target")
     for i, (got, expected) in enumerate(zip(shapes, target, strict=True)):
@@ -217,12 +221,13 @@ class Matcher:
     def __call__(self, input: Moments | Tensor | Sequence[Tensor]) -> Tensor:
         if isinstance(input, Moments):
             return self._from_input_moments(input)
-        layers = checks.features(input)
-        checks.batch(layers, 0)
-        _check_shapes([x.shape[1:] for x in layers], self.shapes)
+        layers, signature, shapes, requires_grad = checks.batch_of(input)
+        _check_shapes(shapes, self.shapes)
         self._check_device(layers[0].device)
         same_dtype = self.mean.dtype == statistics_dtype(layers[0].dtype)
         fused = self.merge is None and same_dtype and not self._target_requires_grad()
+        if fused and signature is not None and not (requires_grad and torch.is_grad_enabled()):
+            return self._of_constants(layers, signature)
         if fused:
             return _MatchFeatures.apply(
                 self.correction,
@@ -233,14 +238,36 @@ class Matcher:
                 self.scalars,
                 self.average,
                 self.update,
+                signature,
                 len(layers),
                 *layers,
                 *self.state,
             )
         # Merging takes variances over N: those over N - c do not exist for a single row.
         correction = self.correction if self.merge is None else 0
-        mean, var, count = moments_op(layers, 0, correction, self.var is not None)
+        mean, var, count = moments_op(layers, 0, correction, self.var is not None, signature=signature)
         return self.from_moments(mean, var, count, correction)
+
+    def _of_constants(self, layers: Sequence[Tensor], signature: plans.Signature) -> Tensor:
+        """The loss of features that want no gradients."""
+        mean_scale, var_scale, reduction = self.scalars
+        kind, options, _ = self.average
+        return match_features(
+            layers,
+            self.correction,
+            self.mean,
+            self.var,
+            mean_scale,
+            var_scale,
+            self.mean_weight,
+            self.var_weight,
+            reduction,
+            kind,
+            options,
+            list(self.state),
+            self.update,
+            signature=signature,
+        )[0]
 
     def _from_input_moments(self, input: Moments) -> Tensor:
         _check_shapes(input.shapes, self.shapes)

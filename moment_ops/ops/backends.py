@@ -56,8 +56,17 @@ _TRITON_DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
     (torch.float32, torch.bfloat16, torch.float16),
 )
 
+# What is known about a backend on a kind of GPU, beyond that it can run.
+UNPROVEN_ON_AMD = "compiled for AMD GPUs, never run on one"
+
 _forced = os.environ.get("MOMENT_OPS_BACKEND", "auto")
-_warned = False
+_warned: set[str] = set()
+
+
+def _warn_once(about: str, message: str) -> None:
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(message, stacklevel=4)
 
 
 def _check_name(name: str) -> None:
@@ -147,9 +156,19 @@ def implementation(name: str, operator: str) -> Callable[..., Any]:
     return getattr(torch.ops.moment_ops, operator).native
 
 
+def requested() -> str:
+    """The backend that was asked for; "auto" where none was."""
+    return _forced
+
+
+def fill(operator: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
+    """What fills the outputs of an operator on tensors like `tensor`; None where the reference computes them."""
+    name = select(operator, tensor)
+    return None if name == "reference" else implementation(name, operator)
+
+
 def select(operator: str, tensor: torch.Tensor) -> str:
     """The name of the backend that runs `operator` on tensors like `tensor`."""
-    global _warned
     _check_name(_forced)
     device_type = tensor.device.type
     if _forced != "auto":
@@ -163,11 +182,14 @@ def select(operator: str, tensor: torch.Tensor) -> str:
         if reason is not None:
             reasons.append(f"{name}: {reason}")
             continue
-        if name == "reference" and reasons and not _warned:
-            _warned = True
-            warnings.warn(
-                f"moment_ops runs on plain PyTorch, slower: {'; '.join(reasons)}. `moment-ops env` tells more.",
-                stacklevel=2,
+        if name == "reference" and reasons:
+            reason = "; ".join(reasons)
+            _warn_once(name, f"moment_ops runs on plain PyTorch, slower: {reason}. `moment-ops env` tells more.")
+        if name == "triton" and torch.version.hip is not None:
+            _warn_once(
+                name,
+                f"the Triton kernels of moment_ops are {UNPROVEN_ON_AMD}: compare their results with those of"
+                ' `with moment_ops.backend("reference")`',
             )
         return name
     return "reference"

@@ -1,10 +1,12 @@
 """Argument checks from shapes, dtypes, devices and strides alone: nothing here reads from a device."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moment_ops.ops import plans
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,6 +34,32 @@ def features(input: Any, name: str = "input") -> list[Tensor]:
             raise ValueError(f"{label}: got device {x.device}, expected {layers[0].device} as in {name}[0]")
     _no_forward_mode(layers, name)
     return list(layers)
+
+
+class Batch(NamedTuple):
+    """Features with the batch on dimension 0 that have passed the checks."""
+
+    layers: Sequence[Tensor]
+    signature: plans.Signature | None
+    shapes: tuple[tuple[int, ...], ...]  # of a row of every layer
+    requires_grad: bool  # of any layer
+
+
+_BATCHES: plans.Plans[tuple[tuple[tuple[int, ...], ...], bool]] = plans.Plans()
+
+
+def batch_of(input: Any, name: str = "input") -> Batch:
+    """A tensor or a sequence of tensors with the batch on dimension 0, checked once per signature."""
+    layers = [input] if isinstance(input, Tensor) else input
+
+    signature = plans.signature(layers) if isinstance(layers, (list, tuple)) else None
+    return Batch(layers, signature, *_BATCHES.find(signature, None, _check_batch, input, name))
+
+
+def _check_batch(input: Any, name: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
+    layers = features(input, name)
+    batch(layers, 0, name)
+    return tuple(tuple(x.shape[1:]) for x in layers), any(x.requires_grad for x in layers)
 
 
 def batch(layers: Sequence[Tensor], dim: int, name: str = "input") -> None:

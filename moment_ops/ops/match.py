@@ -1,12 +1,12 @@
 """`match_`: the running average's step in place, the loss, and its derivatives with respect to mean and variance."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moment_ops.ops import backends, reference
+from moment_ops.ops import backends, plans, reference
 from moment_ops.ops.layout import with_dense_columns
 from moment_ops.ops.library import define, define_native
 
@@ -35,13 +35,25 @@ def advance(state: Sequence[Tensor], update: bool) -> None:
             " recomputed and its state would advance twice. Keep the loss outside the checkpointed region."
         )
     # Kernels do not bump version counters, and a saved state tensor would then give wrong gradients silently.
-    for tensor in state:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
+
+
+class _Plan(NamedTuple):
+    """Of `match_` from features."""
+
+    fill: Callable[..., None] | None  # the backend's kernel; None: the reference
+    dense: bool  # layers are read as they are
+
+
+_PLANS: plans.Plans[_Plan] = plans.Plans()
+
+
+def _plan(input: Sequence[Tensor]) -> _Plan:
+    return _Plan(backends.fill("match_", input[0]), all(with_dense_columns(x, 0) is x for x in input))
 
 
 def _fill(
-    name: str,
+    fill: Callable[..., None],
     mean: Tensor | None,
     var: Tensor | None,
     input: Sequence[Tensor],
@@ -59,10 +71,10 @@ def _fill(
     loss = target_mean.new_empty(())
     grad_mean = target_mean.new_empty(target_mean.shape)
     grad_var = None if target_var is None else torch.empty_like(grad_mean)
-    backends.implementation(name, "match_")(
+    fill(
         dense(mean),
         dense(var),
-        [with_dense_columns(x, 0) for x in input],
+        input,
         correction,
         dense(target_mean),
         dense(target_var),
@@ -86,11 +98,11 @@ def _fill(
 # `arguments` are those of `_PARAMETERS`, in its order.
 def _match(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     advance(*arguments[-2:])
-    name = backends.select("match_", mean)
-    if name == "reference":
+    fill = backends.fill("match_", mean)
+    if fill is None:
         loss, grad_mean, grad_var = reference.match_(mean, var, *arguments)
     else:
-        loss, grad_mean, grad_var = _fill(name, mean, var, (), 0, None, *arguments)
+        loss, grad_mean, grad_var = _fill(fill, mean, var, (), 0, None, *arguments)
     return loss, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 
@@ -100,16 +112,19 @@ def _match_fake(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tens
     return mean.new_empty(()), torch.empty_like(target_mean), grad_var
 
 
-def _match_features(input: list[Tensor], correction: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _match_features(
+    input: Sequence[Tensor], correction: int, *arguments: Any, signature: plans.Signature | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     advance(*arguments[-2:])
     target_mean, target_var = arguments[:2]
-    name = backends.select("match_", input[0])
-    if name == "reference":
+    fill, dense = _PLANS.find(signature or plans.signature(input), backends.requested(), _plan, input)
+    if fill is None:
         mean, var = reference.moments(input, 0, correction, target_var is not None)
         loss, grad_mean, grad_var = reference.match_(mean, var, *arguments)
     else:
         mean = target_mean.new_empty(target_mean.shape)
-        loss, grad_mean, grad_var = _fill(name, None, None, input, correction, mean, *arguments)
+        layers = input if dense else [with_dense_columns(x, 0) for x in input]
+        loss, grad_mean, grad_var = _fill(fill, None, None, layers, correction, mean, *arguments)
     return loss, mean, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 
@@ -131,3 +146,23 @@ define(
     _match_features,
     _match_features_fake,
 )
+
+
+def match_(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, grad_mean, grad_var) of moments; the state advances. `arguments` are those of the operator."""
+    if plans.signature((mean, var)) is None:
+        return torch.ops.moment_ops.match_.default(mean, var, *arguments)
+    return _match(mean, var, *arguments)
+
+
+def match_features(
+    input: Sequence[Tensor], correction: int, *arguments: Any, signature: plans.Signature | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, mean, grad_mean, grad_var) of features; the state advances. `arguments` are those of the operator.
+
+    Args:
+        signature: of the features.
+    """
+    if signature is None:
+        return torch.ops.moment_ops.match_.features(list(input), correction, *arguments)
+    return _match_features(input, correction, *arguments, signature=signature)

@@ -1,14 +1,15 @@
 """`moments` and `moments_backward`: schemas, kernels, shape functions and derivatives."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moment_ops.ops import backends, reference
+from moment_ops.ops import backends, plans, reference
 from moment_ops.ops.layout import feature_shape, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import LIBRARY, define, define_native
+from moment_ops.ops.nodes import Node
 
 define_native("moments.native(Tensor[] input, int dim, int correction, Tensor(a!) mean, Tensor(b!)? var) -> ()")
 define_native(
@@ -17,31 +18,67 @@ define_native(
 )
 
 
-def _new_count(input: Sequence[Tensor], dim: int) -> Tensor:
+def new_count(rows: Sequence[int], like: Tensor) -> Tensor:
     """Rows per layer, filled on the device: a tensor made from a list would be copied over with a host sync."""
-    rows = [x.shape[dim] for x in input]
     if all(n == rows[0] for n in rows):
-        return input[0].new_full((len(rows),), rows[0], dtype=torch.int64)
-    return torch.cat([input[0].new_full((1,), n, dtype=torch.int64) for n in rows])
+        return like.new_full((len(rows),), rows[0], dtype=torch.int64)
+    return torch.cat([like.new_full((1,), n, dtype=torch.int64) for n in rows])
 
 
 def _columns(input: Sequence[Tensor], dim: int) -> int:
     return sum(torch.Size(feature_shape(x, dim)).numel() for x in input)
 
 
-def _moments(input: list[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = statistics_dtype(input[0].dtype)
-    name = backends.select("moments", input[0])
-    if name == "reference":
-        mean, variance = reference.moments(input, dim, correction, var)
-    else:
-        mean = input[0].new_empty(_columns(input, dim), dtype=dtype)
-        variance = torch.empty_like(mean) if var else None
-        native = [with_dense_columns(x, dim) for x in input]
-        backends.implementation(name, "moments")(native, dim, correction, mean, variance)
-    if variance is None:
-        variance = input[0].new_empty(0, dtype=dtype)
-    return mean, variance, _new_count(input, dim)
+class Plan(NamedTuple):
+    """Of `moments`."""
+
+    fill: Callable[..., None] | None  # the backend's kernel; None: the reference
+    dense: bool  # layers are read as they are
+    rows: tuple[int, ...]
+    columns: int
+    dtype: torch.dtype  # of the statistics
+    requires_grad: bool  # of any layer
+
+
+_PLANS: plans.Plans[Plan] = plans.Plans()
+
+
+def plan_moments(input: Sequence[Tensor], dim: int, signature: plans.Signature | None) -> Plan:
+    """The plan for layers of a signature."""
+    return _PLANS.find(signature, (dim, backends.requested()), _plan, input, dim)
+
+
+def _plan(input: Sequence[Tensor], dim: int) -> Plan:
+    x = input[0]
+    return Plan(
+        backends.fill("moments", x),
+        all(with_dense_columns(layer, dim) is layer for layer in input),
+        tuple(layer.shape[dim] for layer in input),
+        _columns(input, dim),
+        statistics_dtype(x.dtype),
+        any(layer.requires_grad for layer in input),
+    )
+
+
+def packed_moments(
+    input: Sequence[Tensor], dim: int, correction: int, var: bool, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """(mean, var) by the plan, without gradients."""
+    if plan.fill is None:
+        return reference.moments(input, dim, correction, var)
+    mean = input[0].new_empty(plan.columns, dtype=plan.dtype)
+    variance = mean.new_empty(plan.columns) if var else None
+    layers = input if plan.dense else [with_dense_columns(x, dim) for x in input]
+    plan.fill(layers, dim, correction, mean, variance)
+    return mean, variance
+
+
+def _moments(
+    input: Sequence[Tensor], dim: int, correction: int, var: bool, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = plan or plan_moments(input, dim, plans.signature(input))
+    mean, variance = packed_moments(input, dim, correction, var, plan)
+    return mean, mean.new_empty(0) if variance is None else variance, new_count(plan.rows, mean)
 
 
 def _moments_fake(input: list[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,10 +103,26 @@ def _moments_derivative(
     grad_var = grad_var if ctx.var else None
     grads: list[Tensor | None] = [None] * len(input)
     if grad_mean is not None or grad_var is not None:
-        grads = torch.ops.moment_ops.moments_backward.default(
-            [], grad_mean, grad_var, input, mean, count, ctx.dim, ctx.correction, None
-        )
+        grads = moments_backward(input, mean, count, grad_mean, grad_var, dim=ctx.dim, correction=ctx.correction)
     return grads, None, None, None
+
+
+class _Moments(Node):
+    """The operator as a node of its own: the dispatcher's way to the same derivative takes several times as long."""
+
+    @staticmethod
+    def forward(dim: int, correction: int, var: bool, plan: Plan, *input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _moments(input, dim, correction, var, plan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        dim, correction, var, _, *input = inputs
+        _moments_setup(ctx, (input, dim, correction, var), output)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, *_moments_derivative(ctx, grad_mean, grad_var, None)[0]
 
 
 def _moments_backward(
@@ -82,25 +135,52 @@ def _moments_backward(
     dim: int,
     correction: int,
     scale: Tensor | None,
+    signature: plans.Signature | None = None,
 ) -> list[Tensor]:
     # Strides as the shape function promises: those of the input where it is dense.
     out = [torch.empty_like(x) for x in input]
-    name = backends.select("moments_backward", input[0])
-    if name == "reference":
+    signature = signature or plans.signature((*input, *grad))
+    options = len(input), dim, backends.requested()
+    plan = _BACKWARD_PLANS.find(signature, options, _backward_plan, grad, input, out, dim)
+    if plan.fill is None:
         grads = reference.moments_backward(grad, grad_mean, grad_var, input, mean, count, dim, correction, scale)
         return [y.copy_(g) for y, g in zip(out, grads, strict=True)]
-    native = [with_dense_columns(x, dim) for x in input]
-    # The kernel writes columns in the order in which it reads them, and adds gradients that lie in the same order.
-    written = [y if has_same_columns(y, x, dim) else torch.empty_like(x) for y, x in zip(out, native, strict=True)]
-    added = [g if g.stride() == y.stride() else y.copy_(g) for g, y in zip(grad, written, strict=False)]
+    native, written, added = input, out, grad
+    if not plan.direct:
+        native, written, added = _in_one_order(grad, input, out, dim)
 
     def dense(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.contiguous()
 
-    backends.implementation(name, "moments_backward")(
-        added, dense(grad_mean), dense(grad_var), native, mean.contiguous(), count, dim, correction, scale, written
-    )
-    return [y if y is w else y.copy_(w) for y, w in zip(out, written, strict=True)]
+    vectors = dense(grad_mean), dense(grad_var)
+    plan.fill(added, *vectors, native, mean.contiguous(), count, dim, correction, scale, written)
+    return out if plan.direct else [y if y is w else y.copy_(w) for y, w in zip(out, written, strict=True)]
+
+
+class _BackwardPlan(NamedTuple):
+    """Of `moments_backward`; `direct`: nothing has to be copied."""
+
+    fill: Callable[..., None] | None
+    direct: bool
+
+
+_BACKWARD_PLANS: plans.Plans[_BackwardPlan] = plans.Plans()
+
+
+def _backward_plan(grad: list[Tensor], input: list[Tensor], out: list[Tensor], dim: int) -> _BackwardPlan:
+    native, written, added = _in_one_order(grad, input, out, dim)
+    pairs = (*zip(native, input, strict=True), *zip(written, out, strict=True), *zip(added, grad, strict=True))
+    return _BackwardPlan(backends.fill("moments_backward", input[0]), all(a is b for a, b in pairs))
+
+
+def _in_one_order(
+    grad: list[Tensor], input: list[Tensor], out: list[Tensor], dim: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(input, out, grad) as a kernel takes them: it writes and adds columns in the order in which it reads them."""
+    native = [with_dense_columns(x, dim) for x in input]
+    written = [y if has_same_columns(y, x, dim) else torch.empty_like(x) for y, x in zip(out, native, strict=True)]
+    added = [g if g.stride() == y.stride() else y.copy_(g) for g, y in zip(grad, written, strict=False)]
+    return native, written, added
 
 
 def _moments_backward_fake(
@@ -191,13 +271,29 @@ torch.library.register_autograd(
 
 
 def moments(
-    input: Sequence[Tensor], dim: int = 0, correction: int = 1, var: bool = True
+    input: Sequence[Tensor],
+    dim: int = 0,
+    correction: int = 1,
+    var: bool = True,
+    *,
+    signature: plans.Signature | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Packed mean and variance over `dim` of every layer, and rows per layer; differentiable, twice in eager mode.
 
+    Args:
+        signature: of the layers, where it is known.
+
     Cost: one read of the features forward; one read and one write backward; one launch each.
     """
-    mean, variance, count = torch.ops.moment_ops.moments.default(list(input), dim, correction, var)
+    signature = signature or plans.signature(input)
+    if signature is None:
+        mean, variance, count = torch.ops.moment_ops.moments.default(list(input), dim, correction, var)
+    else:
+        plan = plan_moments(input, dim, signature)
+        if plan.requires_grad and torch.is_grad_enabled():
+            mean, variance, count = _Moments.call(dim, correction, var, plan, *input)
+        else:
+            mean, variance, count = _moments(input, dim, correction, var, plan)
     return mean, variance if var else None, count
 
 
@@ -221,6 +317,9 @@ def moments_backward(
         grad: gradients that arrive from elsewhere, one per layer, added in the same pass.
         scale: scalar tensor.
     """
-    return torch.ops.moment_ops.moments_backward.default(
-        list(grad), grad_mean, grad_var, list(input), mean, count, dim, correction, scale
-    )
+    arguments = list(grad), grad_mean, grad_var, list(input), mean, count, dim, correction, scale
+    # A backward that is itself differentiated has its derivative from the registered operator.
+    signature = None if torch.is_grad_enabled() else plans.signature((*input, *grad))
+    if signature is not None:
+        return _moments_backward(*arguments, signature)
+    return torch.ops.moment_ops.moments_backward.default(*arguments)

@@ -1,13 +1,16 @@
 """Taps: `relu_moments`, its backward, and the identity that collects moments on its way."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moment_ops.ops import backends, checks, reference
+from moment_ops.ops import backends, checks, plans, reference
 from moment_ops.ops.layout import columns_of, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import LIBRARY, define, define_native
+from moment_ops.ops.moments import Plan, moments_backward, new_count, packed_moments, plan_moments
+from moment_ops.ops.nodes import Node
 
 define_native(
     "relu_moments.native(Tensor x, Tensor? bias, int correction, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()"
@@ -18,20 +21,71 @@ define_native(
 )
 
 
-def _relu_moments(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tensor, Tensor, Tensor]:
-    name = backends.select("relu_moments", x)
+class _Plan(NamedTuple):
+    """Of a tap, whose arguments have passed the checks."""
+
+    fill: Callable[..., None] | None  # the backend's kernel; None: the reference
+    fill_backward: Callable[..., None] | None
+    backend: str  # that was asked for
+    direct: bool  # nothing has to be copied
+    stride: tuple[int, ...]  # of y
+    columns: int
+    dtype: torch.dtype  # of the statistics
+
+
+class _BackwardPlan(NamedTuple):
+    """Of a tap's backward."""
+
+    fill: Callable[..., None] | None
+    direct: bool
+
+
+_PLANS: plans.Plans[_Plan] = plans.Plans()
+_BACKWARD_PLANS: plans.Plans[_BackwardPlan] = plans.Plans()
+
+
+def _check(x: Any, bias: Any) -> None:
+    checks.batch(checks.features(x, "x"), 0, "x")
+    if bias is not None:
+        checks.channel_bias(bias, x)
+
+
+def _is_direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel can read x as it is, and others of its shape column by column with it."""
+    return with_dense_columns(x, 0) is x and all(y is None or has_same_columns(y, x, 0) for y in others)
+
+
+def _plan(x: Tensor, bias: Tensor | None) -> _Plan:
+    _check(x, bias)
+    y = torch.empty_like(x)
+    fills = backends.fill("relu_moments", x), backends.fill("relu_moments_backward", x)
+    direct = _is_direct(x, y)
+    return _Plan(*fills, backends.requested(), direct, y.stride(), columns_of(x), statistics_dtype(x.dtype))
+
+
+def _backward_plan(y: Tensor, out: Tensor, grad: Tensor | None) -> _BackwardPlan:
+    return _BackwardPlan(backends.fill("relu_moments_backward", y), _is_direct(y, out, grad))
+
+
+def _relu_moments(
+    x: Tensor, bias: Tensor | None, correction: int, plan: _Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = plan or _PLANS.find(plans.signature((x, bias)), backends.requested(), _plan, x, bias)
     # Strides as the shape function promises: those of the input where it is dense.
     y = torch.empty_like(x)
-    if name == "reference":
+    if plan.fill is None:
         result, mean, var = reference.relu_moments(x, bias, correction)
         return y.copy_(result), mean, var
-    mean = x.new_empty(columns_of(x), dtype=statistics_dtype(x.dtype))
-    var = torch.empty_like(mean)
+    mean = x.new_empty(plan.columns) if plan.dtype is x.dtype else x.new_empty(plan.columns, dtype=plan.dtype)
+    var = mean.new_empty(plan.columns)
+    dense_bias = None if bias is None else bias.contiguous()
+    if plan.direct:
+        plan.fill(x, dense_bias, correction, y, mean, var)
+        return y, mean, var
     native = with_dense_columns(x, 0)
     # The kernel writes columns in the order in which it reads them.
     written = y if has_same_columns(y, native, 0) else torch.empty_like(native)
-    dense_bias = None if bias is None else bias.contiguous()
-    backends.implementation(name, "relu_moments")(native, dense_bias, correction, written, mean, var)
+    plan.fill(native, dense_bias, correction, written, mean, var)
     return y if y is written else y.copy_(written), mean, var
 
 
@@ -53,7 +107,7 @@ def _relu_moments_derivative(
 ) -> tuple[Tensor | None, Tensor | None, None]:
     y, mean = ctx.saved_tensors
     if grad_mean is not None or grad_var is not None:
-        dx = torch.ops.moment_ops.relu_moments_backward.default(grad, grad_mean, grad_var, y, mean, ctx.correction)
+        dx = _backward(grad, grad_mean, grad_var, y, mean, ctx.correction)
     elif grad is not None:
         dx = torch.ops.aten.threshold_backward(grad, y, 0)
     else:
@@ -69,23 +123,42 @@ def _relu_moments_backward(
     y: Tensor,
     mean: Tensor,
     correction: int,
+    signature: plans.Signature | None = None,
 ) -> Tensor:
     out = torch.empty_like(y)
-    name = backends.select("relu_moments_backward", y)
-    if name == "reference":
+    signature = signature or plans.signature((y, grad))
+    plan = _BACKWARD_PLANS.find(signature, backends.requested(), _backward_plan, y, out, grad)
+    if plan.fill is None:
         return out.copy_(reference.relu_moments_backward(grad, grad_mean, grad_var, y, mean, correction))
-    native = with_dense_columns(y, 0)
-    written = out if has_same_columns(out, native, 0) else torch.empty_like(native)
-    if grad is not None and not has_same_columns(grad, native, 0):
-        grad = torch.empty_like(native).copy_(grad)
+    native = written = y
+    if plan.direct:
+        written = out
+    else:
+        native = with_dense_columns(y, 0)
+        written = out if has_same_columns(out, native, 0) else torch.empty_like(native)
+        if grad is not None and not has_same_columns(grad, native, 0):
+            grad = torch.empty_like(native).copy_(grad)
 
     def dense(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.contiguous()
 
-    backends.implementation(name, "relu_moments_backward")(
-        grad, dense(grad_mean), dense(grad_var), native, mean.contiguous(), correction, written
-    )
+    plan.fill(grad, dense(grad_mean), dense(grad_var), native, mean.contiguous(), correction, written)
     return out if out is written else out.copy_(written)
+
+
+def _backward(
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    correction: int,
+) -> Tensor:
+    # A backward that is itself differentiated has its derivative from the registered operator.
+    signature = None if torch.is_grad_enabled() else plans.signature((y, grad))
+    if signature is not None:
+        return _relu_moments_backward(grad, grad_mean, grad_var, y, mean, correction, signature)
+    return torch.ops.moment_ops.relu_moments_backward.default(grad, grad_mean, grad_var, y, mean, correction)
 
 
 def _relu_moments_backward_fake(
@@ -166,40 +239,83 @@ def relu_moments(x: Tensor, bias: Tensor | None = None, *, correction: int = 1) 
     Cost: one launch, x is read and y written; backward one launch, the gradient and y are read, one gradient is
     written: the bytes that the ReLU alone moves. Of its own it saves the mean.
     """
-    checks.batch(checks.features(x, "x"), 0, "x")
-    if bias is not None:
-        checks.channel_bias(bias, x)
-    return torch.ops.moment_ops.relu_moments.default(x, bias, checks.correction(correction))
+    correction = checks.correction(correction)
+    signature = plans.signature((x, bias))
+    if signature is None or x is None:
+        _check(x, bias)
+        return torch.ops.moment_ops.relu_moments.default(x, bias, correction)
+    plan = _PLANS.find(signature, backends.requested(), _plan, x, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _ReluMoments.call(x, bias, correction, plan)
+    return _relu_moments(x, bias, correction, plan)
 
 
-class _IdentityMoments(torch.autograd.Function):
-    """An operator may not return its input, so this is a Function around two of them."""
+class _ReluMoments(Node):
+    """The operator as a node of its own: the dispatcher's way to the same derivative takes several times as long."""
 
     @staticmethod
-    def forward(x: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var, count = torch.ops.moment_ops.moments.default([x], 0, correction, True)
-        return x.view_as(x), mean, var, count
+    def forward(x: Tensor, bias: Tensor | None, correction: int, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+        return _relu_moments(x, bias, correction, plan)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        x, ctx.correction = inputs
-        _, mean, _, count = output
-        ctx.mark_non_differentiable(count)
-        ctx.save_for_backward(x, mean, count)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _relu_moments_setup(ctx, inputs[:3], output)
+        ctx.plan = inputs[3]
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        y, mean = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        # The usual case in half the time: gradients in the strides of y, of which the forward's plan holds.
+        if (
+            plan.direct
+            and plan.fill_backward is not None
+            and grad_mean is not None
+            and grad_var is not None
+            and grad is not None
+            and type(grad) is Tensor
+            and grad.stride() == plan.stride == y.stride()
+            and plan.backend == backends.requested()
+            and not ctx.needs_input_grad[1]
+            and not torch.is_grad_enabled()
+            and not torch._C._len_torch_dispatch_stack()
+        ):
+            out = torch.empty_like(y)
+            plan.fill_backward(grad, grad_mean.contiguous(), grad_var.contiguous(), y, mean, ctx.correction, out)
+            return out, None, None, None
+        return *_relu_moments_derivative(ctx, grad, grad_mean, grad_var), None
+
+
+class _IdentityMoments(Node):
+    """An operator may not return its input, so this is a node around two of them."""
+
+    @staticmethod
+    def forward(x: Tensor, correction: int, plan: Plan | None) -> tuple[Tensor, Tensor, Tensor]:
+        if plan is None:
+            mean, var, _ = torch.ops.moment_ops.moments.default([x], 0, correction, True)
+        else:
+            mean, var = packed_moments([x], 0, correction, True, plan)
+        return x.view_as(x), mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, ctx.correction, _ = inputs
+        ctx.save_for_backward(x, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, _: None
-    ) -> tuple[Tensor | None, None]:
-        x, mean, count = ctx.saved_tensors
+        ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        x, mean = ctx.saved_tensors
         if grad_mean is None and grad_var is None:
-            return grad, None
+            return grad, None, None
         added = [] if grad is None else [grad]
-        (dx,) = torch.ops.moment_ops.moments_backward.default(
-            added, grad_mean, grad_var, [x], mean, count, 0, ctx.correction, None
-        )
-        return dx, None
+        count = new_count(x.shape[:1], mean)
+        (dx,) = moments_backward([x], mean, count, grad_mean, grad_var, grad=added, correction=ctx.correction)
+        return dx, None, None
 
 
 def identity_moments(x: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +325,21 @@ def identity_moments(x: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor,
 
     Cost: one launch and one read; backward one launch, x and the gradient are read, one gradient is written.
     """
-    checks.batch(checks.features(x, "x"), 0, "x")
-    y, mean, var, _ = _IdentityMoments.apply(x, checks.correction(correction))
-    return y, mean, var
+    correction = checks.correction(correction)
+    signature = plans.signature((x,))
+    if signature is None:
+        _check(x, None)
+        return _IdentityMoments.call(x, correction, None)
+    plan = _IDENTITY_PLANS.find(signature, backends.requested(), _identity_plan, x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _IdentityMoments.call(x, correction, plan)
+    mean, var = packed_moments([x], 0, correction, True, plan)
+    return x, mean, var
+
+
+_IDENTITY_PLANS: plans.Plans[Plan] = plans.Plans()
+
+
+def _identity_plan(x: Tensor) -> Plan:
+    _check(x, None)
+    return plan_moments([x], 0, None)

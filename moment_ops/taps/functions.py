@@ -4,8 +4,7 @@ Every tap gives the value that goes on through the network, and its statistic: t
 is wanted. For moments alone no features are kept.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from moment_ops.ops.relu_moments import identity_moments, relu_moments
 MOMENTS, FEATURES, BOTH = "moments", "features", "both"
 
 
-@dataclass(frozen=True)
-class Collected:
+class Collected(NamedTuple):
     """The moments of one tap over one batch: (F,) mean and variance, features if wanted, rows, the shape of a row."""
 
     mean: Tensor

@@ -1,7 +1,6 @@
 """Taps in a network that cannot be traced: its calls are watched while they happen."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class RecordedNetwork(nn.Module):
         if self._wanted == functions.FEATURES:
             statistic = statistic.clone()
         elif self._wanted == functions.BOTH:
-            statistic = replace(statistic, features=y.clone())
+            statistic = statistic._replace(features=y.clone())
         return self._keep(y, statistic)
 
     def _chooses(self, path: str, module: nn.Module) -> bool:

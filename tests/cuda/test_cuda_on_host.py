@@ -17,7 +17,7 @@ from moment_ops.ops import reference
 @pytest.fixture(scope="session")
 def module():
     path = os.environ.get("MOMENT_OPS_TESTING_MODULE")
-    return host_module.load(Path(path) if path else host_module.build("-O1"))
+    return host_module.load(Path(path) if path else host_module.build_module("-O1"))
 
 
 def features(shapes, dtype, shift=3.0):
@@ -263,7 +263,7 @@ def test_no_access_outside_of_the_arrays():
     library = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     if not Path(library.stdout.strip()).is_absolute():
         pytest.skip("no address sanitizer")
-    path = host_module.build("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+    path = host_module.build_module("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
     environment = os.environ | {
         "LD_PRELOAD": library.stdout.strip(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",

@@ -9,7 +9,7 @@ from helpers import DTYPES, epsilon, exact_moments, mean_bound, mean_error, stat
 
 @pytest.fixture(scope="session")
 def module():
-    return host_module.load(host_module.build("-O1"))
+    return host_module.load(host_module.build_module("-O1"))
 
 
 def features(shape, dtype, channels_last=False):

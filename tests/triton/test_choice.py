@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moment_ops as mo
+from moment_ops import environment
 from moment_ops.ops import backends
 
 GPU_TENSOR = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
@@ -33,8 +34,19 @@ def test_auto_prefers_compiled_kernels_then_triton_on_gpus(monkeypatch, names, c
 
 def test_an_operator_without_a_triton_kernel_runs_elsewhere(monkeypatch):
     available(monkeypatch, "triton", "reference")
-    monkeypatch.setattr(backends, "_warned", True)
+    monkeypatch.setattr(backends, "_warned", {"reference"})
     assert backends.select("another", GPU_TENSOR) == "reference"
+
+
+def test_an_amd_gpu_is_told_once_that_nobody_has_run_the_kernels_there(monkeypatch):
+    available(monkeypatch, "triton", "reference")
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.warns(UserWarning, match="never run on one") as caught:
+        chosen = [backends.select(operator, GPU_TENSOR) for operator in ("moments", "match_")]
+    assert chosen == ["triton", "triton"]
+    assert len(caught) == 1
+    assert "compiled for AMD GPUs, never run on one" in environment.report()
 
 
 def test_a_machine_without_triton_is_told_how_to_get_it(monkeypatch):
