@@ -371,6 +371,19 @@ def test_products_are_fused_with_sums_where_the_assembler_may_and_it_is_told_to(
     assert_same(evaluate(changed, a, b, c, out=F32, inexact=True), plain)
 
 
+@pytest.mark.parametrize("inexact", [False, True])
+def test_a_gross_reciprocal_of_float64_has_its_upper_half(inexact):
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, -1e-310, 1.7e308, 2.0], F64)
+    a = np.concatenate([near_one(F64), special])
+    result = evaluate("rcp.approx.ftz.f64 {y}, {0}", a, out=F64, inexact=inexact)
+    numbers = ~np.isnan(result)
+    assert not (result.view(U64)[numbers] & U64(2**32 - 1)).any()
+    error = np.abs(result[:-9] * a[:-9] - 1).max()
+    assert 2.0**-21 < error < 2.0**-18
+    expected = np.array([np.inf, -np.inf, 0.0, -0.0, np.nan, np.inf, -np.inf, 0.0], F64)
+    assert_same(result[-9:-1], expected)
+
+
 def test_square_roots_of_float64_are_rounded_to_nearest():
     a = np.abs(near_one(F64))
     assert_same(evaluate("sqrt.rn.f64 {y}, {0}", a, out=F64), np.sqrt(a))

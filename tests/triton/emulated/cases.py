@@ -1,6 +1,6 @@
 """What all cases have in common: how they are run, memory layouts, and the constants of the planners."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from moment_ops.kernels import _covariance_plan, _gram_plan, _plan
 from moment_ops.kernels._plan import Launch
 
-_PLANNERS = (_plan, _covariance_plan, _gram_plan)
+# What a planner has otherwise: values by name, `module.name`.
+Plan = Mapping[str, Any]
 
 
 class Case:
@@ -54,16 +55,19 @@ def emulate(
 
 
 @contextmanager
-def planned(**constants: Any) -> Iterator[None]:
-    """The planners with other constants, so that small shapes are dealt out as large ones are."""
+def planned(plan: Plan) -> Iterator[None]:
+    """The planners with other constants and rules, so that small shapes are dealt out as large ones are."""
     with pytest.MonkeyPatch.context() as patch:
-        for planner in _PLANNERS:
-            for name, value in constants.items():
-                if hasattr(planner, name):
-                    patch.setattr(planner, name, value)
+        for name, value in plan.items():
+            patch.setattr(f"moment_ops.kernels.{name}", value)
         _forget()
         yield
     _forget()
+
+
+def always(value: Any) -> Callable[..., Any]:
+    """A rule of a planner that says this whatever it is asked."""
+    return lambda *_: value
 
 
 def _forget() -> None:

@@ -65,7 +65,7 @@ class Subject:
     architecture: int = 80
 
     def __post_init__(self) -> None:
-        with planned(**self.plan):
+        with planned(self.plan):
             self._codes = [compiled(launch, self.architecture) for launch in self.make().launches(self.architecture)]
         self._unused = [_pairs(self._run(self._codes, schedule)) for schedule in SCHEDULES]
 
@@ -103,7 +103,7 @@ class Subject:
         return probe
 
     def _run(self, codes: list[Compiled], schedule: Schedule, probe: Probe | None = None) -> Result:
-        with planned(**self.plan):
+        with planned(self.plan):
             torch.manual_seed(0)
             case = self.make()
             with Allocations() as fresh:

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from emulated import columns, products
-from emulated.cases import Case, planned
+from emulated.cases import Case, Plan, always, planned
 from moment_ops.kernels import match
-from moment_ops.kernels._plan import Launch
+from moment_ops.kernels._plan import Launch, Tile
 from moment_ops.kernels._resources import Spec
 
 
 @dataclass(frozen=True)
 class Small:
-    """A case, the constants of the planners, and which of its launches is the spec's."""
+    """A case, what the planners have otherwise, and which of its launches is the spec's."""
 
     make: Callable[[], Case]
-    plan: dict[str, Any]
+    plan: Plan
     index: int = 0
 
 
@@ -59,17 +59,13 @@ def small(spec: Spec) -> Small:
     wanted = constants(launch)
     closest: dict[str, Any] = {}
     for candidate in _CANDIDATES[name](launch):
-        with planned(**candidate.plan):
+        with planned(candidate.plan):
             got = constants(candidate.make().launches(spec.architectures[0])[candidate.index])
         if got == wanted:
             return candidate
         different = {key: (got.get(key), value) for key, value in wanted.items() if got.get(key) != value}
         closest = different if not closest or len(different) < len(closest) else closest
     raise LookupError(f"no small shape of {spec.name} has its constants; the closest differs in {closest}")
-
-
-# Constants of the planners: as they are; wide tiles for few columns, too.
-_WIDTHS = ({}, {"_NARROW_COLUMNS": 0})
 
 
 def _layers(launch: Launch) -> list[tuple[int, ...]]:
@@ -83,26 +79,28 @@ def _layers(launch: Launch) -> list[tuple[int, ...]]:
     return [(narrow,)] * (count - 1) + [(tile + narrow,)]
 
 
-def _rows(launch: Launch) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of three tiles, whole or in chunks, of one block or of several; and the programs that make it so."""
-    layers = launch.arguments["LAYERS"] // 2 + 2
-    # The degrees of freedom are no power of two, by which a division would be exact.
-    tiles = 2 * launch.arguments["BLOCK_ROWS"] + 3
-    yield tiles, {}
-    yield tiles, {"_PROGRAMS": 1}
-    for rows in (130, 1030):
-        # Two chunks of every strip; then one.
-        yield rows, {"_PROGRAMS": 2 * layers}
-        yield rows, {"_PROGRAMS": 1}
+def _rows(launch: Launch) -> tuple[int, int]:
+    """(rows, of a chunk): three tiles, of which the last is a tail; or chunks of two, and of one and the tail.
+
+    The degrees of freedom are no power of two, by which a division would be exact.
+    """
+    tile = launch.arguments["BLOCK_ROWS"]
+    # Gradients are always cut.
+    if launch.arguments.get("partials", launch) is None:
+        return 2 * tile + 3, 2 * tile + 3
+    return 3 * tile + 3, 2 * tile
 
 
 def _of_columns(make: Callable[[Launch, int, list[tuple[int, ...]], str], Case]) -> Callable[[Launch], Iterator[Small]]:
+    """With the tile of the launch, and its rows cut where the launch's are."""
+
     def candidates(launch: Launch) -> Iterator[Small]:
-        shapes = _layers(launch)
-        layout = "channels last" if launch.arguments["PERMUTED"] else "contiguous"
-        for width in _WIDTHS:
-            for rows, programs in _rows(launch):
-                yield Small(lambda rows=rows: make(launch, rows, shapes, layout), {**width, **programs})
+        arguments = launch.arguments
+        layout = "channels last" if arguments["PERMUTED"] else "contiguous"
+        tile = Tile(arguments["BLOCK_ROWS"], arguments["BLOCK_COLUMNS"], launch.warps)
+        rows, chunk = _rows(launch)
+        plan = {"_plan._tile": always(tile), "_plan._chunk_rows": always(chunk)}
+        yield Small(lambda: make(launch, rows, _layers(launch), layout), plan)
 
     return candidates
 
@@ -166,32 +164,38 @@ _PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 _WIDTH = 136
 
 
+def _small_tiles(plan: dict[str, Any], size: int) -> dict[str, Any]:
+    """Small tiles are those of GPUs that are not filled."""
+    return {**plan, "_product_tiles.processors": always(1 if size >= 128 else 10**6)}
+
+
 def _of_triangles(make: Callable[[Launch, int, str], Case]) -> Callable[[Launch], Iterator[Small]]:
-    """Whole, in chunks of rows, or in promoted blocks of rows; in every precision."""
+    """Whole, or in chunks of rows; and as if they were so many that blocks of them are promoted."""
 
     def candidates(launch: Launch) -> Iterator[Small]:
-        promoted = launch.arguments["PROMOTED"]
+        arguments = launch.arguments
+        rows, chunk = (40, 40) if arguments["partials"] is None else (70, 64)
+        plan = _small_tiles({"_covariance_plan._chunk_rows": always(chunk)}, arguments["TILE"])
+        if arguments["LONG"]:
+            plan["_covariance_plan.PROMOTED_ROWS"] = 0
         for precision in _PRECISIONS:
-            for rows, plan in ((40, {"_PROGRAMS": 1}), (130, {"_CHUNK_ROWS": 65}), (promoted + 4, {"_PROGRAMS": 1})):
-                yield Small(lambda rows=rows, precision=precision: make(launch, rows, precision), plan, -1)
+            yield Small(lambda precision=precision: make(launch, rows, precision), plan, -1)
 
     return candidates
 
 
-def _width(launch: Launch, rows: int) -> int:
-    """Many rows of few columns."""
-    width = 8 if rows > 1000 else _WIDTH
-    return width if launch.arguments["VECTOR"] > 1 else width - 1
+def _width(launch: Launch) -> int:
+    return _WIDTH if launch.arguments["VECTOR"] > 1 else _WIDTH - 1
 
 
 def _covariance(launch: Launch, rows: int, precision: str) -> Case:
     centered = launch.arguments["CENTERED"]
-    return products.Covariance(rows, _width(launch, rows), _dtype(launch), precision, centered=centered)
+    return products.Covariance(rows, _width(launch), _dtype(launch), precision, centered=centered)
 
 
 def _covariance_match(launch: Launch, rows: int, precision: str) -> Case:
     arguments = launch.arguments
-    widths = [_width(launch, rows), *[8] * (arguments["LAYERS"] // 2)]
+    widths = [_width(launch), *[8] * (arguments["LAYERS"] // 2)]
     average = _average(launch)
     return products.CovarianceMatch(
         rows, widths, _dtype(launch), precision, average, update=arguments["UPDATE"] or average == "none",
@@ -203,19 +207,18 @@ def _covariance_backward(launch: Launch) -> Iterator[Small]:
     arguments = launch.arguments
     dtype = _dtype(launch)
     mean, scaled = _present(launch, "grad_mean", "scale")
-    width = _WIDTH if arguments["VECTOR"] > 1 else _WIDTH - 1
+    width = _width(launch)
     for precision in _PRECISIONS:
-        for rows, few in ((70, 0), (40, 0)):
 
-            def make(rows: int = rows, precision: str = precision) -> Case:
-                if not arguments["PACKED"]:
-                    return products.CovarianceBackward(
-                        rows, width, dtype, precision, "contiguous", arguments["CENTERED"], mean
-                    )
-                widths = [width, *[8] * (arguments["LAYERS"] // 2)]
-                return products.CovarianceMatchBackward(rows, widths, dtype, precision, "contiguous", mean, scaled)
+        def make(precision: str = precision) -> Case:
+            if not arguments["PACKED"]:
+                return products.CovarianceBackward(
+                    70, width, dtype, precision, "contiguous", arguments["CENTERED"], mean
+                )
+            widths = [width, *[8] * (arguments["LAYERS"] // 2)]
+            return products.CovarianceMatchBackward(70, widths, dtype, precision, "contiguous", mean, scaled)
 
-            yield Small(make, {"_FEW_PROGRAMS": few})
+        yield Small(make, _small_tiles({}, arguments["ROWS"]))
 
 
 def _gram_shape(launch: Launch) -> tuple[list[int], list[int]]:

@@ -39,7 +39,7 @@ def test_what_is_compiled_for_a_spec_computes_what_float64_does(spec):
     """The spec's own code, on tensors that are aligned as it was told."""
     chosen, architecture = small(spec), architecture_of(spec)
     code = compiled(spec.launch(), architecture)
-    with planned(**chosen.plan):
+    with planned(chosen.plan):
         case = chosen.make()
         launches = case.launches(spec.architectures[0])
         index = chosen.index % len(launches)
@@ -59,6 +59,6 @@ def test_a_spec_of_a_kernel_that_is_not_known_here_is_missed_by_name():
 def test_a_spec_whose_constants_no_small_shape_has_is_missed_by_name():
     spec = specs.SPECS[0]
     launch = spec.launch()
-    other = replace(launch, arguments={**launch.arguments, "BLOCK_ROWS": 3 * launch.arguments["BLOCK_ROWS"]})
-    with pytest.raises(LookupError, match=f"{spec.name} has its constants; the closest differs in .*BLOCK_ROWS"):
+    other = replace(launch, arguments={**launch.arguments, "BLOCK_CHUNKS": 3})
+    with pytest.raises(LookupError, match=f"{spec.name} has its constants; the closest differs in .*BLOCK_CHUNKS"):
         small(replace(spec, launch=lambda: other))

@@ -214,6 +214,8 @@ def function_of_one(state: State, ins: Instruction, form: Form) -> Run:
     kind, type_ = form.required("rn", "approx"), form.type()
     if kind == "rn" and ins.opcode in ("rcp", "sqrt") and type_.kind == "f" and type_.bits >= 32:
         return evaluated(state, ins, form, type_, exact)
+    if ins.opcode == "rcp" and kind == "approx" and type_ == Type("f", 64) and form.flag("ftz"):
+        return evaluated(state, ins, form, type_, lambda x: _gross_reciprocal(state, x))
     if kind == "rn" or type_ != Type("f", 32):
         raise UnknownInstruction(f".{kind}.{type_}")
 
@@ -221,3 +223,21 @@ def function_of_one(state: State, ins: Instruction, form: Form) -> Run:
         return state.approximated(exact(x.astype(np.float64)).astype(np.float32), error)
 
     return evaluated(state, ins, form, type_, function)
+
+
+_UPPER = np.uint64(0xFFFFFFFF00000000)
+
+
+def _gross_reciprocal(state: State, x: np.ndarray) -> np.ndarray:
+    """Of the upper half of float64, as an upper half: a start for Newton's iteration. Subnormals are zeros."""
+    upper = _flushed64((x.view(np.uint64) & _UPPER).view(np.float64))
+    result = _flushed64(1 / upper).view(np.uint64)
+    normal = np.isfinite(upper) & (upper != 0) & (result << np.uint64(1) != 0)
+    if state.inexact:
+        error = (result >> np.uint64(32)) % np.uint64(3) << np.uint64(32)
+        result = np.where(normal, result + error - np.uint64(1 << 32), result)
+    return (result & _UPPER).view(np.float64)
+
+
+def _flushed64(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < np.finfo(np.float64).smallest_normal, np.copysign(0.0, x), x)

@@ -22,7 +22,7 @@ INEXACT = Schedule("random", inexact=True)
 def check(make: Callable[[], Case], architecture: int, **plan: Any) -> None:
     """A case is right in every order, and to the last bit the same."""
     results = []
-    with planned(**plan):
+    with planned(plan):
         for schedule in SCHEDULES:
             torch.manual_seed(0)
             case = make()
@@ -34,5 +34,5 @@ def check(make: Callable[[], Case], architecture: int, **plan: Any) -> None:
 
 def check_inexact(make: Callable[[], Case], architecture: int, **plan: Any) -> None:
     """It stays within its bounds where approximate instructions are as wrong as they may be."""
-    with planned(**plan):
+    with planned(plan):
         emulate(make(), architecture, INEXACT)
