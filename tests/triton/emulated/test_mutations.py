@@ -17,9 +17,7 @@ from emulated.products import Gram
 @pytest.fixture(scope="module")
 def moments():
     """Two strips of three chunks; what is beside the columns is out of bounds."""
-    return Subject(
-        lambda: Moments(170, [(516,)], torch.float32, "every second row"), {"_NARROW_COLUMNS": 0, "_PROGRAMS": 6}, 0
-    )
+    return Subject(lambda: Moments(530, [(40,)], torch.float32, "every second row"), {}, 0)
 
 
 @pytest.fixture(scope="module")
