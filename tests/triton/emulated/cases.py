@@ -1,4 +1,4 @@
-"""What all cases have in common: how they are run, memory layouts, and the constants of the planners."""
+"""What all cases have in common: how they are run, memory layouts, and what planners have otherwise."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

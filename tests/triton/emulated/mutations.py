@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from emulator.parsing import Instruction, Kernel
 from emulator.probing import Interval, Probe
 from emulator.races import ATOMIC, WRITE
 
-from emulated.cases import Case, planned
+from emulated.cases import Case, Plan, planned
 
 SCHEDULES = (
     Schedule("random"),
@@ -60,7 +59,7 @@ class Subject:
     """One launch of a case, whose text is changed."""
 
     make: Callable[[], Case]
-    plan: dict[str, Any]
+    plan: Plan
     index: int
     architecture: int = 80
 

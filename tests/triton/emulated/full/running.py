@@ -1,13 +1,12 @@
 """How the tests of the full suite run a case: in several orders, to the same bits."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from emulator.execution import Schedule
 from helpers import assert_same_bits
 
-from emulated.cases import Case, emulate, planned
+from emulated.cases import Case, Plan, emulate, planned
 
 # Blocks in lockstep; alone, the last first, and so their warps; a few together, in any order, one warp after another.
 SCHEDULES = (
@@ -15,11 +14,12 @@ SCHEDULES = (
     Schedule("reversed", together=1, warps="reversed"),
     Schedule("random", together=3, warps="forward", seed=1),
 )
+NOTHING: Plan = {}
 # Approximations that err as far as they may.
 INEXACT = Schedule("random", inexact=True)
 
 
-def check(make: Callable[[], Case], architecture: int, **plan: Any) -> None:
+def check(make: Callable[[], Case], architecture: int, plan: Plan = NOTHING) -> None:
     """A case is right in every order, and to the last bit the same."""
     results = []
     with planned(plan):
@@ -32,7 +32,7 @@ def check(make: Callable[[], Case], architecture: int, **plan: Any) -> None:
         assert_same_bits(other, results[0])
 
 
-def check_inexact(make: Callable[[], Case], architecture: int, **plan: Any) -> None:
+def check_inexact(make: Callable[[], Case], architecture: int, plan: Plan = NOTHING) -> None:
     """It stays within its bounds where approximate instructions are as wrong as they may be."""
     with planned(plan):
         emulate(make(), architecture, INEXACT)

@@ -10,16 +10,16 @@ from emulated.full.test_products import ARCHITECTURES, NARROW
 from emulated.products import Gram, GramBackward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (rows of the groups, widths, constants of the planner): one tile, groups in one tile and in several, tails; blocks
+# (rows of the groups, widths, what a planner has otherwise): one tile, groups in one tile and in several, tails; blocks
 # of columns, in one chunk and in several; several launches.
 SHAPES = {
     "one tile": ((5,), (8,), {}),
     "one column": ((3, 2), (1,), {}),
     "three groups": ((5, 1, 2), (3, 20), {}),
     "several tiles": ((70, 66), (40, 24), {}),
-    "blocks": ((5, 3), (200, 37), {"PROMOTED_COLUMNS": 64, "_PROGRAMS": 1}),
-    "chunks of blocks": ((70,), (304, 64), {"PROMOTED_COLUMNS": 64, "_PROGRAMS": 12}),
-    "several launches": ((3, 2), (8, 5, 16, 24), {"_MOST_TENSORS": 4}),
+    "blocks": ((5, 3), (200, 37), {"_gram_plan.PROMOTED_COLUMNS": 64, "_gram_plan._PROGRAMS": 1}),
+    "chunks of blocks": ((70,), (304, 64), {"_gram_plan.PROMOTED_COLUMNS": 64, "_gram_plan._PROGRAMS": 12}),
+    "several launches": ((3, 2), (8, 5, 16, 24), {"_product_tiles.MAX_LAYERS": 4}),
 }
 
 
@@ -28,8 +28,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_in_every_branch(shape, dtype, architecture):
     counts, widths, plan = SHAPES[shape]
-    plan = {name: value for name, value in plan.items() if name != "PROMOTED_COLUMNS" or value}
-    check(partial(Gram, counts, widths, dtype), architecture, **plan)
+    check(partial(Gram, counts, widths, dtype), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -37,7 +36,7 @@ def test_products_in_every_branch(shape, dtype, architecture):
 @pytest.mark.parametrize("shape", ["one tile", "one column", "three groups", "several tiles", "several launches"])
 def test_gradients_in_every_branch(shape, dtype, architecture):
     counts, widths, plan = SHAPES[shape]
-    check(partial(GramBackward, counts, widths, dtype), architecture, **plan)
+    check(partial(GramBackward, counts, widths, dtype), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -4,28 +4,36 @@ import pytest
 import torch
 
 from emulated.columns import MatchFeatures, Moments, MomentsBackward
+from emulated.full.test_columns import WIDE
+from emulated.full.test_products import LARGE_TILES, PROMOTED, chunks_of
 from emulated.mutations import Subject, idle_barriers, idle_fences, idle_guards, unused_accesses
 from emulated.products import Covariance, CovarianceMatch, CovarianceMatchBackward, Gram
 
 F32, BF16 = torch.float32, torch.bfloat16
 SLICED = "every second row"
 SUBJECTS = {
-    "moments": lambda: Subject(lambda: Moments(170, [(516,)], F32, SLICED), {"_NARROW_COLUMNS": 0, "_PROGRAMS": 6}, 0),
+    "moments": lambda: Subject(lambda: Moments(530, [(40,)], F32, SLICED), {}, 0),
+    "moments, wide": lambda: Subject(lambda: Moments(20, [(516,)], F32, SLICED), WIDE, 0),
     "moments of 16 bits": lambda: Subject(lambda: Moments(170, [(40,)], BF16, SLICED), {}, 0),
     "moments_backward": lambda: Subject(lambda: MomentsBackward(20, [(40,), (8,)], BF16, SLICED, added=True), {}, 0),
-    "match": lambda: Subject(lambda: MatchFeatures(170, [(12,), (8,)], F32, "adam", SLICED), {}, 0),
+    "match": lambda: Subject(lambda: MatchFeatures(530, [(12,), (8,)], F32, "adam", SLICED), {}, 0),
     "gram, sums": lambda: Subject(lambda: Gram([66], [8], F32), {}, 1),
-    "gram": lambda: Subject(lambda: Gram([20, 6], [200], F32), {"PROMOTED_COLUMNS": 64}, 0),
-    "covariance": lambda: Subject(lambda: Covariance(200, 136, F32, "ieee", SLICED), {"_PROGRAMS": 1}, 1),
-    "covariance in chunks": lambda: Subject(lambda: Covariance(135, 136, BF16, "ieee", SLICED), {"_CHUNK_ROWS": 65}, 1),
-    "covariance, sm_90": lambda: Subject(lambda: Covariance(200, 136, F32, "bf16x3"), {"_PROGRAMS": 1}, 1, 90),
+    "gram": lambda: Subject(lambda: Gram([20, 6], [200], F32), {"_gram_plan.PROMOTED_COLUMNS": 64}, 0),
+    "covariance": lambda: Subject(lambda: Covariance(120, 136, F32, "ieee", SLICED), {}, 1),
+    "covariance in chunks": lambda: Subject(
+        lambda: Covariance(135, 136, BF16, "ieee", SLICED), LARGE_TILES | chunks_of(65), 1
+    ),
+    "covariance in blocks": lambda: Subject(
+        lambda: Covariance(140, 40, BF16, "ieee", SLICED), LARGE_TILES | PROMOTED | chunks_of(140), 1
+    ),
+    "covariance, sm_90": lambda: Subject(lambda: Covariance(120, 136, F32, "bf16x3"), LARGE_TILES, 1, 90),
     "covariance_match": lambda: Subject(lambda: CovarianceMatch(70, (136,), BF16, "ieee", "adam", SLICED), {}, 1),
     "covariance_match_backward, sm_90": lambda: Subject(
-        lambda: CovarianceMatchBackward(70, (136,), F32, "bf16x3", SLICED), {"_FEW_PROGRAMS": 0}, 0, 90
+        lambda: CovarianceMatchBackward(70, (136,), F32, "bf16x3", SLICED), LARGE_TILES, 0, 90
     ),
 }
 # Their guards keep loads within tensors, whose values go through shared memory: what is not used of them is not known.
-GUARDED = ("moments", "moments of 16 bits", "moments_backward", "match", "gram, sums")
+GUARDED = ("moments", "moments, wide", "moments of 16 bits", "moments_backward", "match", "gram, sums")
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from emulated.cases import LAYOUTS
+from emulated.cases import LAYOUTS, always
 from emulated.columns import OPTIONS
 from emulated.full.running import check, check_inexact
 from emulated.products import BOUNDS, Covariance, CovarianceBackward, CovarianceMatch, CovarianceMatchBackward
@@ -14,13 +14,24 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ARCHITECTURES = (80, 90)
 # How a precision is computed depends on the dtype, too.
 PRECISIONS = [*((precision, F32) for precision in BOUNDS), ("ieee", BF16), ("ieee", F16), ("bf16", BF16), ("tf32", F16)]
-# (rows, width, constants of the planner): one tile, its tails; three tiles; chunks of rows; promoted blocks of rows.
+LARGE_TILES = {"_product_tiles.processors": always(1)}
+PROMOTED = {"_covariance_plan.PROMOTED_ROWS": 64, "covariance.PROMOTED_ROWS": 64}
+
+
+def chunks_of(rows):
+    return {"_covariance_plan._chunk_rows": always(rows)}
+
+
+# (rows, width, what the planner has otherwise): small tiles, whole and in chunks of rows; large tiles, whole, in chunks
+# and with promoted blocks of rows.
 SHAPES = {
     "one tile": (10, 8, {}),
-    "tails": (35, 130, {}),
-    "chunks": (135, 136, {"_CHUNK_ROWS": 65}),
-    "blocks": (140, 40, {"PROMOTED_ROWS": 64, "_PROGRAMS": 1}),
-    "chunks of blocks": (300, 40, {"PROMOTED_ROWS": 64, "_PROGRAMS": 2}),
+    "small tiles": (35, 130, {}),
+    "chunks": (270, 40, {}),
+    "large tiles": (35, 130, LARGE_TILES),
+    "chunks of large tiles": (135, 136, LARGE_TILES | chunks_of(65)),
+    "blocks": (140, 40, LARGE_TILES | PROMOTED | chunks_of(140)),
+    "chunks of blocks": (300, 40, LARGE_TILES | PROMOTED | chunks_of(150)),
 }
 NARROW = ("contiguous", "every second row", "rows of wider ones", "unaligned")
 
@@ -30,7 +41,7 @@ NARROW = ("contiguous", "every second row", "rows of wider ones", "unaligned")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_covariances_in_every_branch(shape, precision, dtype, architecture):
     rows, width, plan = SHAPES[shape]
-    check(partial(Covariance, rows, width, dtype, precision), architecture, **plan)
+    check(partial(Covariance, rows, width, dtype, precision), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,10 +61,10 @@ def test_second_moments(precision, dtype, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("average", OPTIONS)
 @pytest.mark.parametrize(("precision", "dtype"), [("ieee", F32), ("ieee", BF16), ("bf16x3", F32)], ids=str)
-@pytest.mark.parametrize("shape", ["tails", "chunks", "blocks"])
+@pytest.mark.parametrize("shape", ["small tiles", "chunks of large tiles", "blocks"])
 def test_matches_in_every_branch(shape, precision, dtype, average, architecture):
     rows, width, plan = SHAPES[shape]
-    check(partial(CovarianceMatch, rows, (width, 7), dtype, precision, average), architecture, **plan)
+    check(partial(CovarianceMatch, rows, (width, 7), dtype, precision, average), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -66,21 +77,21 @@ def test_matches_without_update_or_derivative(update, keep, average, architectur
 
 @pytest.mark.parametrize("average", OPTIONS)
 def test_a_loss_over_several_launches_is_one_loss(average):
-    check(partial(CovarianceMatch, 9, (8, 16, 24, 3), F32, "ieee", average), 80, MAX_LAYERS=2)
+    check(partial(CovarianceMatch, 9, (8, 16, 24, 3), F32, "ieee", average), 80, {"_product_tiles.MAX_LAYERS": 2})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
-@pytest.mark.parametrize("few", [0, 10**6])
-def test_the_backward_of_packed_matrices(few, precision, dtype, architecture):
-    check(partial(CovarianceMatchBackward, 70, (150, 8), dtype, precision), architecture, _FEW_PROGRAMS=few)
+@pytest.mark.parametrize("plan", [{}, LARGE_TILES], ids=["small", "large"])
+def test_the_backward_of_packed_matrices(plan, precision, dtype, architecture):
+    check(partial(CovarianceMatchBackward, 70, (150, 8), dtype, precision), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS, ids=str)
-@pytest.mark.parametrize("few", [0, 10**6])
-def test_the_backward_of_a_full_matrix(few, precision, dtype, architecture):
-    check(partial(CovarianceBackward, 70, 136, dtype, precision), architecture, _FEW_PROGRAMS=few)
+@pytest.mark.parametrize("plan", [{}, LARGE_TILES], ids=["small", "large"])
+def test_the_backward_of_a_full_matrix(plan, precision, dtype, architecture):
+    check(partial(CovarianceBackward, 70, 136, dtype, precision), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

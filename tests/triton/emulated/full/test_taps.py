@@ -8,15 +8,15 @@ from helpers import DTYPES
 from emulated.cases import LAYOUTS
 from emulated.columns import ReluMoments, ReluMomentsBackward
 from emulated.full.running import check, check_inexact
-from emulated.full.test_columns import ARCHITECTURES
+from emulated.full.test_columns import ARCHITECTURES, WIDE
 
 SHAPES = {
     "one tile": (10, (8, 2, 2), {}),
-    "tails": (62, (5, 3), {}),
-    "chunks": (150, (8, 2, 2), {}),
-    "chunks of blocks": (1100, (8,), {"_PROGRAMS": 2}),
-    "wide": (11, (8, 130), {"_NARROW_COLUMNS": 0}),
-    "wide chunks": (140, (8, 2, 2), {"_NARROW_COLUMNS": 0}),
+    "tails": (150, (5, 3), {}),
+    "several tiles": (300, (8,), {}),
+    "chunks": (530, (8, 2, 2), {}),
+    "long chunks": (1100, (8,), {"_plan.IN_FLIGHT": 1 << 16}),
+    "wide": (20, (8, 130), WIDE),
 }
 
 
@@ -26,16 +26,16 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_taps_in_every_branch(shape, bias, dtype, architecture):
     rows, columns, plan = SHAPES[shape]
-    check(partial(ReluMoments, rows, columns, dtype, bias=bias), architecture, **plan)
+    check(partial(ReluMoments, rows, columns, dtype, bias=bias), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ["one tile", "wide chunks"])
+@pytest.mark.parametrize("shape", ["one tile", "chunks", "wide"])
 def test_taps_of_every_layout(shape, layout, dtype, architecture):
     rows, columns, plan = SHAPES[shape]
-    check(partial(ReluMoments, rows, columns, dtype, layout), architecture, **plan)
+    check(partial(ReluMoments, rows, columns, dtype, layout), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -44,7 +44,7 @@ def test_taps_of_every_layout(shape, layout, dtype, architecture):
 @pytest.mark.parametrize("shape", ["one tile", "wide"])
 def test_backward_of_every_layout(shape, layout, dtype, architecture):
     rows, columns, plan = SHAPES[shape]
-    check(partial(ReluMomentsBackward, rows, columns, dtype, layout), architecture, **plan)
+    check(partial(ReluMomentsBackward, rows, columns, dtype, layout), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -59,4 +59,4 @@ def test_backward_of_parts(parts, dtype, architecture):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_approximate_instructions_do_not_leave_the_bounds(shape, dtype):
     rows, columns, plan = SHAPES[shape]
-    check_inexact(partial(ReluMoments, rows, columns, dtype), 80, **plan)
+    check_inexact(partial(ReluMoments, rows, columns, dtype), 80, plan)
