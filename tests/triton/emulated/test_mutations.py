@@ -1,4 +1,4 @@
-"""A barrier or an order less is noticed, in a kernel with partials and tickets and in one that exchanges tiles."""
+"""A barrier, an order or a guard less is noticed: with partials and tickets, where tiles are exchanged, in tails."""
 
 import os
 
@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from emulated.columns import Moments
+from emulated.columns import Moments, MomentsBackward
 from emulated.mutations import Subject, idle_barriers
 from emulated.products import Gram
 
@@ -39,3 +39,17 @@ def test_the_barriers_that_can_be_spared_are_those_that_have_nothing_to_order(na
 def test_a_ticket_needs_its_whole_order(moments, kind):
     outcomes = [moments.outcome(mutation) for mutation in moments.mutations(kind)]
     assert outcomes == ["noticed"]
+
+
+TAILS = {
+    "moments": lambda: Moments(20, [(516,)], torch.float32, "every second row"),
+    "moments_backward": lambda: MomentsBackward(20, [(40,), (8,)], torch.bfloat16, "every second row", added=True),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_tails_need_all_of_their_guards(name):
+    subject = Subject(TAILS[name], {"_plan.IN_FLIGHT": 0}, 0)
+    outcomes = [subject.outcome(mutation) for mutation in subject.mutations("guard")]
+    assert outcomes
+    assert set(outcomes) == {"noticed"}

@@ -14,7 +14,7 @@ SLICED = "every second row"
 SUBJECTS = {
     "moments": lambda: Subject(lambda: Moments(530, [(40,)], F32, SLICED), {}, 0),
     "moments, wide": lambda: Subject(lambda: Moments(20, [(516,)], F32, SLICED), WIDE, 0),
-    "moments of 16 bits": lambda: Subject(lambda: Moments(170, [(40,)], BF16, SLICED), {}, 0),
+    "moments of 16 bits": lambda: Subject(lambda: Moments(530, [(40,)], BF16, SLICED), {}, 0),
     "moments_backward": lambda: Subject(lambda: MomentsBackward(20, [(40,), (8,)], BF16, SLICED, added=True), {}, 0),
     "match": lambda: Subject(lambda: MatchFeatures(530, [(12,), (8,)], F32, "adam", SLICED), {}, 0),
     "gram, sums": lambda: Subject(lambda: Gram([66], [8], F32), {}, 1),
