@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 from helpers import DTYPES
 
-from emulated.cases import LAYOUTS
-from emulated.columns import Moments, MomentsBackward, Shifts
+from emulated.cases import LAYOUTS, planned
+from emulated.columns import Moments, MomentsBackward, Shifts, features
 from emulated.full.running import check, check_inexact
 from moment_ops.kernels import _plan
 
@@ -21,11 +21,37 @@ SHAPES = {
     "several tiles": (300, ((8,),), {}),
     "chunks": (530, ((40,), (8, 2, 2)), {}),
     "long chunks": (1100, ((8,), (8,)), {"_plan.IN_FLIGHT": 1 << 17}),
-    "many chunks": (700, ((8,),), {"_plan._CHUNK_TILES": 1, "_plan._FOLD_ELEMENTS": 1}),
+    "many chunks": (1100, ((8,),), {"_plan._CHUNK_TILES": 1, "_plan._FOLD_ELEMENTS": 1}),
     "between": (75, ((200,), (8,)), {"_plan.IN_FLIGHT": 3 << 14}),
     "wide": (20, ((520,), (1024,)), WIDE),
     "wide tails": (20, ((515,), (3,)), WIDE),
 }
+
+
+def groups_of_threads(group):
+    return _plan.ROW_BYTES // (group.tile.columns * group.itemsize)
+
+
+BRANCHES = {
+    "one tile": lambda g: g.rows <= g.tile.rows,
+    "one row": lambda g: g.rows == 1,
+    "tails": lambda g: g.chunks == 1 and g.tile.rows < g.rows < 2 * g.tile.rows,
+    "several tiles": lambda g: g.chunks == 1 and g.rows > 2 * g.tile.rows,
+    "chunks": lambda g: g.chunks > 1 and g.chunk_rows == 2 * g.tile.rows,
+    "long chunks": lambda g: g.chunks > 1 and g.chunk_rows == 4 * g.tile.rows,
+    "many chunks": lambda g: g.chunks > g.fold_chunks,
+    "between": lambda g: g.chunks == 1 and 1 < groups_of_threads(g) < 16 and g.rows > g.tile.rows,
+    "wide": lambda g: g.chunks == 1 and groups_of_threads(g) == 1 and g.rows > 2 * g.tile.rows,
+    "wide tails": lambda g: groups_of_threads(g) == 1 and g.vector == 1,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_take_the_branches_that_they_are_named_after(shape, dtype):
+    rows, shapes, plan = SHAPES[shape]
+    with planned(plan):
+        assert all(map(BRANCHES[shape], _plan.groups("reduce", features(rows, shapes, dtype))))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

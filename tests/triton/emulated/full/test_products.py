@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from emulated.cases import LAYOUTS, always
+from emulated.cases import LAYOUTS, always, planned
 from emulated.columns import OPTIONS
 from emulated.full.running import check, check_inexact
 from emulated.products import BOUNDS, Covariance, CovarianceBackward, CovarianceMatch, CovarianceMatchBackward
@@ -34,6 +34,28 @@ SHAPES = {
     "chunks of blocks": (300, 40, LARGE_TILES | PROMOTED | chunks_of(150)),
 }
 NARROW = ("contiguous", "every second row", "rows of wider ones", "unaligned")
+
+
+# (side of a tile, chunks, blocks that are promoted) of a program.
+BRANCHES = {
+    "one tile": (64, 1, 1),
+    "small tiles": (64, 1, 1),
+    "chunks": (64, 3, 1),
+    "large tiles": (128, 1, 1),
+    "chunks of large tiles": (128, 3, 1),
+    "blocks": (128, 1, 3),
+    "chunks of blocks": (128, 2, 3),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_take_the_branches_that_they_are_named_after(shape, architecture):
+    rows, width, plan = SHAPES[shape]
+    with planned(plan):
+        arguments = Covariance(rows, width, F32, "bf16x3").launches(architecture)[-1].arguments
+    blocks = -(-arguments["chunk_rows"] // arguments["PROMOTED"]) if arguments["LONG"] else 1
+    assert (arguments["TILE"], arguments["chunks"], blocks) == BRANCHES[shape]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
