@@ -41,30 +41,38 @@ def pick_integer(values, starts, program, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    starts,
-    columns,
-    offsets,
-    inners,
-    program,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    PERMUTED: tl.constexpr,
-):
-    """Where a program works: (strips, chunk, column, mask, packed).
+def locate(starts, columns, program, LAYERS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Where a program works: (strips, chunk, begin, width).
 
-    strips: of the layer; chunk: of the rows; column: (BLOCK_COLUMNS) in memory order; packed: int64 positions in the
-    packed vectors, where a channels-last layer has its columns transposed.
+    strips: of the layer; chunk: of the rows; begin: the first column, in memory order; width: the layer's columns.
     """
     local = program - pick_integer(starts, starts, program, LAYERS)
     # Multiplying by VECTOR tells the compiler that loads may be that wide.
     width = pick_integer(columns, starts, program, LAYERS) * VECTOR
     strips = tl.cdiv(width, BLOCK_COLUMNS)
-    chunk = local // strips
-    strip = local % strips
-    lane = tl.arange(0, BLOCK_COLUMNS)
-    begin = strip * BLOCK_COLUMNS
+    return strips, local // strips, local % strips * BLOCK_COLUMNS, width
+
+
+@triton.jit
+def strip_columns(
+    begin,
+    width,
+    starts,
+    offsets,
+    inners,
+    program,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    """A strip's columns, over and over for LANES of them: (column, mask, packed), (LANES).
+
+    column: in memory order; packed: int64 positions in the packed vectors, where a channels-last layer has its columns
+    transposed.
+    """
+    lane = tl.arange(0, LANES) % BLOCK_COLUMNS
     mask = lane < width - begin
     column = begin + lane
     first = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
@@ -73,32 +81,27 @@ def locate(
         packed = first + (column % inner) * (width // inner) + column // inner
     else:
         packed = first + column
-    return strips, chunk, column, mask, packed
+    return column, mask, packed
 
 
 @triton.jit
-def group_starts(x, stride, GROUPS: tl.constexpr):
-    """(GROUPS, BLOCK_COLUMNS) pointers to each group's first row, from those to the first row.
+def tile_at(begin, x, stride, ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """(ROWS, LANES) pointers to the tile from row `begin` on; x: (LANES) pointers to row 0.
 
-    The threads of a program read a row of a wide strip at once, or of a narrow one as many rows as there are groups.
+    The lanes of a wide strip read a row at once; those of a narrow one read as many rows as it fits into them, and the
+    next rows are as far on. `begin` is added first: a thread then keeps a pointer in registers, not one for each row.
     """
-    return x[None, :] + tl.arange(0, GROUPS)[:, None] * stride
+    LANES: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    group = tl.arange(0, LANES) // BLOCK_COLUMNS
+    return (x + group * stride + begin * stride)[None, :] + tl.arange(0, ROWS)[:, None] * (GROUPS * stride)
 
 
 @triton.jit
-def tile_at(begin, x, stride, ROWS: tl.constexpr):
-    """(ROWS, GROUPS, BLOCK_COLUMNS) pointers from row `begin` on, row by row over the groups; x: `group_starts`.
-
-    `begin` is added first: a thread then keeps one pointer in registers, not one for each of its rows.
-    """
-    GROUPS: tl.constexpr = x.shape[0]
-    return (x + begin * stride)[None] + tl.arange(0, ROWS)[:, None, None] * (GROUPS * stride)
-
-
-@triton.jit
-def rows_of_groups(rows, GROUPS: tl.constexpr):
-    """How many of `rows` rows each group has; (GROUPS, 1)."""
-    return (rows + (GROUPS - 1) - tl.arange(0, GROUPS)[:, None]) // GROUPS
+def rows_of_lanes(rows, LANES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """How many of `rows` rows each lane has; (LANES)."""
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    return (rows + (GROUPS - 1) - tl.arange(0, LANES) // BLOCK_COLUMNS) // GROUPS
 
 
 @triton.jit

@@ -13,12 +13,12 @@ import triton.language as tl
 from moment_ops.kernels._common import (
     ROW_BITS,
     arrive,
-    group_starts,
     locate,
     merge,
     pick,
     pick_integer,
-    rows_of_groups,
+    rows_of_lanes,
+    strip_columns,
     tile_at,
 )
 
@@ -37,34 +37,38 @@ def rectified(value, bias, dtype: tl.constexpr):
 
 
 @triton.jit
-def kept(value, begin, y, y_stride, bias, mask, dtype: tl.constexpr):
+def kept(value, begin, y, y_stride, bias, mask, dtype: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Features in `dtype`; where there is a y, they become relu(x + bias), stored there from row `begin` on."""
     if y is not None:
         value = rectified(value, bias, dtype)
-        tl.store(tile_at(begin, y, y_stride, value.shape[0]), value, mask=mask)
+        tl.store(tile_at(begin, y, y_stride, value.shape[0], BLOCK_COLUMNS), value, mask=mask)
     return value.to(dtype)
 
 
 @triton.jit
 def tile_moments(value, here, count):
-    """(mean, m2), (GROUPS, BLOCK_COLUMNS), over the rows of a tile that are `here`, `count` of them in each group."""
+    """(mean, m2), (LANES), over the rows of a tile that are `here`, `count` of them in each lane."""
     mean = tl.sum(tl.where(here, value, 0.0), axis=0) / tl.maximum(count, 1).to(value.dtype)
-    value = tl.where(here, value - mean[None], 0.0)
+    value = tl.where(here, value - mean[None, :], 0.0)
     return mean, tl.sum(value * value, axis=0)
 
 
 @triton.jit
-def fold_groups(pivot, mean, m2, rows):
-    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of all rows from those of each group."""
-    GROUPS: tl.constexpr = pivot.shape[0]
-    count = rows_of_groups(rows, GROUPS).to(mean.dtype)
+def fold_groups(pivot, mean, m2, rows, BLOCK_COLUMNS: tl.constexpr):
+    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of all rows from those of each lane."""
+    LANES: tl.constexpr = pivot.shape[0]
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    count = tl.reshape(rows_of_lanes(rows, LANES, BLOCK_COLUMNS).to(mean.dtype), [GROUPS, BLOCK_COLUMNS])
+    pivot = tl.reshape(pivot, [GROUPS, BLOCK_COLUMNS])
+    mean = tl.reshape(mean, [GROUPS, BLOCK_COLUMNS])
+    m2 = tl.reshape(m2, [GROUPS, BLOCK_COLUMNS])
     # The pivot of one group, which may have had an outlier, and then the mean relative to it: that of equal means is
     # these, without rounding.
     first = tl.sum(tl.where(tl.arange(0, GROUPS)[:, None] == 0, pivot, 0.0), axis=0)
-    center = first + tl.sum(count * ((pivot - first[None]) + mean), axis=0) / tl.cast(rows, mean.dtype)
-    mean = (pivot - center[None]) + mean
+    center = first + tl.sum(count * ((pivot - first[None, :]) + mean), axis=0) / tl.cast(rows, mean.dtype)
+    mean = (pivot - center[None, :]) + mean
     total = tl.sum(count * mean, axis=0) / tl.cast(rows, mean.dtype)
-    delta = mean - total[None]
+    delta = mean - total[None, :]
     return center, total, tl.sum(m2 + count * (delta * delta), axis=0)
 
 
@@ -78,56 +82,50 @@ def block_moments(
     mask,
     rows,
     dtype: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of at most 512 rows for each group.
+    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of rows of which each lane has at most 512.
 
-    x, y: (BLOCK_COLUMNS) pointers to the first row; bias: likewise, to each column's.
+    x, y: (LANES) pointers to row 0; bias: likewise, to each column's.
     """
-    BLOCK_ROWS: tl.constexpr = ROWS * GROUPS
-    active = mask[None, None, :]
-    row = tl.arange(0, ROWS)[:, None, None]
-    x = group_starts(x, stride, GROUPS)
-    count = tl.minimum(rows_of_groups(rows, GROUPS), ROWS)  # (GROUPS, 1)
-    here = row < count[None]  # (ROWS, GROUPS, 1)
-    value = tl.load(tile_at(0, x, stride, ROWS), mask=active & here, other=0.0)  # (ROWS, GROUPS, BLOCK_COLUMNS)
+    LANES: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    ROWS: tl.constexpr = BLOCK_ROWS // GROUPS
+    active = mask[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    count = tl.minimum(rows_of_lanes(rows, LANES, BLOCK_COLUMNS), ROWS)  # (LANES)
+    here = row < count[None, :]  # (ROWS, LANES)
+    value = tl.load(tile_at(0, x, stride, ROWS, BLOCK_COLUMNS), mask=active & here, other=0.0)
     added = None
-    if y is not None:
-        y = group_starts(y, y_stride, GROUPS)
-        if bias is not None:
-            # After the first features, so that both are in flight together.
-            added = tl.load(bias, mask=mask, other=0.0).to(dtype)[None, None, :]
-    value = kept(value, 0, y, y_stride, added, active & here, dtype)
+    if bias is not None:
+        # After the first features, so that both are in flight together.
+        added = tl.load(bias, mask=mask, other=0.0).to(dtype)[None, :]
+    value = kept(value, 0, y, y_stride, added, active & here, dtype, BLOCK_COLUMNS)
     # Relative to the first row, so that the pivot of a constant column is that constant.
     first = tl.sum(tl.where(row == 0, value, 0.0), axis=0)
-    pivot = first + tl.sum(tl.where(here, value - first[None], 0.0), axis=0) / tl.maximum(count, 1).to(dtype)
-    mean, m2 = tile_moments(value - pivot[None], here, count)
+    pivot = first + tl.sum(tl.where(here, value - first[None, :], 0.0), axis=0) / tl.maximum(count, 1).to(dtype)
+    mean, m2 = tile_moments(value - pivot[None, :], here, count)
 
     full = rows // BLOCK_ROWS * BLOCK_ROWS
     for begin in range(BLOCK_ROWS, full, BLOCK_ROWS):
-        value = tl.load(tile_at(begin, x, stride, ROWS), mask=active, other=0.0)
+        value = tl.load(tile_at(begin, x, stride, ROWS, BLOCK_COLUMNS), mask=active, other=0.0)
         # Masked columns are 0 - 0: no selects here.
-        value = kept(value, begin, y, y_stride, added, active, dtype) - pivot[None]
+        value = kept(value, begin, y, y_stride, added, active, dtype, BLOCK_COLUMNS) - pivot[None, :]
         tile_mean = tl.sum(value, axis=0) * (1.0 / ROWS)
-        value = value - tile_mean[None]
+        value = value - tile_mean[None, :]
         mean, m2 = merge(mean, m2, begin // GROUPS, tile_mean, tl.sum(value * value, axis=0), ROWS)
     if (full < rows) & (full > 0):
-        count = rows_of_groups(rows - full, GROUPS)
-        here = row < count[None]
-        value = tl.load(tile_at(full, x, stride, ROWS), mask=active & here, other=0.0)
-        value = kept(value, full, y, y_stride, added, active & here, dtype)
-        tile_mean, tile_m2 = tile_moments(value - pivot[None], here, count)
+        count = rows_of_lanes(rows - full, LANES, BLOCK_COLUMNS)
+        here = row < count[None, :]
+        value = tl.load(tile_at(full, x, stride, ROWS, BLOCK_COLUMNS), mask=active & here, other=0.0)
+        value = kept(value, full, y, y_stride, added, active & here, dtype, BLOCK_COLUMNS)
+        tile_mean, tile_m2 = tile_moments(value - pivot[None, :], here, count)
         mean, m2 = merge(mean, m2, full // GROUPS, tile_mean, tile_m2, count)
     if GROUPS == 1:
-        return (
-            tl.reshape(pivot, [BLOCK_COLUMNS]),
-            tl.reshape(mean, [BLOCK_COLUMNS]),
-            tl.reshape(m2, [BLOCK_COLUMNS]),
-        )
+        return pivot, mean, m2
     else:
-        return fold_groups(pivot, mean, m2, rows)
+        return fold_groups(pivot, mean, m2, rows, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -206,14 +204,15 @@ def reduce_columns(
     With outputs, of a single layer, the moments are those of relu(x + bias), which is kept there; the bias is that of
     packed column // channel_columns. WIDE: the mean is returned in float64.
     """
-    GROUPS: tl.constexpr = ROW_BITS // (BLOCK_COLUMNS * inputs[0].dtype.element_ty.primitive_bitwidth)
+    LANES: tl.constexpr = ROW_BITS // inputs[0].dtype.element_ty.primitive_bitwidth
     program = tl.program_id(0)
-    strips, chunk, column, mask, packed = locate(
-        starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
+    strips, chunk, strip, width = locate(starts, columns, program, LAYERS, VECTOR, BLOCK_COLUMNS)
+    column, active, packed_lanes = strip_columns(
+        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, LANES, BLOCK_COLUMNS, PERMUTED
     )
     begin = chunk * chunk_rows
     stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    x = pick(inputs, starts, program, LAYERS) + column + begin * stride  # (BLOCK_COLUMNS)
+    x = pick(inputs, starts, program, LAYERS) + column + begin * stride  # (LANES)
     y = None
     y_stride = None
     column_bias = None
@@ -221,10 +220,13 @@ def reduce_columns(
         y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
         y = pick(outputs, starts, program, LAYERS) + column + begin * y_stride
         if bias is not None:
-            column_bias = bias + packed.to(tl.int32) // channel_columns
+            column_bias = bias + packed_lanes.to(tl.int32) // channel_columns
     count = tl.minimum(rows - begin, chunk_rows)
     pivot, mean, m2 = block_moments(
-        x, stride, y, y_stride, column_bias, mask, count, dtype, BLOCK_ROWS // GROUPS, GROUPS, BLOCK_COLUMNS
+        x, stride, y, y_stride, column_bias, active, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    _, mask, packed = strip_columns(
+        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, BLOCK_COLUMNS, PERMUTED
     )
     if partials is not None or WIDE:
         mean = pivot.to(tl.float64) + mean.to(tl.float64)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels import _plan
-from moment_ops.kernels._common import ROW_BITS, group_starts, locate, pick, pick_integer, tile_at
+from moment_ops.kernels._common import ROW_BITS, locate, pick, pick_integer, rows_of_lanes, strip_columns, tile_at
 from moment_ops.kernels._order import (
     in_memory_order,
     restore_logical_order,
@@ -56,9 +56,9 @@ def moments_kernel(
 
 @triton.jit
 def coefficients(
-    grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask, BLOCK_COLUMNS: tl.constexpr
+    grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask
 ):  # fmt: skip
-    """(a, b, center), (BLOCK_COLUMNS), of the gradient a + b * (x - center)."""
+    """(a, b, center) of the gradient a + b * (x - center) at positions `packed`."""
     dtype = mean.dtype.element_ty
     # All loads before the first use.
     statistic_rows = rows
@@ -67,7 +67,7 @@ def coefficients(
     factor = 1.0
     if scale is not None:
         factor = tl.load(scale)
-    a = tl.zeros([BLOCK_COLUMNS], dtype)
+    a = tl.zeros(packed.shape, dtype)
     b = a
     center = a
     if grad_mean is not None:
@@ -111,49 +111,48 @@ def moments_backward_kernel(
     RECTIFIED: tl.constexpr,
 ):
     """`[grad +] a + b * (x - mean)` for every layer; zero where RECTIFIED features are not positive, NaN aside."""
-    program = tl.program_id(0)
-    _, chunk, column, mask, packed = locate(
-        starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
-    )
     accumulate = mean.dtype.element_ty
-    GROUPS: tl.constexpr = ROW_BITS // (BLOCK_COLUMNS * inputs[0].dtype.element_ty.primitive_bitwidth)
-    ROWS: tl.constexpr = BLOCK_ROWS // GROUPS
+    LANES: tl.constexpr = ROW_BITS // inputs[0].dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // LANES
     READS: tl.constexpr = RECTIFIED or grad_var is not None
+    program = tl.program_id(0)
+    _, chunk, strip, width = locate(starts, columns, program, LAYERS, VECTOR, BLOCK_COLUMNS)
+    column, mask, packed = strip_columns(
+        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, LANES, BLOCK_COLUMNS, PERMUTED
+    )
     begin = chunk * chunk_rows
     end = tl.minimum(begin + chunk_rows, rows)
-    row = tl.arange(0, ROWS)[:, None, None] * GROUPS + tl.arange(0, GROUPS)[None, :, None]
-    here = mask[None, None, :] & (row < end - begin)  # (ROWS, GROUPS, BLOCK_COLUMNS)
+    row = tl.arange(0, ROWS)[:, None]
+    here = mask[None, :] & (row < rows_of_lanes(end - begin, LANES, BLOCK_COLUMNS)[None, :])  # (ROWS, LANES)
     # The first tiles are in flight together with the coefficients, and each next one while its predecessor is used.
     if READS:
         x_stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-        x = group_starts(pick(inputs, starts, program, LAYERS) + column, x_stride, GROUPS)
-        features = tl.load(tile_at(begin, x, x_stride, ROWS), mask=here, other=0.0)
+        x = pick(inputs, starts, program, LAYERS) + column
+        features = tl.load(tile_at(begin, x, x_stride, ROWS, BLOCK_COLUMNS), mask=here, other=0.0)
     if grads is not None:
         g_stride = pick_integer(grad_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-        g = group_starts(pick(grads, starts, program, LAYERS) + column, g_stride, GROUPS)
-        added = tl.load(tile_at(begin, g, g_stride, ROWS), mask=here, other=0.0)
-    a, b, center = coefficients(
-        grad_mean, grad_var, mean, count, scale, rows, correction,
-        pick_integer(positions, starts, program, LAYERS), packed, mask, BLOCK_COLUMNS,
-    )  # fmt: skip
+        g = pick(grads, starts, program, LAYERS) + column
+        added = tl.load(tile_at(begin, g, g_stride, ROWS, BLOCK_COLUMNS), mask=here, other=0.0)
+    layer = pick_integer(positions, starts, program, LAYERS)
+    a, b, center = coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask)
     y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    y = group_starts(pick(outputs, starts, program, LAYERS) + column, y_stride, GROUPS)
+    y = pick(outputs, starts, program, LAYERS) + column
     for tile in range(begin, end, BLOCK_ROWS):
-        here = mask[None, None, :] & (row < end - tile)
-        value = tl.zeros([ROWS, GROUPS, BLOCK_COLUMNS], accumulate) + a[None, None, :]
+        value = tl.zeros([ROWS, LANES], accumulate) + a[None, :]
         if grad_var is not None:
-            value += b[None, None, :] * (features.to(accumulate) - center[None, None, :])
+            value += b[None, :] * (features.to(accumulate) - center[None, :])
         if grads is not None:
             value += added.to(accumulate)
         if RECTIFIED:
             value = tl.where(features.to(accumulate) <= 0, 0.0, value)
         following = tile + BLOCK_ROWS
-        ahead = mask[None, None, :] & (row < end - following)
+        ahead = mask[None, :] & (row < rows_of_lanes(end - following, LANES, BLOCK_COLUMNS)[None, :])
         if READS:
-            features = tl.load(tile_at(following, x, x_stride, ROWS), mask=ahead, other=0.0)
+            features = tl.load(tile_at(following, x, x_stride, ROWS, BLOCK_COLUMNS), mask=ahead, other=0.0)
         if grads is not None:
-            added = tl.load(tile_at(following, g, g_stride, ROWS), mask=ahead, other=0.0)
-        tl.store(tile_at(tile, y, y_stride, ROWS), value.to(y.dtype.element_ty), mask=here)
+            added = tl.load(tile_at(following, g, g_stride, ROWS, BLOCK_COLUMNS), mask=ahead, other=0.0)
+        tl.store(tile_at(tile, y, y_stride, ROWS, BLOCK_COLUMNS), value.to(y.dtype.element_ty), mask=here)
+        here = ahead
 
 
 def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction: int) -> dict[str, Any]:
@@ -245,7 +244,8 @@ def backward_launches(
             **group.constants,
             "RECTIFIED": rectified,
         }
-        launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps))
+        registers = _plan.PASS_REGISTERS if arguments["grads"] is None else _plan.ADDED_PASS_REGISTERS
+        launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps, registers))
     return launches
 
 

@@ -47,9 +47,8 @@ CASES = [(name, architecture) for architecture in ARCHITECTURES for name in laun
 class Code:
     """What is read from the machine code of a kernel."""
 
-    vector_spills: int
-    scalar_spills: int
-    scratch: int
+    spills: int  # accesses of memory
+    scalar_spills: int  # scalars in lanes of vector registers
     shared: int
     wide_loads: int
     wide_stores: int
@@ -65,9 +64,8 @@ def compiled(launch, architecture):
         return int(value)
 
     return Code(
-        vector_spills=metadata("vgpr_spill_count"),
+        spills=len(re.findall(r"; .*Folded (?:Spill|Reload)", code)),
         scalar_spills=metadata("sgpr_spill_count"),
-        scratch=metadata("private_segment_fixed_size"),
         shared=kernel.metadata.shared,
         wide_loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
         wide_stores=len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
@@ -114,9 +112,9 @@ def matrix_products(launch, architecture):
 @pytest.mark.parametrize(("name", "architecture"), CASES, ids=[", ".join(case) for case in CASES])
 def test_a_kernel_needs_no_memory_for_registers_and_loads_wide(name, architecture):
     launch, code = launches(architecture)[name](), code_of(name, architecture)
-    assert (code.vector_spills, code.scratch) == (0, 0)
-    # The kernels of the columns take more layers than scalar registers hold; what they spill goes to vector registers.
-    assert code.scalar_spills == 0 or "MODE" not in launch.arguments
+    assert code.spills == 0
+    # Columns' kernels take the arguments of more layers than a wave's hundred scalar registers hold.
+    assert code.scalar_spills <= 16 or "MODE" not in launch.arguments
     assert code.shared <= SHARED
     assert code.wide_loads >= wide_loads(launch)
     if "MODE" in launch.arguments:
@@ -136,6 +134,12 @@ def test_more_layers_than_a_launch_takes_would_spill(architecture):
     tile = {name: launch.arguments[name] for name in ("MODE", "ROWS", "COLUMNS", "DEPTH", "STAGES")}
     crowded = _resources.replace(many, arguments={**many.arguments, **tile}, warps=launch.warps)
     assert compiled(crowded, architecture).scalar_spills > 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_too_few_warps_for_a_tile_spill(architecture):
+    launch = launches(architecture)["covariance tf32 fp32"]()
+    assert compiled(_resources.replace(launch, warps=1), architecture).spills > 0
 
 
 def test_losing_alignment_loses_wide_loads():
