@@ -64,7 +64,7 @@ demo-molm: build  ## train MoLM on handwritten digits; results in runs/molm-mnis
 	@$(BIN)/moment-ops train molm $(ARGS)
 
 test: build  ## run every test that needs no GPU
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-emulated: build  ## run the compiled Triton kernels without a GPU, all of it; goes on where it was stopped
 	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full $(ARGS)

@@ -25,6 +25,9 @@ _PROCESSORS = {
     100: (2048, 32, 228 * 1024),
     120: (1536, 24, 100 * 1024),
 }
+# Products of 16 bits per cycle and partition: A100 (312 TFLOP/s), H100 (989 TFLOP/s).
+_TENSOR_PRODUCTS = {8: 256, 9: 512}
+_MATRIX_SHAPE = re.compile(r"HMMA\.168(?P<depth>8|16)|(?P<warps>HGMMA)\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)")
 # A processor has four partitions; a warp takes registers of one of them, 256 at a time.
 _REGISTERS = 64 * 1024
 _PARTITIONS = 4
@@ -122,6 +125,27 @@ class Function:
         return [(begin, end) for begin, end in innermost if any(i.loads for i in self.instructions[begin:end])]
 
     @property
+    def product_share(self) -> tuple[float, float]:
+        """(least, most) share of the peak of its multiplying units that the loop with most products can reach.
+
+        Most: each partition issues one instruction per cycle, and products overlap with all else. Least: tensor cores
+        wait for all else, and no two lanes read the same word of shared memory. (0, 0) where nothing is known.
+        """
+        best = (0.0, 0.0, 0.0, 0.0)
+        for begin, end in self.loops:
+            body = self.instructions[begin:end]
+            products = sum((_product_cycles(i, self.architecture) for i in body), 0.0)
+            others = float(sum(not _product_cycles(i, self.architecture) for i in body))
+            # 128 bytes per cycle, for four partitions.
+            shared = float(sum(i.width for i in body if i.name in ("LDS", "STS")))
+            best = max(best, (products, float(len(body)), others, shared))
+        products, issued, others, shared = best
+        if not products:
+            return 0.0, 0.0
+        waiting = others if self.matrix_products else 0.0
+        return products / max(products + waiting, issued, shared), products / max(products, issued)
+
+    @property
     def loop_flights(self) -> list[Flight]:
         """The loads of every loop, when it has run for a while."""
         return [_steady(self.instructions[begin:end]) for begin, end in self.loops]
@@ -208,6 +232,21 @@ def _steady(body: Sequence[Instruction], passes: int = 24) -> Flight:
     for _ in range(passes):
         memory.run(body)
     return Flight(memory.loaded // passes, (memory.now - begin) / passes, memory.first_wait)
+
+
+def _product_cycles(instruction: Instruction, architecture: int) -> float:
+    """Cycles that a warp's multiplications take in the units of its partition; 0 of other instructions."""
+    family = architecture // 10
+    if instruction.name == "FFMA":
+        return 2.0 if architecture == 80 else 1.0
+    if family not in _TENSOR_PRODUCTS or (shape := _MATRIX_SHAPE.match(instruction.opcode)) is None:
+        return 0.0
+    if shape["warps"]:
+        # A warp group has a warp in every partition.
+        products = int(shape["m"]) * int(shape["n"]) * int(shape["k"]) / _PARTITIONS
+    else:
+        products = 16 * 8 * int(shape["depth"])
+    return products / (_TENSOR_PRODUCTS[family] / (2 if "TF32" in instruction.opcode else 1))
 
 
 def resident_blocks(architecture: int, registers: int, shared: int, warps: int) -> int:

@@ -102,12 +102,18 @@ def compile_launch(launch: Launch, architecture: int | str) -> Any:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def resources(compiled: Any) -> Resources:
-    """Read the machine code with the tools that Triton brings."""
+def machine_code(compiled: Any) -> _machine_code.Function:
+    """The machine code, read with the tools that Triton brings."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (function,) = _machine_code.functions(cubin).values()
+    return function
+
+
+def resources(compiled: Any) -> Resources:
+    """What the machine code uses."""
+    function = machine_code(compiled)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = function.resident_blocks(warps, shared)
     in_flight = round(function.in_flight)

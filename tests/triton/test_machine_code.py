@@ -226,3 +226,34 @@ def test_small_kernels_have_in_flight_what_they_are_written_to_have(tmp_path, na
 )
 def test_a_processor_has_room_for_so_many_blocks(architecture, registers, shared, warps, blocks):
     assert resident_blocks(architecture, registers, shared, warps) == blocks
+
+
+def loop_of(*body, architecture=90):
+    return Function("kernel", architecture, 64, 0, 0, (load(0), *body, branch(0)))
+
+
+def test_products_without_tensor_cores_share_the_issue_slots():
+    """A quarter of what is issued is not a product; 8 cycles a warp for its shared memory are fewer than that."""
+    body = [Instruction("FFMA")] * 24 + [Instruction("LDS.64")] + [Instruction("FADD")] * 5
+    assert loop_of(*body).product_share == (0.75, 0.75)
+    crowded = [Instruction("FFMA")] * 16 + [Instruction("LDS.128")] * 2 + [Instruction("FADD")] * 12
+    assert loop_of(*crowded).product_share == (0.5, 0.5)
+    least, most = loop_of(*[Instruction("FFMA")] * 24, *[Instruction("LDS.128")] * 6).product_share
+    assert (least, most) == (24 / 96, 0.75)
+
+
+def test_products_of_tensor_cores_overlap_with_what_else_is_issued_or_wait_for_it():
+    """A warp group's 64 x 128 x 16 products are 64 cycles of each partition of an H100; 32 others are issued."""
+    product = Instruction("HGMMA.64x128x16.F32.BF16")
+    least, most = loop_of(product, *[Instruction("FADD")] * 30).product_share
+    assert (least, most) == (64 / 96, 1.0)
+
+
+def test_products_of_a_warp_take_eight_cycles_of_an_a100():
+    others = [Instruction("FADD")] * 6
+    for opcode in ("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32"):
+        assert loop_of(Instruction(opcode), *others, architecture=80).product_share == (0.5, 8 / 9)
+
+
+def test_nothing_is_said_about_loops_without_products():
+    assert loop_of(Instruction("FADD")).product_share == (0.0, 0.0)
