@@ -40,7 +40,7 @@ int moments(const std::vector<LayerDescription>& layers, const std::string& dtyp
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), plan_reduction);
+    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
     HostWorkspace workspace(launches.total);
     launch_moments<T, A>(launches, workspace.pointers, {pointer<A>(mean), pointer<A>(var), correction}, 0);
     launched = static_cast<int>(launches.lists.size());
@@ -54,23 +54,23 @@ void moments_backward(const std::vector<LayerDescription>& layers, const std::st
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), plan_elementwise);
+    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kElementwiseTile);
     launch_moments_backward<T, A>(launches,
-                                  {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), pointer<int64_t>(count),
-                                   pointer<A>(scale), correction, 0},
+                                  {{pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), pointer<A>(scale), correction},
+                                   pointer<int64_t>(count),
+                                   0},
                                   0);
   });
 }
 
 void relu_moments(const LayerDescription& description, const std::string& dtype, std::optional<py::array> bias,
-                  int64_t channel_columns, int64_t correction, py::array mean, py::array var, unsigned int block_order) {
+                  uint32_t channel_columns, int64_t correction, py::array mean, py::array var, unsigned int block_order) {
   shim::block_order_seed = block_order;
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
     ColumnLayer layer = make_layers({description}, sizeof(T))[0];
-    Plan plan;
-    plan_reduction(layer, sizeof(T), plan);
+    const Plan plan = plan_layer(layer, sizeof(T), kReductionTile);
     HostWorkspace workspace(plan);
     const ReluArguments<T> arguments{pointer<T>(bias), static_cast<T*>(layer.out), layer.out_stride, channel_columns};
     launch_relu_moments<T, A>(layer, plan, arguments, workspace.pointers, {pointer<A>(mean), pointer<A>(var), correction},
@@ -85,10 +85,9 @@ void relu_moments_backward(const LayerDescription& description, const std::strin
     using T = decltype(sample);
     using A = accumulate_t<T>;
     ColumnLayer layer = make_layers({description}, sizeof(T))[0];
-    Plan plan;
-    plan_elementwise(layer, sizeof(T), plan);
+    const Plan plan = plan_layer(layer, sizeof(T), kElementwiseTile);
     launch_relu_moments_backward<T, A>(layer, plan,
-                                       {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), correction}, 0);
+                                       {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), nullptr, correction}, 0);
   });
 }
 
@@ -121,9 +120,7 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
       arguments.parameters.decay = A(options[0]);
       arguments.parameters.one_minus_decay = A(1 - options[0]);
     } else if (kind == Average::adam) {
-      arguments.lr = options[0];
-      arguments.beta1 = options[1];
-      arguments.beta2 = options[2];
+      arguments.adam = adam_schedule(options[0], options[1], options[2]);
       arguments.parameters.beta1_complement = A(1 - options[1]);
       arguments.parameters.beta2 = A(options[2]);
       arguments.parameters.beta2_complement = A(1 - options[2]);
@@ -136,7 +133,7 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
     unsigned int ticket = 0;
     arguments.ticket = &ticket;
     const int64_t columns = mean.size();
-    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), plan_reduction);
+    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
     arguments.strips = layers.empty() ? match_blocks(columns) : launches.total.strips;
     std::vector<double> losses(arguments.strips, std::nan(""));
     arguments.losses = losses.data();

@@ -101,7 +101,7 @@ struct ExactMoments {
 template <class T>
 void run_moments(const Features<T>& features) {
   using A = accumulate_t<T>;
-  const Launches launches = plan_launches(features.layers, sizeof(T), plan_reduction);
+  const Launches launches = plan_launches(features.layers, sizeof(T), kReductionTile);
   const HostWorkspace workspace(launches.total);
   std::vector<A> mean(features.columns, NAN), var(features.columns, NAN);
   launch_moments<T, A>(launches, workspace.pointers, {mean.data(), var.data(), 1}, 0);
@@ -158,9 +158,7 @@ struct Match {
     if (has_var) result.var = var.pointers();
     result.started = started.data();
     result.parameters = {A(0.25), A(0.875), A(0.125), A(0.5), A(0.75), A(0.25), A(1e-8), A(0), A(0), A(2), true};
-    result.lr = 0.125;
-    result.beta1 = 0.5;
-    result.beta2 = 0.75;
+    result.adam = adam_schedule(0.125, 0.5, 0.75);
     result.step = &step;
     result.batch_mean = batch_mean.data();
     result.correction = 1;
@@ -178,12 +176,11 @@ void expect_match(const Match<A>& actual, const ExactMoments& moments, bool has_
   const auto columns = static_cast<int64_t>(moments.mean.size());
   Match<double> exact(columns, 0);
   const MatchArguments<double> arguments = exact.arguments(has_var);
-  double step[2];
-  prepare_step<KIND>(arguments, step);
-  const MatchParameters<double> parameters = with_step<KIND>(arguments, step);
   double loss = 0;
   for (int64_t at = 0; at < columns; ++at) {
-    loss += match_column<KIND>(arguments, parameters, at, moments.mean[at], moments.var[at]);
+    loss += match_columns<KIND, 1>(arguments, exact.step, 0, [&](int) {
+      return MatchColumn<double>{true, at, moments.mean[at], moments.var[at]};
+    });
   }
   expect(actual.mean, exact.mean);
   if (has_var) expect(actual.var, exact.var);
@@ -195,7 +192,7 @@ void expect_match(const Match<A>& actual, const ExactMoments& moments, bool has_
 template <Average KIND, class T>
 void run_match(const Features<T>& features, bool has_var) {
   using A = accumulate_t<T>;
-  const Launches launches = plan_launches(features.layers, sizeof(T), plan_reduction);
+  const Launches launches = plan_launches(features.layers, sizeof(T), kReductionTile);
   const HostWorkspace workspace(launches.total);
   const ExactMoments exact(features.layers, features.x);
 
@@ -237,9 +234,10 @@ void run_moments_backward(const std::vector<Shape>& shapes, bool added) {
   }
   const MomentGradients<A> gradients(ExactMoments(features.layers, features.x));
   const A scale = 0.375;
-  launch_moments_backward<T, A>(plan_launches(features.layers, sizeof(T), plan_elementwise),
-                                {gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(),
-                                 count.data(), &scale, 1, 0},
+  launch_moments_backward<T, A>(plan_launches(features.layers, sizeof(T), kElementwiseTile),
+                                {{gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(), &scale, 1},
+                                 count.data(),
+                                 0},
                                 0);
   for (size_t i = 0; i < shapes.size(); ++i) {
     for_all(features.layers[i], [&](int64_t at, int64_t packed) {
@@ -255,10 +253,9 @@ void run_relu_moments(const Shape& shape, bool has_bias) {
   using A = accumulate_t<T>;
   Features<T> features({shape});
   ColumnLayer& layer = features.layers[0];
-  Plan plan;
-  plan_reduction(layer, sizeof(T), plan);
+  const Plan plan = plan_layer(layer, sizeof(T), kReductionTile);
   const HostWorkspace workspace(plan);
-  const int64_t channel_columns = layer.outer;
+  const auto channel_columns = static_cast<uint32_t>(layer.outer);
   const std::vector<T> bias = numbers<T>(layer.columns / channel_columns, 13);
   const ReluArguments<T> arguments{has_bias ? bias.data() : nullptr, features.out[0].data(), layer.out_stride,
                                    channel_columns};
@@ -279,11 +276,10 @@ void run_relu_moments_backward(const Shape& shape, bool added) {
   Features<T> features({shape});
   ColumnLayer& layer = features.layers[0];
   if (!added) layer.grad = nullptr;
-  Plan plan;
-  plan_elementwise(layer, sizeof(T), plan);
+  const Plan plan = plan_layer(layer, sizeof(T), kElementwiseTile);
   const MomentGradients<A> gradients(ExactMoments(features.layers, features.x));
   launch_relu_moments_backward<T, A>(
-      layer, plan, {gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(), 1}, 0);
+      layer, plan, {gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(), nullptr, 1}, 0);
   for_all(layer, [&](int64_t at, int64_t packed) {
     const double y = load(features.x[0][at]);
     const double sum = gradients.of_feature(y, packed, shape.rows) + (added ? load(features.grad[0][at]) : 0);
