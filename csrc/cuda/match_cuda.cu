@@ -46,7 +46,7 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
   const auto from_moments = [&](auto accumulate, const Tensor& all_mean, const std::optional<Tensor>& all_var) {
     using A = decltype(accumulate);
     const int64_t columns = target_mean.numel();
-    const int blocks = match_blocks(columns);
+    const int blocks = match_blocks<A>(columns);
     const Tensor losses = torch::stable::new_empty(target_mean, {blocks}, ScalarType::Double);
     const DeviceWorkspace workspace = make_workspace(target_mean, Plan{}, 1);
     const auto arguments =

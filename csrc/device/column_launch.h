@@ -90,12 +90,15 @@ inline void launch_relu_moments_backward(const ColumnLayer& layer, const Plan& p
   MOMENT_OPS_LAUNCH((relu_moments_backward_kernel<T, A>), plan.blocks, kThreads, stream, layer, moments);
 }
 
-inline int match_blocks(int64_t columns) { return static_cast<int>(ceil_div(columns, kMatchColumns * kThreads)); }
+template <class A>
+inline int match_blocks(int64_t columns) {
+  return static_cast<int>(ceil_div(columns, kMatchColumns<A> * kThreads));
+}
 
 template <class A>
 inline void launch_match_moments(Average kind, const A* mean, const A* var, int64_t columns,
                                  const MatchArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
-  const int blocks = match_blocks(columns);
+  const int blocks = match_blocks<A>(columns);
   switch (kind) {
     case Average::none:
       MOMENT_OPS_LAUNCH((match_moments_kernel<Average::none, A>), blocks, kThreads, stream, mean, var, columns,

@@ -83,6 +83,10 @@ __device__ __forceinline__ A match_quantity(const MatchVectors<A>& v, int64_t at
   return loss;
 }
 
+// Columns that a thread matches at once: the entries of more would not fit into its registers.
+template <class A>
+inline constexpr int kMatchColumns = kVectorBytes / sizeof(A);
+
 // Matches `column(first)` and the COUNT - 1 after it: all of their loads are in flight before the first is used. Adam's
 // step is worked out meanwhile, by every thread: to hand it around would take a barrier.
 template <Average KIND, int COUNT, class A, class Column>
@@ -155,7 +159,7 @@ __device__ __forceinline__ void match_strip(const ColumnLayer& layer, Workspace 
     return {true, layer.packed(strip.first + j), static_cast<A>(moments.mean[moments.at(j)]),
             static_cast<A>(moments.m2[moments.at(j)]) * scale};
   };
-  constexpr int COUNT = WIDTH * sizeof(A) <= kVectorBytes ? WIDTH : kVectorBytes / sizeof(A);
+  constexpr int COUNT = WIDTH < kMatchColumns<A> ? WIDTH : kMatchColumns<A>;
   double loss = 0;
 #pragma unroll
   for (int i = 0; i < WIDTH; i += COUNT) loss += match_columns<KIND, COUNT>(arguments, step, i, column);
@@ -178,19 +182,17 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-inline constexpr int kMatchColumns = 4;  // per thread
-
 // From packed moments.
 template <Average KIND, class A>
 __global__ void __launch_bounds__(kThreads)
     match_moments_kernel(const A* mean, const A* var, int64_t columns, MatchArguments<A> arguments) {
   __shared__ double shared_losses[kThreads];
   const auto column = [&](int i) -> MatchColumn<A> {
-    const int64_t at = (static_cast<int64_t>(blockIdx.x) * kMatchColumns + i) * kThreads + threadIdx.x;
+    const int64_t at = (static_cast<int64_t>(blockIdx.x) * kMatchColumns<A> + i) * kThreads + threadIdx.x;
     if (at >= columns) return {};
     return {true, at, mean[at], var != nullptr ? var[at] : A(0)};
   };
-  const double loss = match_columns<KIND, kMatchColumns>(arguments, load_step<KIND>(arguments), 0, column);
+  const double loss = match_columns<KIND, kMatchColumns<A>>(arguments, load_step<KIND>(arguments), 0, column);
   finish_loss<KIND>(arguments, static_cast<int>(blockIdx.x), loss, shared_losses);
 }
 

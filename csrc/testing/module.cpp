@@ -134,7 +134,7 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
     arguments.ticket = &ticket;
     const int64_t columns = mean.size();
     const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
-    arguments.strips = layers.empty() ? match_blocks(columns) : launches.total.strips;
+    arguments.strips = layers.empty() ? match_blocks<A>(columns) : launches.total.strips;
     std::vector<double> losses(arguments.strips, std::nan(""));
     arguments.losses = losses.data();
     if (layers.empty()) {
@@ -145,6 +145,28 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
       launch_match_features<T, A>(kind, launches, workspace.pointers, arguments, 0);
     }
   });
+}
+
+// How a launch of one layer is cut.
+py::dict plan(int rows, int64_t columns, int element_size, bool vectors, bool elementwise) {
+  ColumnLayer layer{};
+  layer.rows = rows;
+  layer.columns = columns;
+  layer.vectors = vectors;
+  const Plan plan = plan_layer(layer, element_size, elementwise ? kElementwiseTile : kReductionTile);
+  py::dict result;
+  result["blocks"] = plan.blocks;
+  result["lanes"] = layer.lanes();
+  result["groups"] = layer.groups();
+  result["chunks"] = layer.chunks;
+  return result;
+}
+
+// (step size, root of the second bias correction) of Adam.
+std::pair<double, double> adam_step(double lr, double beta1, double beta2, int64_t step) {
+  MatchParameters<double> parameters{};
+  set_step(parameters, adam_schedule(lr, beta1, beta2), static_cast<double>(step));
+  return {parameters.step_size, parameters.root_bias_correction2};
 }
 
 uint16_t to_bits(const std::string& dtype, float value) {
@@ -184,6 +206,8 @@ PYBIND11_MODULE(moment_ops_testing, m) {
   m.def("match", &match);
   m.def("relu_moments", &relu_moments);
   m.def("relu_moments_backward", &relu_moments_backward);
+  m.def("plan", &plan);
+  m.def("adam_step", &adam_step);
   m.def("to_bits", &to_bits);
   m.def("from_bits", &from_bits);
   m.def("merge", &merge_pair);

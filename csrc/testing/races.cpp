@@ -202,7 +202,7 @@ void run_match(const Features<T>& features, bool has_var) {
   expect_match<KIND>(from_features, exact, has_var);
 
   const std::vector<A> mean(exact.mean.begin(), exact.mean.end()), var(exact.var.begin(), exact.var.end());
-  Match<A> from_moments(features.columns, match_blocks(features.columns));
+  Match<A> from_moments(features.columns, match_blocks<A>(features.columns));
   launch_match_moments<A>(KIND, mean.data(), has_var ? var.data() : nullptr, features.columns,
                           from_moments.arguments(has_var), 0);
   expect_match<KIND>(from_moments, exact, has_var);
@@ -289,8 +289,10 @@ void run_relu_moments_backward(const Shape& shape, bool added) {
 
 // Small: a block is a thread of the host, and a thread of it costs the sanitizer half a millisecond.
 const std::vector<Shape> kOneChunk{{70, 20, 1}, {5, 30}, {6, 24}, {12, 12, 0, 3}};
-const std::vector<Shape> kNarrowChunks{{1100, 72}, {1100, 5}};
-const std::vector<Shape> kWideChunks{{520, 130, 1}}, kWideVectors{{513, 512}};
+const std::vector<Shape> kNarrowChunks{{1100, 24}, {1100, 5}};
+const std::vector<Shape> kWideChunks{{520, 130, 1}}, kWideVectors{{513, 128}};
+// Folded twice.
+const std::vector<Shape> kManyChunks{{4100, 3}};
 
 // The second list goes to another launch: layers without columns fill the first, and take no blocks.
 std::vector<Shape> two_launches(std::vector<Shape> first, const std::vector<Shape>& second) {
@@ -301,7 +303,7 @@ std::vector<Shape> two_launches(std::vector<Shape> first, const std::vector<Shap
 
 template <class T>
 void run() {
-  for (const auto& shapes : {two_launches(kNarrowChunks, kOneChunk), kWideChunks, kWideVectors}) {
+  for (const auto& shapes : {two_launches(kNarrowChunks, kOneChunk), kWideChunks, kWideVectors, kManyChunks}) {
     const Features<T> features(shapes);
     run_moments(features);
     run_match<Average::none>(features, true);
