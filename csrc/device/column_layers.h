@@ -93,8 +93,10 @@ inline bool allows_vectors(const void* pointer, int64_t row_stride, int64_t rows
 
 // Bytes that keep the memory busy while they are on their way: 4.8 TB/s (H200) times 0.9 us, 32 KB a multiprocessor.
 inline constexpr int64_t kBytesInFlight = 4 << 20;
-// A thread walks over at most this many rows: the last blocks of a launch work alone, and must not do so for long.
-inline constexpr int kThreadRows = 64;
+// A thread walks over more rows only where its row has no more than a warp's lanes: the last blocks of a launch work alone,
+// and should not do so for long.
+inline constexpr int kThreadRows = 32;
+inline constexpr int kWarpBits = 5;
 // Groups do not make lanes so few that a row is read in pieces of less than two sectors.
 inline constexpr int kPieceBytes = 64;
 
@@ -124,8 +126,9 @@ inline int choose_lane_bits(const ColumnLayer& layer, int element_size, int tile
     const int64_t half_bytes = static_cast<int64_t>(lane_bytes) << (bits - 1);  // of a row, by half of the lanes
     const bool half_is_idle = half_bytes >= layer.columns * element_size;
     const bool too_little_in_flight = groups < wanted && half_bytes >= kPieceBytes;
-    const bool rows_left = groups * tile_rows < rows;
-    if (!(groups * kThreadRows < rows || (rows_left && (half_is_idle || too_little_in_flight)))) break;
+    const bool long_walk = groups * kThreadRows < rows && bits > kWarpBits;
+    const bool tiles_left = groups * tile_rows < rows;
+    if (!tiles_left || !(half_is_idle || too_little_in_flight || long_walk)) break;
   }
   return bits;
 }
