@@ -9,8 +9,8 @@
 namespace moment_ops {
 
 // Threads of a block lie over (rows, columns): lanes across the columns, groups of lanes down the rows.
-inline constexpr int kThreads = 128;
 inline constexpr int kThreadBits = 7;
+inline constexpr int kThreads = 1 << kThreadBits;
 // One block takes at most this many rows of its columns; more rows, more blocks, folded as a pairwise tree.
 inline constexpr int kBlockRows = 512;
 inline constexpr int kVectorBytes = 16;
@@ -32,7 +32,7 @@ struct ColumnLayer {
   int32_t first_strip;
   int32_t chunks;  // blocks per strip
   int32_t vectors;  // 16-byte accesses are possible throughout
-  int32_t lane_bits;
+  int32_t lane_bits;  // log2 of the lanes
 
   MOMENT_OPS_HOST_DEVICE int lanes() const { return 1 << lane_bits; }
   MOMENT_OPS_HOST_DEVICE int groups() const { return kThreads >> lane_bits; }
@@ -67,7 +67,6 @@ inline constexpr int kMaxLayers = 30;
 
 struct ColumnLayers {
   int32_t count;
-  int32_t strips;  // over all launches of the call
   ColumnLayer layers[kMaxLayers];
 };
 
@@ -93,8 +92,8 @@ inline bool allows_vectors(const void* pointer, int64_t row_stride, int64_t rows
 
 // Bytes that keep the memory busy while they are on their way: 4.8 TB/s (H200) times 0.9 us, 32 KB a multiprocessor.
 inline constexpr int64_t kBytesInFlight = 4 << 20;
-// A thread walks over more rows only where its row has no more than a warp's lanes: the last blocks of a launch work alone,
-// and should not do so for long.
+// A thread walks over more rows only where blocks have no more lanes than a warp: the last blocks of a launch work
+// alone, and should not do so for long.
 inline constexpr int kThreadRows = 32;
 inline constexpr int kWarpBits = 5;
 // Groups do not make lanes so few that a row is read in pieces of less than two sectors.
@@ -140,9 +139,9 @@ struct Plan {
 };
 
 // Cuts a layer into strips of columns and chunks of rows, a block each.
-inline void cut_layer(ColumnLayer& layer, int element_size, int tile_rows, int wanted_groups, Plan& plan) {
+inline void cut_layer(ColumnLayer& layer, int element_size, int tile_rows, int wanted, Plan& plan) {
   layer.chunks = static_cast<int32_t>(ceil_div(layer.rows, kBlockRows));
-  layer.lane_bits = choose_lane_bits(layer, element_size, tile_rows, wanted_groups);
+  layer.lane_bits = choose_lane_bits(layer, element_size, tile_rows, wanted);
   const int width = layer.vectors ? kVectorBytes / element_size : 1;
   const auto strips = static_cast<int32_t>(ceil_div(layer.columns, static_cast<int64_t>(layer.lanes()) * width));
   layer.first_block = plan.blocks;

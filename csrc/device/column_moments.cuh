@@ -1,9 +1,9 @@
 // The reduction over rows for a list of layers in one launch.
 //
-// A block owns a strip of columns and at most kBlockRows of its rows. Every thread shifts its columns by the mean of its
-// first rows; tiles of eight rows are reduced in registers and merged one after another; groups of threads, then blocks,
-// are merged in double as trees of a fixed shape. Whoever finishes a strip last folds it: no float is ever added
-// atomically, so results are the same bit for bit in every run.
+// A block owns a strip of columns and at most kBlockRows of its rows. Every thread shifts its columns by the mean of
+// its first rows; tiles of eight rows are reduced in registers and merged one after another; groups of threads, then
+// blocks, are merged in double as trees of a fixed shape. Whoever finishes a strip last folds it: no float is ever
+// added atomically, so results are the same bit for bit in every run.
 #pragma once
 
 #include "device/thread_share.cuh"
@@ -17,8 +17,8 @@ struct Partial {
   A m2[WIDTH];
 };
 
-// Where a thread's rows come from: its columns of the features as they are. Another source may change values on their way
-// (`value`) and keep them (`keep`), as a tap does.
+// Where a thread's rows come from: its columns of the features as they are. Another source may change values on their
+// way (`value`) and keep them (`keep`), as a tap does.
 template <class T, int WIDTH>
 struct FeatureRows {
   const T* x;
@@ -172,8 +172,8 @@ __device__ __forceinline__ void fold_chunks(const ColumnLayer& layer, StripColum
 #pragma unroll
         for (int k = 0; k < kFoldChunks; k += 2 * step) {
           const int64_t chunk = static_cast<int64_t>(first + k) * span, count = static_cast<int64_t>(step) * span;
-          merge(fold_mean[k], fold_m2[k], fold_mean[k + step], fold_m2[k + step],
-                merge_factors<double>(rows_of_chunks(layer, chunk, count), rows_of_chunks(layer, chunk + count, count)));
+          const int64_t rows = rows_of_chunks(layer, chunk, count), more = rows_of_chunks(layer, chunk + count, count);
+          merge(fold_mean[k], fold_m2[k], fold_mean[k + step], fold_m2[k + step], merge_factors<double>(rows, more));
         }
       }
       if (folds == 1) {
@@ -204,8 +204,8 @@ __device__ __forceinline__ StripColumns reduce_strip(const ColumnLayer& layer, W
   merge_groups(layer, share, moments);
   __syncthreads();
 
-  const int64_t rest = layer.columns - share.strip_column;
-  StripColumns strip{true, share.strip, share.strip_column, static_cast<int>(min(rest, int64_t{layer.lanes() * WIDTH}))};
+  const int64_t rest = layer.columns - share.strip_column, most = layer.lanes() * WIDTH;
+  StripColumns strip{true, share.strip, share.strip_column, static_cast<int>(min(rest, most))};
   if (layer.chunks > 1) {
     double* mean = workspace.partial + 2 * layer.partial;
     double* m2 = mean + layer.columns * layer.chunks;

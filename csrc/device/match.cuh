@@ -22,18 +22,19 @@ struct MatchArguments {
   int32_t strips;  // over all launches
 };
 
-// The parameters with Adam's bias corrections for this step. The step is on the device and is advanced by the last
-// block, when all others have read it.
-template <Average KIND, class A>
-__device__ __forceinline__ MatchParameters<A> with_step(const MatchArguments<A>& arguments, int64_t step) {
-  MatchParameters<A> parameters = arguments.parameters;
-  if (KIND == Average::adam) set_step(parameters, arguments.adam, static_cast<double>(step + (parameters.update ? 1 : 0)));
-  return parameters;
-}
-
+// The step is on the device and is advanced by the last block, when all others have read it.
 template <Average KIND, class A>
 __device__ __forceinline__ int64_t load_step(const MatchArguments<A>& arguments) {
   return KIND == Average::adam ? *arguments.step : 0;
+}
+
+// The parameters with Adam's bias corrections for the step after `step`, or for `step` where nothing is updated.
+template <Average KIND, class A>
+__device__ __forceinline__ MatchParameters<A> with_step(const MatchArguments<A>& arguments, int64_t step) {
+  MatchParameters<A> parameters = arguments.parameters;
+  const int64_t steps = step + (parameters.update ? 1 : 0);
+  if (KIND == Average::adam) set_step(parameters, arguments.adam, static_cast<double>(steps));
+  return parameters;
 }
 
 // A column that a thread matches, at its packed place. `var` is not used where means alone are matched.
@@ -72,7 +73,8 @@ __device__ __forceinline__ A match_quantity(const MatchVectors<A>& v, int64_t at
   } else if constexpr (KIND == Average::moving) {
     loss = match_moving(value, entries.target, weight, started, store, entries.average, grad, p);
   } else {
-    loss = match_adam(value, entries.target, weight, store, entries.average, entries.exp_avg, entries.exp_avg_sq, grad, p);
+    loss = match_adam(value, entries.target, weight, store, entries.average, entries.exp_avg, entries.exp_avg_sq, grad,
+                      p);
   }
   if (KIND != Average::none && store) v.average[at] = entries.average;
   if (KIND == Average::adam && store) {
@@ -111,11 +113,11 @@ __device__ __forceinline__ double match_columns(const MatchArguments<A>& argumen
     const MatchColumn<A>& c = columns[i];
     if (!c.present) continue;
     const bool store = parameters.update && is_finite(c.mean) && (!has_var || is_finite(c.var));
-    A column_loss = match_quantity<KIND>(arguments.mean, c.at, c.mean, mean[i], store, started[i] != 0, parameters);
-    if (has_var) column_loss += match_quantity<KIND>(arguments.var, c.at, c.var, var[i], store, started[i] != 0, parameters);
+    const bool is_started = started[i] != 0;
+    loss += match_quantity<KIND>(arguments.mean, c.at, c.mean, mean[i], store, is_started, parameters);
+    if (has_var) loss += match_quantity<KIND>(arguments.var, c.at, c.var, var[i], store, is_started, parameters);
     if (KIND == Average::moving && store) arguments.started[c.at] = 1;
     if (arguments.batch_mean != nullptr) arguments.batch_mean[c.at] = c.mean;
-    loss += column_loss;
   }
   return loss;
 }

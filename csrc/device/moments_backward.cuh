@@ -116,7 +116,8 @@ __device__ __forceinline__ void backward_rows(const ColumnLayer& layer, const Th
 }
 
 template <bool RELU, int WIDTH, class T, class A>
-__device__ __forceinline__ void backward_strip(const ColumnLayer& layer, const MomentGradients<A>& moments, int64_t rows) {
+__device__ __forceinline__ void backward_strip(const ColumnLayer& layer, const MomentGradients<A>& moments,
+                                               int64_t rows) {
   const ThreadShare share = thread_share<WIDTH>(layer, kElementwiseTile);
   if (share.rows.begin == share.rows.end) return;
   if (layer.grad != nullptr) {

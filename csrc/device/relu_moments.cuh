@@ -25,8 +25,8 @@ struct ReluRows {
 
   __device__ __forceinline__ Vector<T, WIDTH> load(int row) const { return from.load(row); }
 
-  // torch's ReLU: what is below zero becomes zero; NaN and -0 stay. To round first, as an addition of its own would, makes
-  // no difference: the sum of two features is never rounded to zero, nor across it.
+  // torch's ReLU: what is below zero becomes zero; NaN and -0 stay. To round first, as an addition of its own would,
+  // makes no difference: the sum of two features is never rounded to zero, nor across it.
   __device__ __forceinline__ Vector<T, WIDTH> value(const Vector<T, WIDTH>& raw) const {
     accumulate_t<T> result[WIDTH];
 #pragma unroll
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (layer.vectors) {
     moments_strip<WIDTH>(layer, workspace, moments, out, ReluOf<WIDTH, T>{layer, arguments});
   } else {
-    moments_strip<1>(layer, workspace, reinterpret_cast<BlockMoments<1>&>(moments), out, ReluOf<1, T>{layer, arguments});
+    moments_strip<1>(layer, workspace, reinterpret_cast<BlockMoments<1>&>(moments), out,
+                     ReluOf<1, T>{layer, arguments});
   }
 }
 

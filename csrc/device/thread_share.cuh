@@ -20,7 +20,7 @@ struct ThreadShare {
   int strip, chunk;
   int64_t strip_column;  // the strip's first
   RowRange block_rows;
-  int group_rows;  // whole tiles
+  int group_rows;  // whole tiles; the last groups may have fewer rows, or none
   int64_t column;  // the thread's first
   RowRange rows;   // the thread's; none where its columns are beyond the layer's
 };

@@ -55,16 +55,15 @@ void moments_backward(const std::vector<LayerDescription>& layers, const std::st
     using T = decltype(sample);
     using A = accumulate_t<T>;
     const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kElementwiseTile);
-    launch_moments_backward<T, A>(launches,
-                                  {{pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), pointer<A>(scale), correction},
-                                   pointer<int64_t>(count),
-                                   0},
-                                  0);
+    const MomentGradients<A> moments{pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), pointer<A>(scale),
+                                     correction};
+    launch_moments_backward<T, A>(launches, {moments, pointer<int64_t>(count), 0}, 0);
   });
 }
 
 void relu_moments(const LayerDescription& description, const std::string& dtype, std::optional<py::array> bias,
-                  uint32_t channel_columns, int64_t correction, py::array mean, py::array var, unsigned int block_order) {
+                  uint32_t channel_columns, int64_t correction, py::array mean, py::array var,
+                  unsigned int block_order) {
   shim::block_order_seed = block_order;
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
@@ -86,8 +85,8 @@ void relu_moments_backward(const LayerDescription& description, const std::strin
     using A = accumulate_t<T>;
     ColumnLayer layer = make_layers({description}, sizeof(T))[0];
     const Plan plan = plan_layer(layer, sizeof(T), kElementwiseTile);
-    launch_relu_moments_backward<T, A>(layer, plan,
-                                       {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), nullptr, correction}, 0);
+    launch_relu_moments_backward<T, A>(
+        layer, plan, {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), nullptr, correction}, 0);
   });
 }
 

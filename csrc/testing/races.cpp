@@ -210,13 +210,17 @@ void run_match(const Features<T>& features, bool has_var) {
 
 // Gradients of means and variances, and of the features.
 template <class A>
-struct MomentGradients {
+struct GivenGradients {
   std::vector<A> grad_mean, grad_var, mean;
 
-  explicit MomentGradients(const ExactMoments& moments)
+  explicit GivenGradients(const ExactMoments& moments)
       : grad_mean(numbers<A>(moments.mean.size(), 11)),
         grad_var(numbers<A>(moments.mean.size(), 12)),
         mean(moments.mean.begin(), moments.mean.end()) {}
+
+  MomentGradients<A> pointers(const A* scale) const {
+    return {grad_mean.data(), grad_var.data(), mean.data(), scale, 1};
+  }
 
   double of_feature(double value, int64_t packed, double rows) const {
     return grad_mean[packed] / rows + 2 * grad_var[packed] / (rows - 1) * (value - mean[packed]);
@@ -232,13 +236,10 @@ void run_moments_backward(const std::vector<Shape>& shapes, bool added) {
     if (!added) layer.grad = nullptr;
     count.push_back(layer.rows);
   }
-  const MomentGradients<A> gradients(ExactMoments(features.layers, features.x));
+  const GivenGradients<A> gradients(ExactMoments(features.layers, features.x));
   const A scale = 0.375;
   launch_moments_backward<T, A>(plan_launches(features.layers, sizeof(T), kElementwiseTile),
-                                {{gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(), &scale, 1},
-                                 count.data(),
-                                 0},
-                                0);
+                                {gradients.pointers(&scale), count.data(), 0}, 0);
   for (size_t i = 0; i < shapes.size(); ++i) {
     for_all(features.layers[i], [&](int64_t at, int64_t packed) {
       const double grad = scale * gradients.of_feature(load(features.x[i][at]), packed, shapes[i].rows);
@@ -277,9 +278,8 @@ void run_relu_moments_backward(const Shape& shape, bool added) {
   ColumnLayer& layer = features.layers[0];
   if (!added) layer.grad = nullptr;
   const Plan plan = plan_layer(layer, sizeof(T), kElementwiseTile);
-  const MomentGradients<A> gradients(ExactMoments(features.layers, features.x));
-  launch_relu_moments_backward<T, A>(
-      layer, plan, {gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(), nullptr, 1}, 0);
+  const GivenGradients<A> gradients(ExactMoments(features.layers, features.x));
+  launch_relu_moments_backward<T, A>(layer, plan, gradients.pointers(nullptr), 0);
   for_all(layer, [&](int64_t at, int64_t packed) {
     const double y = load(features.x[0][at]);
     const double sum = gradients.of_feature(y, packed, shape.rows) + (added ? load(features.grad[0][at]) : 0);

@@ -18,8 +18,8 @@ def features(shapes, dtype, shift=3.0):
     return [(torch.randn(shape, dtype=torch.float64) + shift).to(dtype) for shape in shapes]
 
 
-# Tails of rows and columns; blocks of one group of threads, of many, and of many for few columns; chunks that are folded
-# once and twice; several of everything.
+# Tails of rows and columns; blocks of one group of threads, of many, and of many for few columns; chunks that are
+# folded once and twice; several of everything.
 SHAPES = {
     "one row": [(1, 40)],
     "one column": [(100, 1)],

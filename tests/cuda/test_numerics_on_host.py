@@ -1,4 +1,4 @@
-"""The CUDA reduction's own sources, compiled for the host: digits of ill-conditioned columns, values that are not finite."""
+"""The CUDA reduction's own sources, compiled for the host: ill-conditioned columns, and values that are not finite."""
 
 import host_kernels
 import pytest

@@ -35,8 +35,8 @@ class Cut:
         return round(self.in_flight / MULTIPROCESSORS / 1024, 1)
 
 
-# (rows, columns, bytes of an element): (blocks, lanes, chunks, kilobytes in flight per multiprocessor). What cannot reach
-# the 32 kilobytes is in flight as a whole, or in two parts where there are more rows than groups can take at once.
+# (rows, columns, bytes of an element): (blocks, lanes, chunks, kilobytes in flight per multiprocessor). What cannot
+# reach 32 kilobytes is in flight as a whole, or in two parts where there are more rows than groups can take at once.
 PLANS = {
     (16, 2048, 2): (4, 64, 1, 0.5),
     (16, 65536, 4): (256, 64, 1, 31.0),
