@@ -77,8 +77,8 @@ format: build  ## reformat the Python code
 bench: build  ## time the ops against eager PyTorch and torch.compile
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-gpu: build  ## the same on a GPU; results in bench/results/<device>
-	@$(BIN)/python -m bench --device cuda $(ARGS)
+bench-gpu: build  ## everything that only a GPU can tell, the most important first
+	@$(BIN)/python -m bench.gpu $(ARGS)
 
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so

@@ -13,12 +13,10 @@ import numpy as np
 import torch
 
 from bench.machine import Call, Machine, Probe, Sample, Traffic, pytorch_calls
+from bench.results import BOTH, COMPILED, FORWARD, OURS
 from bench.workloads import DTYPES, Workload
 
-OURS = "moment_ops"
-# How the names of compiled contestants begin.
-COMPILED = "torch.compile: "
-FORWARD, BOTH = "forward", "forward + backward"
+__all__ = ["BOTH", "COMPILED", "FORWARD", "OURS", "Bench", "Entry", "measure"]
 
 WARM_UP_CALLS = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 200
@@ -133,7 +131,7 @@ def floor_ms(traffic: Traffic, bandwidth: dict[str, dict[str, float]]) -> float:
     ) / 1e6
 
 
-def _prepare_entries(
+def prepare_entries(
     bench: Bench, contestants: Sequence[str], say: Callable[[str], None]
 ) -> tuple[dict[str, Entry], dict[str, dict[str, Any]]]:
     """Contestants that ran once, and what was found out about them."""
@@ -158,6 +156,52 @@ def _prepare_entries(
     return entries, facts
 
 
+def peak_memories(bench: Bench, machine: Machine, entries: dict[str, Entry]) -> dict[str, dict[str, int | None]]:
+    """Peak bytes by direction and contestant."""
+    return {
+        direction: {
+            name: machine.peak_memory(entry.calls[direction])
+            for name, entry in entries.items()
+            if direction in entry.calls
+        }
+        for direction in bench.traffic
+    }
+
+
+def time_direction(
+    bench: Bench,
+    machine: Machine,
+    entries: dict[str, Entry],
+    direction: str,
+    probes: dict[str, Probe],
+    *,
+    seconds: float,
+    repeat: int | None = None,
+) -> dict[str, Any]:
+    """All contestants that have a direction, and the bandwidth between their calls."""
+    traffic = bench.traffic[direction]
+    calls = {name: entry.calls[direction] for name, entry in entries.items() if direction in entry.calls}
+    operators = {name: pytorch_calls(call) for name, call in calls.items()}
+    timed = {name: probe.call for name, probe in probes.items()} | calls
+    samples = interleave(timed, machine, seconds=seconds, repeat=repeat)
+    bandwidth = _bandwidth(probes, samples)
+    floor = floor_ms(traffic, bandwidth)
+    results = {}
+    for name in calls:
+        times = summary(samples[name])
+        results[name] = times | {
+            "gb_per_s": traffic.total / times["median_ms"] / 1e6,
+            "share_of_bandwidth": floor / times["median_ms"],
+            "pytorch_calls": operators[name],
+        }
+    return {
+        "bytes": {"read": traffic.read, "read_write": traffic.read_write},
+        "floor_ms": floor,
+        "bandwidth": bandwidth,
+        "contestants": results,
+    }
+
+
 def measure(
     bench: Bench,
     machine: Machine,
@@ -166,6 +210,7 @@ def measure(
     repeat: int | None = None,
     contestants: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
+    after: Callable[[dict[str, Any], dict[str, Entry]], None] = lambda result, entries: None,
 ) -> dict[str, Any]:
     """Everything about one operator on one workload, ready for JSON.
 
@@ -173,43 +218,20 @@ def measure(
         seconds: how long the timed rounds of one direction may take, at least FEWEST_ROUNDS of them.
         repeat: number of rounds instead.
         contestants: those to run, ours among them; by default all.
+        after: gets the result and the contestants while these are still there, to measure more.
     """
     torch.compiler.reset()
     machine.begin()
-    entries, facts = _prepare_entries(bench, contestants or bench.contestants, say)
-    peaks = {
-        direction: {
-            name: machine.peak_memory(entry.calls[direction])
-            for name, entry in entries.items()
-            if direction in entry.calls
-        }
-        for direction in bench.traffic
-    }
+    entries, facts = prepare_entries(bench, contestants or bench.contestants, say)
+    peaks = peak_memories(bench, machine, entries)
     probes = machine.probes(bench.workload.bytes(bench.dtype))
     directions = {}
-    for direction, traffic in bench.traffic.items():
-        calls = {name: entry.calls[direction] for name, entry in entries.items() if direction in entry.calls}
-        operators = {name: pytorch_calls(call) for name, call in calls.items()}
-        timed = {name: probe.call for name, probe in probes.items()} | calls
-        samples = interleave(timed, machine, seconds=seconds, repeat=repeat)
-        bandwidth = _bandwidth(probes, samples)
-        floor = floor_ms(traffic, bandwidth)
-        results = {}
-        for name in calls:
-            times = summary(samples[name])
-            results[name] = times | {
-                "gb_per_s": traffic.total / times["median_ms"] / 1e6,
-                "share_of_bandwidth": floor / times["median_ms"],
-                "peak_bytes": peaks[direction][name],
-                "pytorch_calls": operators[name],
-            }
-        directions[direction] = {
-            "bytes": {"read": traffic.read, "read_write": traffic.read_write},
-            "floor_ms": floor,
-            "bandwidth": bandwidth,
-            "contestants": results,
-        }
-    return {
+    for direction in bench.traffic:
+        timed = time_direction(bench, machine, entries, direction, probes, seconds=seconds, repeat=repeat)
+        for name, entry in timed["contestants"].items():
+            entry["peak_bytes"] = peaks[direction][name]
+        directions[direction] = timed
+    result = {
         "operator": bench.operator,
         "workload": bench.workload.name,
         "title": bench.workload.title,
@@ -221,3 +243,5 @@ def measure(
         "contestants": facts,
         "directions": directions,
     }
+    after(result, entries)
+    return result

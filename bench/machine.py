@@ -1,10 +1,11 @@
 """Devices to measure on: their clock, their bandwidth, their memory. A new kind of device is one more class here."""
 
+import gc
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -92,25 +93,40 @@ class Cpu:
         return peak_over_rest(call)
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A captured call: `replay` launches it again, `outputs` are what it then computes."""
+
+    replay: Call
+    outputs: Callable[[], Any]
+
+
 class Gpu:
     """Time between events on the device, memory of its caching allocator."""
 
     device = "cuda"
-    # What is written before a call is timed, so that the call finds nothing of its inputs in the L2 cache.
+    # What the device is reached through; a rehearsal without one has another.
+    cuda: Any = torch.cuda
+    # What is read before a call is timed, so that the call finds nothing of its inputs in the L2 cache. Were it
+    # written, the cache would be full of lines that are written back while the call runs.
     FLUSH_BYTES = 256 << 20
+    # The least that is copied to measure bandwidth: a copy of the size of the L2 cache would be faster than memory.
+    PROBE_BYTES = 1 << 30
 
     def begin(self) -> None:
-        if not torch.cuda.is_available():
+        if not self.cuda.is_available():
             raise SystemExit("there is no GPU that torch can use")
-        torch.cuda.empty_cache()
+        # Contestants of an earlier measurement refer to each other.
+        gc.collect()
+        self.cuda.empty_cache()
 
     def prepare(self) -> None:
-        self.flush = torch.empty(self.FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+        self.flush = torch.ones(self.FLUSH_BYTES // 4, device=self.device)
 
     def time(self, call: Call) -> Sample:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
         # The flush keeps the device busy while the host gets ahead: what is timed is the device, not the launch.
-        self.flush.zero_()
+        self.flush.sum()
         start.record()
         call()
         end.record()
@@ -118,18 +134,33 @@ class Gpu:
         return Sample(start.elapsed_time(end) / 1e3)
 
     def probes(self, size: int) -> dict[str, Probe]:
-        source = torch.ones(size // 4, device=self.device)
+        source = torch.ones(max(size, self.PROBE_BYTES) // 4, device=self.device)
         target = torch.empty_like(source)
         moved = source.numel() * source.itemsize
         return {"read": Probe(source.sum, moved), "read_write": Probe(lambda: target.copy_(source), 2 * moved)}
 
     def peak_memory(self, call: Call) -> int | None:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        rest = torch.cuda.memory_allocated()
+        self.cuda.synchronize()
+        self.cuda.reset_peak_memory_stats()
+        rest = self.cuda.memory_allocated()
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - rest
+        self.cuda.synchronize()
+        return self.cuda.max_memory_allocated() - rest
+
+    def capture(self, call: Call, warm_up: Call | None = None) -> Replay:
+        """The launches of a call as a CUDA graph, after `warm_up`, or the call itself, has run once outside of it."""
+        stream = self.cuda.Stream()
+        stream.wait_stream(self.cuda.current_stream())
+        with self.cuda.stream(stream):
+            (warm_up or call)()
+        self.cuda.current_stream().wait_stream(stream)
+        return self.record(call, stream)
+
+    def record(self, call: Call, stream: Any) -> Replay:
+        graph = self.cuda.CUDAGraph()
+        with self.cuda.graph(graph, stream=stream):
+            outputs = call()
+        return Replay(graph.replay, lambda: outputs)
 
 
 MACHINES: dict[str, type[Cpu] | type[Gpu]] = {"cpu": Cpu, "cuda": Gpu}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment, results
-from bench.harness import BOTH, COMPILED, FORWARD, OURS
+from bench.results import BOTH, COMPILED, FORWARD, ON_BACKEND, OURS
 
 # Operators that do little else than move bytes; the others multiply matrices, or whole networks.
 MEMORY_BOUND = ("moments", "match")
@@ -66,6 +66,8 @@ def _rows(cells: Sequence[Sequence[str]]) -> str:
 def table(result: dict[str, Any]) -> str:
     """Everything about one case."""
     forward, both = (result["directions"][direction] for direction in (FORWARD, BOTH))
+    # Devices that capture have no page faults to tell of.
+    captured = any("replayed" in entry for entry in both["contestants"].values())
     cells = [
         [
             "",
@@ -75,7 +77,7 @@ def table(result: dict[str, Any]) -> str:
             "GB/s",
             "of the bandwidth (forward)",
             "peak MB",
-            "page faults",
+            *(["as a graph, ms", "time over ours"] if captured else ["page faults"]),
             "PyTorch calls",
         ]
     ]
@@ -91,7 +93,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{second['gb_per_s']:.1f}",
                 f"{shares[0]} ({shares[1]})",
                 megabytes(second["peak_bytes"]),
-                f"{second['page_faults']:.0f}",
+                *(_graph(result, name) if captured else [f"{second['page_faults']:.0f}"]),
                 str(second["pytorch_calls"]),
             ]
         )
@@ -105,6 +107,16 @@ def table(result: dict[str, Any]) -> str:
     if not ours_agrees(result):
         note += " **moment_ops is not exact here: no speed-ups.**"
     return "\n\n".join([f"**{title(result)}**", _rows(cells), *parts, note])
+
+
+def _graph(result: dict[str, Any], contestant: str) -> list[str]:
+    """Time as a captured graph, and over ours; empty for what cannot be captured."""
+    entries = [result["directions"][BOTH]["contestants"][name].get("replayed", {}) for name in (contestant, OURS)]
+    if any("median_ms" not in entry or "not_captured" in entry for entry in entries):
+        return ["", ""]
+    right = ours_agrees(result) and result["contestants"][contestant]["agrees"]
+    factor = f"{entries[0]['median_ms'] / entries[1]['median_ms']:.2f}x" if right else "not exact"
+    return [_time(entries[0]), "" if contestant == OURS else factor]
 
 
 def _parts(result: dict[str, Any]) -> list[str]:
@@ -139,7 +151,8 @@ def overview(all_results: Sequence[dict[str, Any]]) -> str:
     cells = [["forward + backward", "moment_ops, ms", "best torch.compile", "best without it", "slowest"]]
     for result in all_results:
         compiled = [name for name in result["contestants"] if name.startswith(COMPILED)]
-        eager = [name for name in result["contestants"] if name not in compiled and name != OURS]
+        ours = (OURS, *(name for name in result["contestants"] if name.startswith(ON_BACKEND)))
+        eager = [name for name in result["contestants"] if name not in compiled and name not in ours]
         share = result["directions"][BOTH]["contestants"][OURS]["share_of_bandwidth"]
         reached = f" ({100 * share:.0f} % of the bandwidth)" if result["operator"] in MEMORY_BOUND else ""
         slowest = max(eager, key=lambda name: median(result, name), default=None)

@@ -6,6 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+OURS = "moment_ops"
+# How the names of ours on another backend begin.
+ON_BACKEND = f"{OURS} on "
+# How the names of compiled contestants begin.
+COMPILED = "torch.compile: "
+FORWARD, BOTH = "forward", "forward + backward"
+
 FOLDER = Path(__file__).parent / "results"
 # Of operators in tables; others follow by name.
 ORDER = ("match", "moments", "relu_moments", "covariance", "gram", "moment_network")

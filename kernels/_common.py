@@ -1,7 +1,11 @@
-"""Device functions that all kernels share: finding a program's layer and columns, merging moments, arriving last."""
+"""Device functions that kernels share: finding a program's layer, columns and rows, merging moments, arriving last."""
 
 import triton
 import triton.language as tl
+
+from moment_ops.kernels._plan import ROW_BYTES
+
+ROW_BITS = tl.constexpr(8 * ROW_BYTES)
 
 
 @triton.jit
@@ -37,47 +41,74 @@ def pick_integer(values, starts, program, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    starts,
-    columns,
-    offsets,
-    inners,
-    program,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    PERMUTED: tl.constexpr,
-):
-    """Where a program works: (strips, chunk, column, mask, packed).
+def locate(starts, columns, program, LAYERS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Where a program works: (strips, chunk, begin, width).
 
-    strips: of the layer; chunk: of the rows; column: (BLOCK_COLUMNS) in memory order; packed: int64 positions in the
-    packed vectors, where a channels-last layer has its columns transposed.
+    strips: of the layer; chunk: of the rows; begin: the first column, in memory order; width: the layer's columns.
     """
     local = program - pick_integer(starts, starts, program, LAYERS)
     # Multiplying by VECTOR tells the compiler that loads may be that wide.
     width = pick_integer(columns, starts, program, LAYERS) * VECTOR
     strips = tl.cdiv(width, BLOCK_COLUMNS)
-    chunk = local // strips
-    strip = local % strips
-    lane = tl.arange(0, BLOCK_COLUMNS)
-    begin = strip * BLOCK_COLUMNS
+    return strips, local // strips, local % strips * BLOCK_COLUMNS, width
+
+
+@triton.jit
+def strip_columns(
+    begin,
+    width,
+    starts,
+    offsets,
+    inners,
+    program,
+    LAYERS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    """A strip's columns, over and over for LANES of them: (column, mask, packed), (LANES).
+
+    column: in memory order; packed: int64 positions in the packed vectors, where a channels-last layer has its columns
+    transposed.
+    """
+    lane = tl.arange(0, LANES) % BLOCK_COLUMNS
     mask = lane < width - begin
     column = begin + lane
     first = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
     if PERMUTED:
         inner = pick_integer(inners, starts, program, LAYERS)
-        packed = first + (column % inner) * (width // inner) + column // inner
+        return column, mask, first + (column % inner) * (width // inner) + column // inner
     else:
-        packed = first + column
-    return strips, chunk, column, mask, packed
+        return column, mask, first + column
+
+
+@triton.jit
+def tile_at(begin, x, stride, ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """(ROWS, LANES) pointers to the tile from row `begin` on; x: (LANES) pointers to row 0.
+
+    The lanes of a wide strip read a row at once; those of a narrow one read as many rows as it fits into them, and the
+    next rows are as far on. `begin` is added first: a thread then keeps a pointer in registers, not one for each row.
+    """
+    LANES: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    group = tl.arange(0, LANES) // BLOCK_COLUMNS
+    return (x + group * stride + begin * stride)[None, :] + tl.arange(0, ROWS)[:, None] * (GROUPS * stride)
+
+
+@triton.jit
+def rows_of_lanes(rows, LANES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """How many of `rows` rows each lane has; (LANES)."""
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    return (rows + (GROUPS - 1) - tl.arange(0, LANES) // BLOCK_COLUMNS) // GROUPS
 
 
 @triton.jit
 def merge(mean_a, m2_a, count_a, mean_b, m2_b, count_b):
-    """Moments of two groups of rows together (Chan, Golub & LeVeque 1979), in the dtype of the moments."""
+    """Moments of two groups of rows together (Chan, Golub & LeVeque 1979), in the dtype of the moments; 0 of none."""
     rows_a = tl.cast(count_a, mean_a.dtype)
     rows_b = tl.cast(count_b, mean_a.dtype)
-    share = rows_b / (rows_a + rows_b)
+    share = rows_b / tl.maximum(rows_a + rows_b, 1.0)
     delta = mean_b - mean_a
     return mean_a + delta * share, m2_a + (m2_b + delta * delta * (rows_a * share))
 

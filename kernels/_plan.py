@@ -28,37 +28,23 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Wide tiles: a warp reads 512 bytes of a row and owns its columns, so that sums over rows need no other thread.
-# Narrow ones are for launches of few columns: rows are spread over threads, too.
-_TILES = {
-    "reduce": {
-        "wide": {2: Tile(8, 512, 2), 4: Tile(8, 512, 4), 8: Tile(4, 256, 4)},
-        "narrow": {2: Tile(64, 64, 4), 4: Tile(64, 32, 4), 8: Tile(64, 16, 4)},
-    },
-    # A tap holds the bias and the pointers of a second tensor: of 16-bit features, eight columns a thread, fewer rows.
-    "tap": {
-        "wide": {2: Tile(4, 512, 2), 4: Tile(8, 512, 4), 8: Tile(4, 256, 4)},
-        "narrow": {2: Tile(64, 64, 4), 4: Tile(64, 32, 4), 8: Tile(64, 16, 4)},
-    },
-    "apply": {
-        "wide": {2: Tile(4, 512, 2), 4: Tile(4, 512, 4), 8: Tile(4, 256, 4)},
-        "narrow": {2: Tile(32, 64, 4), 4: Tile(32, 32, 4), 8: Tile(32, 16, 4)},
-    },
-}
-_NARROW_COLUMNS = 8192
+_WARPS = 4
+# What the threads of a program read at once, 16 bytes each: a row of a wide strip, or of a narrow one several rows.
+ROW_BYTES = 16 * 32 * _WARPS
+# A strip has whole cache lines.
+_LINE_BYTES = 128
 
-# Registers per thread: 512 threads per processor, which keep 64 KiB in flight with eight rows of 128-bit loads each.
+# Bytes of features that keep a large GPU busy when they are in flight: 40 KiB for each processor (specs.py says why).
+IN_FLIGHT = 132 * 40 * 1024
+# Registers per thread of a reduction: 512 threads per processor, so that it has 64 KiB in flight.
 REGISTERS = 128
-# Eight 16-bit columns per thread need more where their moments are folded in float64; 384 threads.
-_WIDE_FOLD_REGISTERS = 168
 
-# Programs that keep a large GPU busy, and the fewest rows worth a program of their own.
-_PROGRAMS = 1024
-_CHUNK_ROWS = 64
+# Rows that a thread merges in the dtype of the statistics; what programs leave is merged in float64.
+_BLOCK_ROWS = 512
+# Where rows are cut, the fewest tiles of a program: folding what programs leave takes as long as two or three.
+_CHUNK_TILES = 2
 # More chunks than this would take the one program that folds them longer than the others take to read them.
 _MOST_CHUNKS = 256
-# Rows that are merged in the dtype of the statistics; longer chunks are merged in float64.
-BLOCK_ROWS = 512
 # Partial moments that a thread folds at a time.
 _FOLD_ELEMENTS = 8
 
@@ -96,17 +82,7 @@ class Group:
     @property
     def registers(self) -> int:
         """Registers per thread for kernels that reduce."""
-        return _WIDE_FOLD_REGISTERS if self.folded and self.itemsize == 2 else REGISTERS
-
-    @property
-    def long(self) -> bool:
-        """Whether a program merges its rows in float64."""
-        return self.chunk_rows > BLOCK_ROWS
-
-    @property
-    def folded(self) -> bool:
-        """Whether anything is merged in float64."""
-        return self.long or self.chunks > 1
+        return REGISTERS
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -216,14 +192,10 @@ def _group(
     columns: list[int],
     offsets: list[int],
 ) -> Group:
-    narrow = sum(columns[i] for i in layers) <= _NARROW_COLUMNS
-    tile = _TILES[kind]["narrow" if narrow else "wide"][itemsize]
+    tile = _tile(kind, itemsize, rows, [columns[i] for i in layers])
     strips = [-(-columns[i] // tile.columns) for i in layers]
-    chunk_rows = _chunk_rows(kind, rows, sum(strips), tile)
+    chunk_rows = _chunk_rows(kind, itemsize, rows, sum(strips), tile)
     chunks = -(-rows // chunk_rows)
-    if kind != "apply" and (chunks > 1 or chunk_rows > BLOCK_ROWS):
-        # Merging in float64 takes the registers of half the rows.
-        tile = tile._replace(rows=tile.rows // 2)
     starts, start = [], 0
     for count in strips:
         starts.append(start)
@@ -259,16 +231,40 @@ def _group(
     )
 
 
-def _chunk_rows(kind: str, rows: int, strips: int, tile: Tile) -> int:
+def _tile(kind: str, itemsize: int, rows: int, widths: list[int]) -> Tile:
+    """The widest strips of which enough bytes, or all rows, are in flight; narrow ones deal their rows out to threads.
+
+    A thread reads eight rows before it uses the first, or four where it has fewer registers to spare: where gradients
+    are in flight, too, or eight columns of 16 bits become 32 and 16 bits again.
+    """
+    thread_rows = 4 if kind == "apply" or (kind == "tap" and itemsize == 2) else 8
+    groups = 1
+    while ROW_BYTES // groups > _LINE_BYTES:
+        strips = sum(-(-width * itemsize * groups // ROW_BYTES) for width in widths)
+        busy = strips * thread_rows * ROW_BYTES >= IN_FLIGHT or groups * thread_rows >= rows
+        if busy and (kind == "apply" or rows <= groups * _BLOCK_ROWS):
+            break
+        groups *= 2
+    return Tile(groups * thread_rows, ROW_BYTES // groups // itemsize, _WARPS)
+
+
+def _chunk_rows(kind: str, itemsize: int, rows: int, strips: int, tile: Tile) -> int:
     """Rows per program."""
+    tile_bytes = tile.rows * tile.columns * itemsize
+
+    def busy(chunk: int) -> bool:
+        return strips * -(-rows // chunk) * tile_bytes >= IN_FLIGHT
+
     if kind == "apply":
         # Coefficients are loaded once per program: long chunks, unless programs are few.
         chunk = max(128, tile.rows)
-        while chunk > tile.rows and strips * -(-rows // chunk) < _PROGRAMS:
+        while chunk > tile.rows and not busy(chunk):
             chunk //= 2
         return chunk
-    # Whatever is cut leaves partial sums to fold: no cut where strips alone keep the GPU busy.
-    chunk = max(_CHUNK_ROWS, tile.rows)
-    while chunk < rows and (strips * -(-rows // chunk) > _PROGRAMS or -(-rows // chunk) > _MOST_CHUNKS):
+    # What is cut has to be folded: no more programs than are busy, and no cut that saves less than folding takes.
+    chunk, most = _CHUNK_TILES * tile.rows, _BLOCK_ROWS * ROW_BYTES // (tile.columns * itemsize)
+    if rows <= 2 * chunk:
+        return rows
+    while chunk < most and (busy(chunk) or -(-rows // chunk) > _MOST_CHUNKS):
         chunk *= 2
-    return chunk if chunk < rows else rows
+    return min(chunk, rows)

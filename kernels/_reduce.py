@@ -1,39 +1,75 @@
 """Mean and sum of squared deviations over rows, as device functions.
 
-Rows go in blocks of 512. Every column of a block is shifted by a pivot, the mean of its first rows, on load: without it
-the merges lose the bound of 1e-5 at |mean|/std = 1e3, and with the first row alone an outlier there costs the digits of
-all other rows. Tiles are reduced in two passes in registers and merged one after another, in the dtype of the
-statistics; blocks, and chunks of blocks, are merged in float64, where the number of merges does not matter.
+Rows are dealt out to groups of threads, and a thread sums over its own rows alone. A group shifts every column by a
+pivot, the mean of its first tile, on load: without it the merges lose the bound of 1e-5 at |mean|/std = 1e3, and with
+the first row alone an outlier there costs the digits of all other rows. Tiles are reduced in two passes in registers
+and merged one after another, at most 512 rows of a thread, in the dtype of the statistics; then groups, all at once.
+Chunks of rows, of several programs, are merged in float64, where the number of merges does not matter.
 """
 
 import triton
 import triton.language as tl
 
-from moment_ops.kernels._common import arrive, locate, merge, pick, pick_integer
-
-BLOCK = tl.constexpr(512)
+from moment_ops.kernels._common import (
+    ROW_BITS,
+    arrive,
+    locate,
+    merge,
+    pick,
+    pick_integer,
+    rows_of_lanes,
+    strip_columns,
+    tile_at,
+)
 
 
 @triton.jit
 def rectified(value, bias, dtype: tl.constexpr):
-    """relu(value + bias) in `dtype`, rounded to the dtype of `value` before the ReLU, as by an addition of its own."""
+    """relu(value + bias), added in `dtype`, in the dtype of `value`.
+
+    Rounding after the ReLU gives the bits of rounding before it: a sum of two numbers of a dtype never rounds to 0.
+    """
     wide = value.to(dtype)
     if bias is not None:
-        wide = (wide + bias).to(value.dtype).to(dtype)
+        wide += bias
     # NaN and -0 stay, as in torch.
-    return tl.where(wide < 0, 0.0, wide)
+    return tl.where(wide < 0, 0.0, wide).to(value.dtype)
 
 
 @triton.jit
-def load_rows(x, y, row, y_stride, bias, mask, dtype: tl.constexpr):
-    """Features at pointers x; where there is a y, they become relu(x + bias), which is kept there, `row` rows on."""
-    value = tl.load(x, mask=mask, other=0.0)
-    if y is None:
-        return value.to(dtype)
-    else:
-        result = rectified(value, bias, dtype)
-        tl.store(y + row * y_stride, result.to(value.dtype), mask=mask)
-        return result
+def kept(value, begin, y, y_stride, bias, mask, dtype: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Features in `dtype`; where there is a y, they become relu(x + bias), stored there from row `begin` on."""
+    if y is not None:
+        value = rectified(value, bias, dtype)
+        tl.store(tile_at(begin, y, y_stride, value.shape[0], BLOCK_COLUMNS), value, mask=mask)
+    return value.to(dtype)
+
+
+@triton.jit
+def tile_moments(value, here, count):
+    """(mean, m2), (LANES), over the rows of a tile that are `here`, `count` of them in each lane."""
+    mean = tl.sum(tl.where(here, value, 0.0), axis=0) / tl.maximum(count, 1).to(value.dtype)
+    value = tl.where(here, value - mean[None, :], 0.0)
+    return mean, tl.sum(value * value, axis=0)
+
+
+@triton.jit
+def fold_groups(pivot, mean, m2, rows, BLOCK_COLUMNS: tl.constexpr):
+    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of all rows from those of each lane."""
+    LANES: tl.constexpr = pivot.shape[0]
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    count = tl.reshape(rows_of_lanes(rows, LANES, BLOCK_COLUMNS).to(mean.dtype), [GROUPS, BLOCK_COLUMNS])
+    pivot = tl.reshape(pivot, [GROUPS, BLOCK_COLUMNS])
+    mean = tl.reshape(mean, [GROUPS, BLOCK_COLUMNS])
+    m2 = tl.reshape(m2, [GROUPS, BLOCK_COLUMNS])
+    # The pivot of one group, which may have had an outlier, and then the mean relative to it: that of equal means is
+    # these, without rounding.
+    first = tl.sum(tl.where(tl.arange(0, GROUPS)[:, None] == 0, pivot, 0.0), axis=0)
+    center = first + tl.sum(count * ((pivot - first[None, :]) + mean), axis=0) / tl.cast(rows, mean.dtype)
+    mean = (pivot - center[None, :]) + mean
+    total = tl.sum(count * mean, axis=0) / tl.cast(rows, mean.dtype)
+    delta = mean - total[None, :]
+    return center, total, tl.sum(m2 + count * (delta * delta), axis=0)
 
 
 @triton.jit
@@ -49,83 +85,47 @@ def block_moments(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """(pivot, mean - pivot, m2) of at most 512 rows; x, y: (BLOCK_COLUMNS) pointers to the first of them."""
-    row = tl.arange(0, BLOCK_ROWS)
-    tile = x[None, :] + row[:, None] * stride  # (BLOCK_ROWS, BLOCK_COLUMNS)
-    here = mask[None, :] & (row < rows)[:, None]
-    count = tl.cast(tl.minimum(rows, BLOCK_ROWS), dtype)
+    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of rows of which each lane has at most 512.
+
+    x, y: (LANES) pointers to row 0; bias: likewise, to each column's.
+    """
+    LANES: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
+    ROWS: tl.constexpr = BLOCK_ROWS // GROUPS
+    active = mask[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    count = tl.minimum(rows_of_lanes(rows, LANES, BLOCK_COLUMNS), ROWS)  # (LANES)
+    here = row < count[None, :]  # (ROWS, LANES)
+    value = tl.load(tile_at(0, x, stride, ROWS, BLOCK_COLUMNS), mask=active & here, other=0.0)
+    added = None
+    if bias is not None:
+        # After the first features, so that both are in flight together.
+        added = tl.load(bias, mask=mask, other=0.0).to(dtype)[None, :]
+    value = kept(value, 0, y, y_stride, added, active & here, dtype, BLOCK_COLUMNS)
     # Relative to the first row, so that the pivot of a constant column is that constant.
-    first = tl.load(x, mask=mask, other=0.0)
-    if y is None:
-        pivot = first.to(dtype)
-        kept = None
-    else:
-        pivot = rectified(first, bias, dtype)
-        kept = y[None, :] + row[:, None] * y_stride
-    value = load_rows(tile, kept, 0, y_stride, bias, here, dtype)
-    pivot += tl.sum(tl.where(here, value - pivot[None, :], 0.0), axis=0) / count
-    value = tl.where(here, value - pivot[None, :], 0.0)
-    mean = tl.sum(value, axis=0) / count
-    value = tl.where(here, value - mean[None, :], 0.0)
-    m2 = tl.sum(value * value, axis=0)
+    first = tl.sum(tl.where(row == 0, value, 0.0), axis=0)
+    pivot = first + tl.sum(tl.where(here, value - first[None, :], 0.0), axis=0) / tl.maximum(count, 1).to(dtype)
+    mean, m2 = tile_moments(value - pivot[None, :], here, count)
 
     full = rows // BLOCK_ROWS * BLOCK_ROWS
     for begin in range(BLOCK_ROWS, full, BLOCK_ROWS):
+        value = tl.load(tile_at(begin, x, stride, ROWS, BLOCK_COLUMNS), mask=active, other=0.0)
         # Masked columns are 0 - 0: no selects here.
-        value = load_rows(tile + begin * stride, kept, begin, y_stride, bias, mask[None, :], dtype)
-        value = value - pivot[None, :]
-        tile_mean = tl.sum(value, axis=0) * (1.0 / BLOCK_ROWS)
+        value = kept(value, begin, y, y_stride, added, active, dtype, BLOCK_COLUMNS) - pivot[None, :]
+        tile_mean = tl.sum(value, axis=0) * (1.0 / ROWS)
         value = value - tile_mean[None, :]
-        tile_m2 = tl.sum(value * value, axis=0)
-        mean, m2 = merge(mean, m2, begin, tile_mean, tile_m2, BLOCK_ROWS)
+        mean, m2 = merge(mean, m2, begin // GROUPS, tile_mean, tl.sum(value * value, axis=0), ROWS)
     if (full < rows) & (full > 0):
-        here = mask[None, :] & (row < rows - full)[:, None]
-        value = load_rows(tile + full * stride, kept, full, y_stride, bias, here, dtype)
-        value = tl.where(here, value - pivot[None, :], 0.0)
-        tile_mean = tl.sum(value, axis=0) / tl.cast(rows - full, dtype)
-        value = tl.where(here, value - tile_mean[None, :], 0.0)
-        tile_m2 = tl.sum(value * value, axis=0)
-        mean, m2 = merge(mean, m2, full, tile_mean, tile_m2, rows - full)
-    return pivot, mean, m2
-
-
-@triton.jit
-def chunk_moments(
-    x,
-    stride,
-    y,
-    y_stride,
-    bias,
-    mask,
-    rows,
-    dtype: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    LONG: tl.constexpr,
-    FOLDED: tl.constexpr,
-):
-    """(mean, m2) of any number of rows, float64 where FOLDED; LONG: there may be more than 512."""
-    count = rows
-    if LONG:
-        count = tl.minimum(rows, BLOCK)
-    pivot, mean, m2 = block_moments(x, stride, y, y_stride, bias, mask, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS)
-    if FOLDED:
-        mean = pivot.to(tl.float64) + mean.to(tl.float64)
-        m2 = m2.to(tl.float64)
-        if LONG:
-            for begin in range(BLOCK, rows, BLOCK):
-                count = tl.minimum(rows - begin, BLOCK)
-                kept = y
-                if y is not None:
-                    kept = y + begin * y_stride
-                pivot, block_mean, block_m2 = block_moments(
-                    x + begin * stride, stride, kept, y_stride, bias, mask, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS
-                )
-                block_mean = pivot.to(tl.float64) + block_mean.to(tl.float64)
-                mean, m2 = merge(mean, m2, begin, block_mean, block_m2.to(tl.float64), count)
+        count = rows_of_lanes(rows - full, LANES, BLOCK_COLUMNS)
+        here = row < count[None, :]
+        value = tl.load(tile_at(full, x, stride, ROWS, BLOCK_COLUMNS), mask=active & here, other=0.0)
+        value = kept(value, full, y, y_stride, added, active & here, dtype, BLOCK_COLUMNS)
+        tile_mean, tile_m2 = tile_moments(value - pivot[None, :], here, count)
+        mean, m2 = merge(mean, m2, full // GROUPS, tile_mean, tile_m2, count)
+    if GROUPS == 1:
+        return pivot, mean, m2
     else:
-        mean = pivot + mean
-    return mean, m2
+        return fold_groups(pivot, mean, m2, rows, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -196,7 +196,6 @@ def reduce_columns(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    LONG: tl.constexpr,
     WIDE: tl.constexpr = False,
 ):
     """The moments of a program's strip: (complete, mean, var, packed, mask, first).
@@ -205,36 +204,35 @@ def reduce_columns(
     With outputs, of a single layer, the moments are those of relu(x + bias), which is kept there; the bias is that of
     packed column // channel_columns. WIDE: the mean is returned in float64.
     """
+    LANES: tl.constexpr = ROW_BITS // inputs[0].dtype.element_ty.primitive_bitwidth
     program = tl.program_id(0)
-    strips, chunk, column, mask, packed = locate(
-        starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
+    strips, chunk, strip, width = locate(starts, columns, program, LAYERS, VECTOR, BLOCK_COLUMNS)
+    column, active, packed_lanes = strip_columns(
+        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, LANES, BLOCK_COLUMNS, PERMUTED
     )
-    x = pick(inputs, starts, program, LAYERS) + column  # (BLOCK_COLUMNS)
-    stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
     begin = chunk * chunk_rows
-    count = tl.minimum(rows - begin, chunk_rows)
+    stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    x = pick(inputs, starts, program, LAYERS) + column + begin * stride  # (LANES)
     y = None
     y_stride = None
-    added = None
+    column_bias = None
     if outputs is not None:
         y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
         y = pick(outputs, starts, program, LAYERS) + column + begin * y_stride
         if bias is not None:
-            added = tl.load(bias + packed.to(tl.int32) // channel_columns, mask=mask, other=0.0).to(dtype)
-    mean, m2 = chunk_moments(
-        x + begin * stride,
-        stride,
-        y,
-        y_stride,
-        added,
-        mask,
-        count,
-        dtype,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-        LONG,
-        LONG or partials is not None or WIDE,
+            column_bias = bias + packed_lanes.to(tl.int32) // channel_columns
+    count = tl.minimum(rows - begin, chunk_rows)
+    pivot, mean, m2 = block_moments(
+        x, stride, y, y_stride, column_bias, active, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS
     )
+    _, mask, packed = strip_columns(
+        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, BLOCK_COLUMNS, PERMUTED
+    )
+    if partials is not None or WIDE:
+        mean = pivot.to(tl.float64) + mean.to(tl.float64)
+        m2 = m2.to(tl.float64)
+    else:
+        mean = pivot + mean
     first = program - chunk * strips
     complete = tl.full((), 1, tl.int32) == 1
     if partials is not None:

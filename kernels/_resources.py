@@ -1,8 +1,6 @@
 """What a launch compiles to, read from its machine code; needs no GPU and no driver."""
 
 import json
-import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from moment_ops.kernels import _machine_code
 from moment_ops.kernels._plan import Launch
 
 ARCHITECTURES = (80, 90, 100)
@@ -21,7 +20,11 @@ ARCHITECTURES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses; accesses are instructions in the machine code."""
+    """What a compiled kernel uses; accesses are instructions in the machine code.
+
+    in_flight: bytes that a thread has on their way from global memory (_machine_code.py says when); blocks: that a
+    processor has room for; processor_in_flight: bytes of all their threads; round_trips: to memory, outside of loops.
+    """
 
     registers: int
     stack: int
@@ -32,6 +35,10 @@ class Resources:
     wide_stores: int
     narrow_stores: int
     matrix_products: int = 0
+    in_flight: int = 0
+    blocks: int = 0
+    processor_in_flight: int = 0
+    round_trips: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Budget:
     wide_stores: int = 0  # at least
     narrow_stores: int | None = None
     matrix_products: int = 0  # at least
+    processor_in_flight: int = 0  # at least
+    round_trips: int | None = None
 
     def violations(self, got: Resources) -> list[str]:
         """The names of the resources that are outside of the budget."""
@@ -55,11 +64,13 @@ class Budget:
             "shared": self.shared,
             "narrow_loads": self.narrow_loads,
             "narrow_stores": self.narrow_stores,
+            "round_trips": self.round_trips,
         }
         least = {
             "wide_loads": self.wide_loads,
             "wide_stores": self.wide_stores,
             "matrix_products": self.matrix_products,
+            "processor_in_flight": self.processor_in_flight,
         }
         values = asdict(got)
         over = [name for name, limit in most.items() if limit is not None and values[name] > limit]
@@ -91,37 +102,29 @@ def compile_launch(launch: Launch, architecture: int | str) -> Any:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def _tool(name: str, *arguments: str) -> str:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return subprocess.run([str(tools / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def resources(compiled: Any) -> Resources:
     """Read the machine code with the tools that Triton brings."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
-        code = _tool("nvdisasm", "-c", str(cubin))
-
-    def used(name: str) -> int:
-        return max(int(value) for value in re.findall(rf"{name}:(\d+)", usage))
-
-    # Strong accesses go to the workspace that programs share.
-    loads = [load for load in re.findall(r"\bLDG\S*", code) if ".STRONG" not in load]
-    stores = re.findall(r"\bSTG\S*", code)
+        (function,) = _machine_code.functions(cubin).values()
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    blocks = function.resident_blocks(warps, shared)
+    in_flight = round(function.in_flight)
     return Resources(
-        registers=used("REG"),
-        stack=used("STACK"),
-        # ptxas shows spills as stack, not as local memory.
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        shared=compiled.metadata.shared,
-        wide_loads=sum(".128" in load for load in loads),
-        narrow_loads=sum(".128" not in load for load in loads),
-        wide_stores=sum(".128" in store for store in stores),
-        narrow_stores=sum(".128" not in store for store in stores),
-        # Of a warp, of a warp group (sm_90) and of the fifth generation of tensor cores (sm_100).
-        matrix_products=len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", code)),
+        registers=function.registers,
+        stack=function.stack,
+        spills=function.spills,
+        shared=shared,
+        wide_loads=function.loads(wide=True),
+        narrow_loads=function.loads(wide=False),
+        wide_stores=function.stores(wide=True),
+        narrow_stores=function.stores(wide=False),
+        matrix_products=function.matrix_products,
+        in_flight=in_flight,
+        blocks=blocks,
+        processor_in_flight=blocks * 32 * warps * in_flight,
+        round_trips=round(function.straight_flight.round_trips),
     )
 
 

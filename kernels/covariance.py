@@ -57,12 +57,11 @@ def shifts_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    LONG: tl.constexpr,
 ):
     """The mean of every column, a shift close to it, and the rest."""
     complete, mean, var, packed, mask, _ = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        None, None, None, None, tl.float32, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS, LONG,
+        None, None, None, None, tl.float32, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS,
         True,
     )  # fmt: skip
     if complete:

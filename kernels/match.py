@@ -27,17 +27,24 @@ _AVERAGE_VECTORS = (0, 1, 3)
 
 _FOLD_LOSSES = 1024
 _MATCH_TILE = {4: _plan.Tile(1, 512, 4), 8: _plan.Tile(1, 256, 4)}
+# 1,024 threads, whose vectors are in flight together.
+_MATCH_REGISTERS = 64
 
 
 @triton.jit
-def complement_of_power(complement, exponent):
-    """1 - beta**exponent from 1 - beta, by squaring; forming the power first would cancel digits."""
-    result = tl.zeros((), tl.float64)
-    while exponent > 0:
-        taken = (exponent % 2).to(tl.float64) * complement
-        result = result + taken * (1.0 - result)
-        complement = complement * (2.0 - complement)
-        exponent = exponent // 2
+def complement_of_power(beta, exponent):
+    """1 - beta**exponent to a few units in the last place, without a loop; the power itself would cancel digits.
+
+    It is 1 - exp(-z), here of z / 128 by its series, and then seven times 1 - q**2 = (1 - q) (2 - (1 - q)).
+    """
+    # exp(-38) is less than half a unit in the last place of 1.
+    z = tl.minimum(-tl.log(tl.maximum(beta, 1e-300)) * exponent.to(tl.float64), 38.0) * (1.0 / 128)
+    series = tl.full((), 1.0, tl.float64)
+    for k in tl.static_range(8, 1, -1):
+        series = 1.0 - z * (1.0 / k) * series
+    result = z * series
+    for _ in tl.static_range(7):
+        result = result * (2.0 - result)
     return result
 
 
@@ -76,6 +83,85 @@ def adam_step(difference, average, exp_avg, exp_avg_sq, beta1_complement, beta2,
 
 
 @triton.jit
+def load_state(vectors, packed, mask, WEIGHTED: tl.constexpr, AVERAGE: tl.constexpr, UPDATE: tl.constexpr):
+    """(weight, average, exp_avg, exp_avg_sq) at positions `packed`; those that are not used may be anything."""
+    _, weight, _, average, exp_avg, exp_avg_sq = vectors
+    w = 1.0
+    latest = 0.0
+    first = 0.0
+    second = 0.0
+    if WEIGHTED:
+        w = tl.load(weight + packed, mask=mask, other=0.0)
+    if AVERAGE != NONE:
+        latest = tl.load(average + packed, mask=mask, other=0.0)
+    if AVERAGE == ADAM and UPDATE:
+        first = tl.load(exp_avg + packed, mask=mask, other=0.0)
+        second = tl.load(exp_avg_sq + packed, mask=mask, other=0.0)
+    return w, latest, first, second
+
+
+@triton.jit
+def match_loaded(
+    value,
+    goal,
+    state,
+    finite,
+    begun,
+    packed,
+    mask,
+    vectors,
+    scale,
+    scalars,
+    bias_correction1,
+    bias_correction2,
+    AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """`match_quantity`, of what `load_state` has loaded."""
+    _, _, grad, average, exp_avg, exp_avg_sq = vectors
+    w, old, first, second = state
+    dtype = value.dtype
+    w *= scale.to(dtype)
+    if AVERAGE == NONE:
+        terms, slope = match_none(value, goal, w, scalars[0].to(dtype))
+    elif AVERAGE == MOVING:
+        decay = scalars[1]
+        terms, slope, new = match_moving(
+            value, goal, w, scalars[0].to(dtype), decay.to(dtype), (1.0 - decay).to(dtype), begun, old
+        )
+        # Selecting values keeps the stores wide; a mask by column would not.
+        if UPDATE:
+            tl.store(average + packed, tl.where(finite, new, old), mask=mask)
+    else:
+        difference = goal - value
+        latest = old
+        if UPDATE:
+            next_average, next_first, next_second = adam_step(
+                difference,
+                old,
+                first,
+                second,
+                (1.0 - scalars[3]).to(dtype),
+                scalars[4].to(dtype),
+                (1.0 - scalars[4]).to(dtype),
+                scalars[5].to(dtype),
+                scalars[6].to(dtype),
+                (scalars[2] / bias_correction1).to(dtype),
+                tl.sqrt(bias_correction2).to(dtype),
+            )
+            latest = tl.where(finite, next_average, old)
+            tl.store(average + packed, latest, mask=mask)
+            tl.store(exp_avg + packed, tl.where(finite, next_first, first), mask=mask)
+            tl.store(exp_avg_sq + packed, tl.where(finite, next_second, second), mask=mask)
+        weighted = w * latest
+        terms, slope = weighted * difference, -weighted
+    if KEEP:
+        tl.store(grad + packed, slope, mask=mask)
+    return tl.sum(tl.where(mask, terms.to(tl.float64), 0.0))
+
+
+@triton.jit
 def match_quantity(
     value,
     goal,
@@ -99,50 +185,11 @@ def match_quantity(
     KEEP: whether the derivative is stored.
     scalars: float64 (reduction, decay, lr, beta1, beta2, eps, gradient_scale).
     """
-    _, weight, grad, average, exp_avg, exp_avg_sq = vectors
-    dtype = value.dtype
-    w = scale.to(dtype)
-    if WEIGHTED:
-        w = tl.load(weight + packed, mask=mask, other=0.0) * w
-    if AVERAGE == NONE:
-        terms, slope = match_none(value, goal, w, scalars[0].to(dtype))
-    elif AVERAGE == MOVING:
-        decay = scalars[1]
-        old = tl.load(average + packed, mask=mask, other=0.0)
-        terms, slope, new = match_moving(
-            value, goal, w, scalars[0].to(dtype), decay.to(dtype), (1.0 - decay).to(dtype), begun, old
-        )
-        # Selecting values keeps the stores wide; a mask by column would not.
-        if UPDATE:
-            tl.store(average + packed, tl.where(finite, new, old), mask=mask)
-    else:
-        difference = goal - value
-        latest = tl.load(average + packed, mask=mask, other=0.0)
-        if UPDATE:
-            first = tl.load(exp_avg + packed, mask=mask, other=0.0)
-            second = tl.load(exp_avg_sq + packed, mask=mask, other=0.0)
-            next_average, next_first, next_second = adam_step(
-                difference,
-                latest,
-                first,
-                second,
-                (1.0 - scalars[3]).to(dtype),
-                scalars[4].to(dtype),
-                (1.0 - scalars[4]).to(dtype),
-                scalars[5].to(dtype),
-                scalars[6].to(dtype),
-                (scalars[2] / bias_correction1).to(dtype),
-                tl.sqrt(bias_correction2).to(dtype),
-            )
-            latest = tl.where(finite, next_average, latest)
-            tl.store(average + packed, latest, mask=mask)
-            tl.store(exp_avg + packed, tl.where(finite, next_first, first), mask=mask)
-            tl.store(exp_avg_sq + packed, tl.where(finite, next_second, second), mask=mask)
-        weighted = w * latest
-        terms, slope = weighted * difference, -weighted
-    if KEEP:
-        tl.store(grad + packed, slope, mask=mask)
-    return tl.sum(tl.where(mask, terms.to(tl.float64), 0.0))
+    state = load_state(vectors, packed, mask, WEIGHTED, AVERAGE, UPDATE)
+    return match_loaded(
+        value, goal, state, finite, begun, packed, mask, vectors, scale, scalars, bias_correction1, bias_correction2,
+        AVERAGE, UPDATE, KEEP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -152,8 +199,8 @@ def bias_corrections(step, scalars, AVERAGE: tl.constexpr, UPDATE: tl.constexpr)
     second = tl.full((), 1.0, tl.float64)
     if AVERAGE == ADAM and UPDATE:
         next_step = tl.load(step) + 1
-        first = complement_of_power(1.0 - scalars[3], next_step)
-        second = complement_of_power(1.0 - scalars[4], next_step)
+        first = complement_of_power(scalars[3], next_step)
+        second = complement_of_power(scalars[4], next_step)
     return first, second
 
 
@@ -183,11 +230,13 @@ def match_columns(
     begun = finite
     if AVERAGE == MOVING:
         begun = tl.load(started + packed, mask=mask, other=0) != 0
-    bias_correction1, bias_correction2 = bias_corrections(step, scalars, AVERAGE, UPDATE)
+    # Loads first: biases are corrected while they are in flight.
     goal = tl.load(mean_vectors[0] + packed, mask=mask, other=0.0)
-    loss = match_quantity(
-        mean, goal, finite, begun, packed, mask, mean_vectors, mean_scale, scalars, bias_correction1,
-        bias_correction2, MEAN_WEIGHT, AVERAGE, UPDATE, True,
+    state = load_state(mean_vectors, packed, mask, MEAN_WEIGHT, AVERAGE, UPDATE)
+    bias_correction1, bias_correction2 = bias_corrections(step, scalars, AVERAGE, UPDATE)
+    loss = match_loaded(
+        mean, goal, state, finite, begun, packed, mask, mean_vectors, mean_scale, scalars, bias_correction1,
+        bias_correction2, AVERAGE, UPDATE, True,
     )  # fmt: skip
     if var_vectors is not None:
         goal = tl.load(var_vectors[0] + packed, mask=mask, other=0.0)
@@ -313,13 +362,12 @@ def match_features_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    LONG: tl.constexpr,
 ):
     """The matching loss of features: the program that completes a strip's moments matches them in registers."""
     complete, mean, var, packed, mask, first = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
         None, None, None, None, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS,
-        BLOCK_CHUNKS, LONG,
+        BLOCK_CHUNKS,
     )  # fmt: skip
     if complete:
         tl.store(mean_out + packed, mean, mask=mask)
@@ -411,7 +459,7 @@ def match_launches(mean: Tensor, var: Tensor | None, loss: Tensor, matching: dic
         **matching,
         "BLOCK_COLUMNS": tile.columns,
     }
-    return [_plan.Launch(match_kernel, programs, arguments, tile.warps)]
+    return [_plan.Launch(match_kernel, programs, arguments, tile.warps, _MATCH_REGISTERS)]
 
 
 def match_features_launches(

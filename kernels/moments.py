@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels import _plan
-from moment_ops.kernels._common import locate, pick, pick_integer
+from moment_ops.kernels._common import ROW_BITS, locate, pick, pick_integer, rows_of_lanes, strip_columns, tile_at
 from moment_ops.kernels._order import (
     in_memory_order,
     restore_logical_order,
@@ -41,18 +41,45 @@ def moments_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    LONG: tl.constexpr,
 ):
     """Mean and variance of every column, packed."""
     complete, mean, var, packed, mask, _ = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
         None, None, None, None, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS,
-        BLOCK_CHUNKS, LONG,
+        BLOCK_CHUNKS,
     )  # fmt: skip
     if complete:
         tl.store(mean_out + packed, mean, mask=mask)
         if var_out is not None:
             tl.store(var_out + packed, var, mask=mask)
+
+
+@triton.jit
+def coefficients(
+    grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask
+):  # fmt: skip
+    """(a, b, center) of the gradient a + b * (x - center) at positions `packed`."""
+    dtype = mean.dtype.element_ty
+    # All loads before the first use.
+    statistic_rows = rows
+    if count is not None:
+        statistic_rows = tl.load(count + layer)
+    factor = 1.0
+    if scale is not None:
+        factor = tl.load(scale)
+    a = tl.zeros(packed.shape, dtype)
+    b = a
+    center = a
+    if grad_mean is not None:
+        a = tl.load(grad_mean + packed, mask=mask, other=0.0)
+    if grad_var is not None:
+        b = tl.load(grad_var + packed, mask=mask, other=0.0)
+        center = tl.load(mean + packed, mask=mask, other=0.0)
+    statistic_rows = tl.cast(statistic_rows, tl.float64)
+    factor = tl.cast(factor, tl.float64)
+    slope = (2.0 * factor / (statistic_rows - correction)).to(dtype)
+    # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
+    return a * (factor / statistic_rows).to(dtype), tl.where(b == 0, b, b * slope), center
 
 
 @triton.jit(do_not_specialize=["rows", "chunk_rows", "correction"])
@@ -84,50 +111,48 @@ def moments_backward_kernel(
     RECTIFIED: tl.constexpr,
 ):
     """`[grad +] a + b * (x - mean)` for every layer; zero where RECTIFIED features are not positive, NaN aside."""
-    program = tl.program_id(0)
-    _, chunk, column, mask, packed = locate(
-        starts, columns, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, PERMUTED
-    )
     accumulate = mean.dtype.element_ty
-    if count is not None:
-        statistic_rows = tl.load(count + pick_integer(positions, starts, program, LAYERS)).to(tl.float64)
-    else:
-        statistic_rows = tl.cast(rows, tl.float64)
-    factor = tl.full((), 1.0, tl.float64)
-    if scale is not None:
-        factor = tl.load(scale).to(tl.float64)
-    a = tl.zeros([BLOCK_COLUMNS], accumulate)
-    if grad_mean is not None:
-        a = tl.load(grad_mean + packed, mask=mask, other=0.0) * (factor / statistic_rows).to(accumulate)
-    if grad_var is not None:
-        slope = (2.0 * factor / (statistic_rows - correction)).to(accumulate)
-        b = tl.load(grad_var + packed, mask=mask, other=0.0)
-        # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-        b = tl.where(b == 0, b, b * slope)
-        center = tl.load(mean + packed, mask=mask, other=0.0)
-
-    y = pick(outputs, starts, program, LAYERS) + column
-    y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    x = pick(inputs, starts, program, LAYERS) + column
-    x_stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    if grads is not None:
-        g = pick(grads, starts, program, LAYERS) + column
-        g_stride = pick_integer(grad_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    LANES: tl.constexpr = ROW_BITS // inputs[0].dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // LANES
+    READS: tl.constexpr = RECTIFIED or grad_var is not None
+    program = tl.program_id(0)
+    _, chunk, strip, width = locate(starts, columns, program, LAYERS, VECTOR, BLOCK_COLUMNS)
+    column, mask, packed = strip_columns(
+        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, LANES, BLOCK_COLUMNS, PERMUTED
+    )
     begin = chunk * chunk_rows
-    for tile in range(begin, tl.minimum(begin + chunk_rows, rows), BLOCK_ROWS):
-        row = tile + tl.arange(0, BLOCK_ROWS)
-        here = (row < rows)[:, None] & mask[None, :]
-        row = row.to(tl.int64)[:, None]
-        value = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], accumulate) + a[None, :]
-        if grad_var is not None or RECTIFIED:
-            features = tl.load(x[None, :] + row * x_stride, mask=here, other=0.0).to(accumulate)
+    end = tl.minimum(begin + chunk_rows, rows)
+    row = tl.arange(0, ROWS)[:, None]
+    here = mask[None, :] & (row < rows_of_lanes(end - begin, LANES, BLOCK_COLUMNS)[None, :])  # (ROWS, LANES)
+    # The first tiles are in flight together with the coefficients, and each next one while its predecessor is used.
+    if READS:
+        x_stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+        x = pick(inputs, starts, program, LAYERS) + column
+        features = tl.load(tile_at(begin, x, x_stride, ROWS, BLOCK_COLUMNS), mask=here, other=0.0)
+    if grads is not None:
+        g_stride = pick_integer(grad_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+        g = pick(grads, starts, program, LAYERS) + column
+        added = tl.load(tile_at(begin, g, g_stride, ROWS, BLOCK_COLUMNS), mask=here, other=0.0)
+    layer = pick_integer(positions, starts, program, LAYERS)
+    a, b, center = coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask)
+    y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    y = pick(outputs, starts, program, LAYERS) + column
+    for tile in range(begin, end, BLOCK_ROWS):
+        value = tl.zeros([ROWS, LANES], accumulate) + a[None, :]
         if grad_var is not None:
-            value += b[None, :] * (features - center[None, :])
+            value += b[None, :] * (features.to(accumulate) - center[None, :])
         if grads is not None:
-            value += tl.load(g[None, :] + row * g_stride, mask=here, other=0.0).to(accumulate)
+            value += added.to(accumulate)
         if RECTIFIED:
-            value = tl.where(features <= 0, 0.0, value)
-        tl.store(y[None, :] + row * y_stride, value.to(y.dtype.element_ty), mask=here)
+            value = tl.where(features.to(accumulate) <= 0, 0.0, value)
+        following = tile + BLOCK_ROWS
+        ahead = mask[None, :] & (row < rows_of_lanes(end - following, LANES, BLOCK_COLUMNS)[None, :])
+        if READS:
+            features = tl.load(tile_at(following, x, x_stride, ROWS, BLOCK_COLUMNS), mask=ahead, other=0.0)
+        if grads is not None:
+            added = tl.load(tile_at(following, g, g_stride, ROWS, BLOCK_COLUMNS), mask=ahead, other=0.0)
+        tl.store(tile_at(tile, y, y_stride, ROWS, BLOCK_COLUMNS), value.to(y.dtype.element_ty), mask=here)
+        here = ahead
 
 
 def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction: int) -> dict[str, Any]:
@@ -152,7 +177,6 @@ def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction
         "correction": correction,
         **group.constants,
         "BLOCK_CHUNKS": group.fold_chunks,
-        "LONG": group.long,
     }
 
 

@@ -36,13 +36,12 @@ def relu_moments_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    LONG: tl.constexpr,
 ):
     """relu(x + bias), and its moments, packed."""
     complete, mean, var, packed, mask, _ = reduce_columns(
         inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
         outputs, output_strides, bias, channel_columns, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS, LONG,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS,
     )  # fmt: skip
     if complete:
         tl.store(mean_out + packed, mean, mask=mask)

@@ -109,42 +109,52 @@ def _match(dtype: torch.dtype, average: int) -> Launch:
     return match.match_launches(packed, torch.empty_like(packed), packed.new_empty(()), matching)[0]
 
 
-def _vectors_per_thread(launch: Launch, itemsize: int, rows: int) -> int:
-    """128-bit accesses that a thread makes for a tile of so many rows."""
-    return max(1, rows * launch.arguments["BLOCK_COLUMNS"] * itemsize // (16 * 32 * launch.warps))
+# Little's law: bytes in flight on a processor are bandwidth times latency, over the number of processors. With 0.65
+# microseconds from a load to its use these are 12 KiB on an A100 (2.0 TB/s, 108), 16 on an H100 (3.35 TB/s, 132), 23 on
+# an H200 (4.8 TB/s) and 34 on a B200 (8 TB/s, 148).
+_IN_FLIGHT = 40 * 1024
+# Where half of what moves is stored, half of that would do.
+_IN_FLIGHT_WITH_STORES = 32 * 1024
 
 
-def _column_shared(launch: Launch) -> int:
-    """One float64 per column and warp where rows are spread over warps, else per column, to exchange columns."""
-    columns = launch.arguments["BLOCK_COLUMNS"]
-    return 8 * columns * (launch.warps if columns < 128 else 1)
+def _thread_rows(launch: Launch, itemsize: int) -> int:
+    """128-bit accesses that a thread makes for a tile."""
+    return launch.arguments["BLOCK_ROWS"] * launch.arguments["BLOCK_COLUMNS"] * itemsize // (16 * 32 * launch.warps)
+
+
+def _column_shared(launch: Launch, size: int) -> int:
+    """A number for every column and warp, to sum over warps and to exchange columns."""
+    return size * launch.warps * launch.arguments["BLOCK_COLUMNS"]
 
 
 def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
     """Budget of a kernel that reduces over rows.
 
-    Features are loaded in three places, the first tile of a block, the loop and the tail, and once more in each where
-    blocks are merged, always in 128 bits; a tap stores as often. What is narrower are scalars, the step and shares of
-    the loss, and a tap's biases, one for each of a thread's columns.
+    128 registers leave room for 512 threads. With a tile of eight rows each keeps 128 bytes in flight, 64 KiB together;
+    with the four rows of a tap of 16 bits 32 KiB. Features are loaded in three places, the first tile, the loop and the
+    tail, always in 128 bits, and a tap stores as often. What is narrower are the vectors of narrow strips, scalars, and
+    a tap's biases: one for each column of a thread's, or of its share of a strip.
     """
 
     def budget(launch: Launch) -> Budget:
-        inputs = launch.arguments["inputs"]
-        rows = launch.arguments["BLOCK_ROWS"]
-        places = 6 if launch.arguments["LONG"] else 3
-        loads = places * _vectors_per_thread(launch, inputs[0].element_size(), rows)
-        strips_are_wide = launch.arguments["BLOCK_COLUMNS"] >= 128 and not launch.arguments["PERMUTED"]
-        # Scalars: the step read for the bias and for its increment, the share of the loss, loss and step written.
-        scalars = 3 if "loss" in launch.arguments else 0
-        tap = "outputs" in launch.arguments
-        biases = launch.arguments["BLOCK_COLUMNS"] // (32 * launch.warps) if tap else 0
+        arguments = launch.arguments
+        itemsize = arguments["inputs"][0].element_size()
+        columns_per_thread = arguments["BLOCK_COLUMNS"] // (32 * launch.warps)
+        accesses = 3 * _thread_rows(launch, itemsize)
+        # Of means and variances.
+        vectors_are_wide = columns_per_thread * max(4, itemsize) >= 16 and not arguments["PERMUTED"]
+        tap = "outputs" in arguments
+        biases = columns_per_thread or 16 // itemsize
+        # The step read for the bias and for its increment, the share of the loss, loss and step written.
+        scalars = 3 if "loss" in arguments else 0
         return Budget(
-            registers=launch.registers or 0,
-            shared=_column_shared(launch),
-            wide_loads=loads if wide else 0,
-            narrow_loads=scalars + biases if wide and strips_are_wide else None,
-            wide_stores=(2 if wide and strips_are_wide else 0) + (loads if wide and tap else 0),
-            narrow_stores=scalars if wide and strips_are_wide and "started" not in launch.arguments else None,
+            registers=128,
+            shared=_column_shared(launch, 8 if arguments["partials"] is not None else 4),
+            wide_loads=accesses if wide else 0,
+            narrow_loads=scalars + (biases if tap else 0) if wide and (vectors_are_wide or tap) else None,
+            wide_stores=(2 if wide and vectors_are_wide else 0) + (accesses if wide and tap else 0),
+            narrow_stores=scalars if wide and vectors_are_wide and "started" not in arguments else None,
+            processor_in_flight=_IN_FLIGHT_WITH_STORES if tap and itemsize == 2 else _IN_FLIGHT,
         )
 
     return budget
@@ -153,24 +163,31 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
 def applies(launch: Launch) -> Budget:
     """Budget of a kernel that passes over features: reads, and writes as often; rows of a strip share coefficients.
 
-    Fewer registers than a reduction may have, for nothing is accumulated: 1024 threads with four rows of 128-bit loads
-    keep 64 KiB in flight, 640 threads with the added gradients 80 KiB. Narrow are the layer's count and the scale.
+    Four rows of 128-bit loads, and as many of added gradients: 640 threads have 40 KiB in flight, 512 of these 64 KiB.
+    A tile is loaded in the loop for the next iteration, and one before it, together with the coefficients. Narrow are
+    the layer's count and the scale.
     """
     arguments = launch.arguments
-    accesses = _vectors_per_thread(launch, arguments["inputs"][0].element_size(), arguments["BLOCK_ROWS"])
+    accesses = _thread_rows(launch, arguments["inputs"][0].element_size())
     streams = 2 if arguments["grads"] is not None else 1
     return Budget(
-        registers=64 if streams == 1 else 96,
-        shared=_column_shared(launch),
-        wide_loads=streams * accesses,
-        narrow_loads=2 if arguments["BLOCK_COLUMNS"] >= 128 else None,
+        registers=96 if streams == 1 else 128,
+        shared=_column_shared(launch, 4),
+        wide_loads=2 * streams * accesses + 3,
+        narrow_loads=2,
         wide_stores=accesses,
         narrow_stores=0,
+        processor_in_flight=_IN_FLIGHT,
+        # One more where the layer's count is late.
+        round_trips=2,
     )
 
 
 def matches(launch: Launch) -> Budget:
-    """Budget of the elementwise match: every vector in 128 bits, 5 read and 4 written per quantity with ADAM."""
+    """Budget of the elementwise match: every vector in 128 bits, 5 read and 4 written per quantity with ADAM.
+
+    Round trips: the moments, with the vectors of the mean; those of the variance; the losses of all programs; the step.
+    """
     moving = launch.arguments["started"] is not None
     state = 1 if moving else 3
     return Budget(
@@ -181,6 +198,9 @@ def matches(launch: Launch) -> Budget:
         narrow_loads=None if moving else 3,
         wide_stores=2 * (1 + state),
         narrow_stores=None if moving else 3,
+        processor_in_flight=_IN_FLIGHT_WITH_STORES,
+        # One more for the columns that have started.
+        round_trips=5 if moving else 4,
     )
 
 

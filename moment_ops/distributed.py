@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moment_ops.ops import triangle
+from moment_ops.ops.layout import per_column
 
 ProcessGroup = Any
 """A torch.distributed group; None for the default group where one is initialized; False for this process alone."""
@@ -63,7 +64,7 @@ def merge_ranks(
     count: Tensor,
     correction: int,
     *,
-    sizes: Tensor,
+    sizes: Sequence[int],
     pivot: Tensor,
     new_correction: int,
     process_group: ProcessGroup,
@@ -72,7 +73,7 @@ def merge_ranks(
 
     Args:
         mean, var, count, correction: this process's packed moments, (F,), (F,), (L,).
-        sizes: (L,) int64 columns per layer.
+        sizes: columns of every layer.
         pivot: (F,) a mean known to all processes; the sums are shifted by it, in float64.
         new_correction: of the merged variance.
 
@@ -81,11 +82,7 @@ def merge_ranks(
         parameters get the gradient of one process on the concatenated batch, uneven batches included.
     """
     layers, columns = count.shape[0], mean.shape[0]
-
-    def per_column(values: Tensor) -> Tensor:
-        return values.repeat_interleave(sizes, output_size=columns)
-
-    rows = per_column(count.double())
+    rows = per_column(count.double(), sizes)
     shift = mean.double() - pivot.double()
     parts = [count.double(), rows * shift]
     if var is not None:
@@ -94,7 +91,7 @@ def merge_ranks(
     total = _SumOverRanks.apply(torch.cat(parts), process_group)
 
     merged_count = total[:layers].detach().round().to(torch.int64)
-    rows = per_column(merged_count.double())
+    rows = per_column(merged_count.double(), sizes)
     shift = total[layers : layers + columns] / rows
     merged_mean = (pivot.double() + shift).to(mean.dtype)
     merged_var = None
@@ -210,7 +207,7 @@ def gather_rows(layers: Sequence[Tensor], process_group: ProcessGroup) -> list[l
     world = group_size(process_group)
     if world == 1:
         return [list(layers)]
-    count = torch.tensor([layers[0].shape[0]], device=layers[0].device)
+    count = layers[0].new_full((1,), layers[0].shape[0], dtype=torch.int64)
     counts = [torch.empty_like(count) for _ in range(world)]
     dist.all_gather(counts, count, group=process_group)
     sizes = [int(c) for c in counts]

@@ -40,15 +40,21 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
+            raise ValueError("it holds a single array")
         with file:
             arrays = {name: file[name] for name in file.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it is an archive of something else")
+        if not ({"mu", "sigma"} <= arrays.keys() or str(arrays.get("format")) == FORMAT):
+            raise ValueError(f"it holds {sorted(arrays)}")
     except FileNotFoundError:
         raise
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{path} is not a moments file ({error})") from error
-    if not ({"mu", "sigma"} <= arrays.keys() or str(arrays.get("format")) == FORMAT):
-        raise ValueError(f"{path} is not a moments file: it holds {sorted(arrays)}, expected {FORMAT!r} or mu, sigma")
+        # What numpy says of foreign files advises to unpickle them.
+        reason = "it is no .npz archive of arrays" if "pickle" in str(error) else error
+        raise ValueError(
+            f"{path} is not a moments file: {reason}; expected a file of Moments.save, or one with mu and sigma"
+        ) from None
     return arrays
 
 

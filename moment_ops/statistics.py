@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from moment_ops import files
 from moment_ops.ops import checks
+from moment_ops.ops.layout import per_column
 from moment_ops.ops.moments import moments as moments_op
 
 
@@ -135,18 +136,13 @@ class Moments:
         """
         _check_parts(parts)
         first = parts[0]
-        sizes = torch.tensor(first.sizes, device=first.mean.device)
-
-        def per_column(count: Tensor) -> Tensor:
-            return count.repeat_interleave(sizes, output_size=first.mean.shape[0])
-
         counts = [part.count for part in parts if part.count is not None]
-        count, rows = counts[0], per_column(counts[0].double())
+        count, rows = counts[0], per_column(counts[0].double(), first.sizes)
         mean = first.mean.double()
         m2 = None if first.var is None else _sum_of_squares(first.var, rows, first.correction)
         scatter = _scatter(first)
         for part, part_count in zip(parts[1:], counts[1:], strict=True):
-            part_rows = per_column(part_count.double())
+            part_rows = per_column(part_count.double(), first.sizes)
             count, rows = count + part_count, rows + part_rows
             share = part_rows / rows
             delta = part.mean.double() - mean

@@ -145,3 +145,61 @@ def test_autocast_does_not_touch_it():
     plain = mo.frechet_distance(mean, cov, mean, covariance(8, seed=1))
     with torch.autocast("cpu", torch.bfloat16):
         assert mo.frechet_distance(mean, cov, mean, covariance(8, seed=1)) == plain
+
+
+EYE = torch.eye(3, dtype=torch.float64)
+NO_COVARIANCES = {
+    "asymmetric": (EYE + torch.tensor([[0, 1e-3, 0], [0, 0, 0], [0, 0, 0]]), "got an asymmetric matrix"),
+    "negative": (-EYE, "got an indefinite matrix"),
+    "indefinite": (torch.diag(torch.tensor([-1.0, 1.0, 1.0])), "got an indefinite matrix"),
+    "hardly indefinite": (torch.diag(torch.tensor([-1e-3, 1.0, 1.0])), "got an indefinite matrix"),
+}
+
+
+@pytest.mark.parametrize(("cov", "message"), NO_COVARIANCES.values(), ids=NO_COVARIANCES.keys())
+def test_what_is_no_covariance_is_an_error_that_names_it(cov, message):
+    zero = torch.zeros(3)
+    with pytest.raises(ValueError, match=f"^cov1: {message}"):
+        mo.frechet_distance(zero, cov, zero, EYE)
+    with pytest.raises(ValueError, match=f"^cov2: {message}"):
+        mo.frechet_distance(zero, EYE, zero, cov)
+    # Moments that are made without a look at their values.
+    with pytest.raises(ValueError, match=f"^second: {message}"):
+        mo.frechet_distance(mo.Moments(zero, cov=(EYE,)), mo.Moments(zero, cov=(cov,), shapes=((3,),), validate=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 300])
+def test_covariances_that_are_singular_but_for_rounding_are_fine(dtype, size):
+    cov = covariance(size, rank=3).to(dtype)
+    zero = torch.zeros(size)
+    assert mo.frechet_distance(zero, cov, zero, torch.eye(size)).isfinite()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("position", range(4))
+def test_what_is_not_finite_gives_nan(value, position):
+    gaussians = [torch.zeros(3), EYE.clone(), torch.zeros(3), EYE.clone()]
+    gaussians[position].view(-1)[0] = value
+    gaussians[position].requires_grad_()
+    distance = mo.frechet_distance(*gaussians)
+    assert distance.isnan() or (position % 2 == 0 and distance.isinf())
+    assert torch.autograd.grad(distance, gaussians[position])[0].shape == gaussians[position].shape
+
+
+def test_both_forms_have_names_of_their_own():
+    cov = covariance(3)
+    first, second = mo.Moments(torch.zeros(3), cov=(cov,)), mo.Moments(torch.ones(3), cov=(cov,))
+    expected = mo.frechet_distance(first, second)
+    assert mo.frechet_distance(first=first, second=second) == expected
+    assert mo.frechet_distance(first, second=second) == expected
+    assert mo.frechet_distance(mean1=first.mean, cov1=cov, mean2=second.mean, cov2=cov) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((), {}), ((EYE[0], EYE, EYE[0]), {}), ((EYE[0], EYE, EYE[0]), {"cov1": EYE}), ((1, 2, 3, 4, 5), {})],
+)
+def test_other_arguments_are_an_error(arguments, named):
+    with pytest.raises(TypeError, match="expected two Moments, first and second, or mean1, cov1, mean2, cov2"):
+        mo.frechet_distance(*arguments, **named)

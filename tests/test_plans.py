@@ -66,6 +66,11 @@ CALLS = {"moments": mo.moments, "tap": tap, "identity tap": identity_tap, "loss"
 calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 
+def forward(fills):
+    """The backends that were asked for, without those of backwards."""
+    return [requested for operator, requested in fills if not operator.endswith("_backward")]
+
+
 def tensors(result):
     """The tensors that a call returned."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -75,7 +80,7 @@ def tensors(result):
 def test_alike_calls_choose_a_backend_once(call, fills):
     for seed in range(3):
         call(make_features(6, SHAPES, seed=seed)[0])
-    assert len(fills) == 1
+    assert len(forward(fills)) == 1
 
 
 def unaligned(x):
@@ -101,7 +106,7 @@ def test_other_tensors_get_another_plan(call, other, fills):
     call(X)
     call(other)
     call(X)
-    assert len(fills) == 2
+    assert len(forward(fills)) == 2
 
 
 def test_a_parameter_is_a_tensor():
@@ -115,7 +120,7 @@ def test_a_forced_backend_gets_another_plan(call, fills):
     for name in ("auto", "reference", "auto", "reference"):
         with mo.backend(name):
             call(X)
-    assert [requested for _, requested in fills] == ["auto", "reference"]
+    assert forward(fills) == ["auto", "reference"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -318,7 +318,7 @@ def test_the_backend_runs_both_operators(backend, monkeypatch):
     monkeypatch.setattr(backends, "select", spy)
     x = torch.randn(4, 3, requires_grad=True)
     relu_moments(x)[1].sum().backward()
-    assert names == [("relu_moments", backend), ("relu_moments_backward", backend)]
+    assert set(names) == {("relu_moments", backend), ("relu_moments_backward", backend)}
 
 
 def test_deepcopied_and_detached_inputs_work():

@@ -27,6 +27,7 @@ from tapped_networks import (
     plain_features,
 )
 from test_relu_moments import saved_bytes
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import moment_ops as mo
@@ -339,3 +340,47 @@ def test_with_the_bias_in_the_tap_the_numbers_are_the_same(monkeypatch, dtype):
     assert relative(gradient(moved, images), gradient(extractor, images)) < 10 * tolerance
     for ours, theirs in zip(moved.features(images), extractor.features(images), strict=True):
         assert relative(ours, theirs) < tolerance
+
+
+NORMS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrized spectral_norm": nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+def test_networks_with_normalized_weights_are_tapped_after_they_have_run(norm):
+    net = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), norm(nn.Conv2d(4, 4, 3)), nn.ReLU())
+    images = torch.randn(2, 3, 8, 8)
+    net(images)
+    extractor = mo.MomentExtractor(net)
+    with torch.no_grad():
+        assert_same_bits(extractor.features(images)[-1], net.eval()(images))
+
+
+class ReturnsLayers(nn.ModuleDict):
+    """A container that is a network, as networks that return several layers are."""
+
+    def forward(self, x):
+        results = []
+        for layer in self.values():
+            x = layer(x)
+            results.append(x)
+        return results
+
+
+def test_a_container_with_a_forward_of_its_own_is_one_network():
+    net = ReturnsLayers({"first": nn.Conv2d(3, 4, 3), "relu": nn.ReLU(), "last": nn.Conv2d(4, 5, 3)})
+    extractor = mo.MomentExtractor(net)
+    assert extractor.names == ("relu:0",)
+    images = torch.randn(2, 3, 8, 8)
+    assert_same_bits(extractor.features(images), [net(images)[1]])
+
+
+@pytest.mark.parametrize("container", [nn.ModuleDict, dict])
+def test_plain_containers_are_several_networks(container):
+    nets = container({name: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for name in ("one", "two")})
+    assert mo.MomentExtractor(nets).names == ("one/1:0", "two/1:0")

@@ -1,11 +1,17 @@
 """The Frechet (Wasserstein-2) distance between Gaussians, as in the Frechet Inception Distance."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from moment_ops.statistics import Moments
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far entries may be off, relative to the largest: covariances are often computed in float32."""
+    given = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return 64 * max(given, torch.finfo(torch.float32).eps)
 
 
 def _root(matrix: Tensor) -> Tensor:
@@ -45,41 +51,82 @@ class _TraceOfRoot(torch.autograd.Function):
         return d_a, d_b
 
 
-def _gaussian(mean: Any, cov: Any, name: str) -> tuple[Tensor, Tensor]:
-    mean, cov = torch.as_tensor(mean).double(), torch.as_tensor(cov).double()
-    if mean.dim() != 1:
-        raise ValueError(f"mean{name}: got shape {tuple(mean.shape)}, expected (D,)")
+def _gaussian(mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tensor, Tensor]:
+    given = torch.as_tensor(cov)
+    mean, cov = torch.as_tensor(mean).double(), given.double()
+    if mean.dim() != 1 or mean.numel() == 0:
+        raise ValueError(f"{mean_name}: got shape {tuple(mean.shape)}, expected (D,)")
     if cov.shape != (mean.shape[0], mean.shape[0]):
-        raise ValueError(f"cov{name}: got shape {tuple(cov.shape)}, expected {(mean.shape[0], mean.shape[0])}")
+        raise ValueError(f"{cov_name}: got shape {tuple(cov.shape)}, expected {(mean.shape[0], mean.shape[0])}")
+    scale = cov.detach().abs().amax()
+    asymmetry = (cov - cov.mT).detach().abs().amax()
+    # False where something is not finite: the distance is NaN then.
+    if bool(asymmetry > _rounding(given.dtype) * scale):
+        raise ValueError(f"{cov_name}: got an asymmetric matrix, entries differ by {asymmetry.item():.3g}")
+    if bool(cov.isfinite().all()):
+        _check_definite(cov.detach(), cov_name, _rounding(given.dtype))
     return mean, (cov + cov.mT) / 2
 
 
-def _from_moments(moments: Moments, name: str) -> tuple[Tensor, Tensor]:
+def _check_definite(cov: Tensor, name: str, rounding: float) -> None:
+    """Raise ValueError for a matrix that is no covariance, however it was rounded."""
+    values = torch.linalg.eigvalsh(cov)
+    # Rounding D x D entries moves an eigenvalue by less than sqrt(D) times as much.
+    if bool(values[0] < -(len(cov) ** 0.5) * rounding * values.abs().amax()):
+        raise ValueError(f"{name}: got an indefinite matrix, its least eigenvalue is {values[0].item():.3g}")
+
+
+def _of_one_layer(moments: Any, name: str) -> tuple[Tensor, Tensor]:
     if moments.cov is None or len(moments.cov) != 1:
         raise ValueError(f"{name}: expected Moments of one layer with its covariance")
     return moments.mean, moments.cov[0]
 
 
-def frechet_distance(mean1: Any, cov1: Any, mean2: Any = None, cov2: Any = None) -> Tensor:
+@overload
+def frechet_distance(first: Moments, second: Moments, /) -> Tensor: ...
+@overload
+def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> Tensor: ...
+
+
+def frechet_distance(*gaussians: Any, **named: Any) -> Tensor:
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)` between the Gaussians (m1, C1) and (m2, C2).
 
+    Call it as `frechet_distance(first, second)` or as `frechet_distance(mean1, cov1, mean2, cov2)`.
+
     Args:
-        mean1, cov1, mean2, cov2: (D,) means and (D, D) covariances, Tensors or arrays; or two Moments of one layer each
-            with its covariance, `frechet_distance(first, second)`.
+        first, second: Moments of one layer each, with its covariance.
+        mean1, cov1, mean2, cov2: (D,) means and (D, D) covariances, Tensors or arrays.
 
     Returns:
-        Scalar float64, by float64 `eigh`; singular covariances are fine. Differentiable once, by the closed form.
+        Scalar float64, by float64 `eigh`; singular covariances are fine. NaN where a mean or a covariance is not
+        finite. Differentiable once, by the closed form.
 
-    Cost: two or three eigendecompositions of size D; on a GPU each waits for the device.
+    Raises:
+        TypeError, ValueError: wrong types or shapes, an asymmetric or indefinite covariance.
+
+    Cost: four or five eigendecompositions of size D; on a GPU each waits for the device.
     """
-    if isinstance(mean1, Moments) and isinstance(cov1, Moments) and mean2 is None and cov2 is None:
-        mean1, cov1, mean2, cov2 = *_from_moments(mean1, "first"), *_from_moments(cov1, "second")
-    if any(part is None or isinstance(part, Moments) for part in (mean1, cov1, mean2, cov2)):
-        raise TypeError("frechet_distance: expected two Moments, or mean1, cov1, mean2, cov2")
-    mean1, cov1 = _gaussian(mean1, cov1, "1")
-    mean2, cov2 = _gaussian(mean2, cov2, "2")
+    names = ("first", "second") if len(gaussians) + len(named) == 2 else ("mean1", "cov1", "mean2", "cov2")
+    given = dict(zip(names, gaussians, strict=False))
+    clear = len(gaussians) <= len(names) and not set(given) & set(named) and set(given) | set(named) == set(names)
+    given |= named
+    if not clear or any(isinstance(value, Moments) != (len(names) == 2) for value in given.values()):
+        got = ", ".join(type(value).__name__ for value in (*gaussians, *named.values()))
+        raise TypeError(
+            f"frechet_distance: got {got or 'nothing'}, expected two Moments, first and second, "
+            "or mean1, cov1, mean2, cov2"
+        )
+    labels = [("mean1", "cov1"), ("mean2", "cov2")]
+    if len(names) == 2:
+        pairs = [_of_one_layer(given[name], name) for name in names]
+        labels = [(name, name) for name in names]
+    else:
+        pairs = [(given["mean1"], given["cov1"]), (given["mean2"], given["cov2"])]
+    (mean1, cov1), (mean2, cov2) = (_gaussian(*pair, *label) for pair, label in zip(pairs, labels, strict=True))
     if mean1.shape != mean2.shape:
-        raise ValueError(f"mean2: got {mean2.shape[0]} entries, expected {mean1.shape[0]} as mean1")
+        raise ValueError(f"{labels[1][0]}: got {mean2.shape[0]} entries, expected {mean1.shape[0]} as {labels[0][0]}")
     with torch.autocast(mean1.device.type, enabled=False):
         distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()
+        if not bool(cov1.isfinite().all() & cov2.isfinite().all()):
+            return distance * torch.nan
         return (distance - 2 * _TraceOfRoot.apply(cov1, cov2)).clamp_min(0)

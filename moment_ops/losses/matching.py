@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moment_ops.averages import Average
 from moment_ops.ops import checks, plans
-from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
@@ -171,8 +171,7 @@ def _with_correction(input: Moments, correction: int) -> Tensor:
             f"input: got correction {input.correction}, expected {correction} as in target; without its count it cannot"
             " be converted"
         )
-    sizes = torch.tensor(input.sizes, device=input.count.device)
-    rows = input.count.repeat_interleave(sizes, output_size=input.mean.shape[0]).to(input.var.dtype)
+    rows = per_column(input.count.to(input.var.dtype), input.sizes)
     return input.var * ((rows - input.correction) / (rows - correction))
 
 

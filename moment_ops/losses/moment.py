@@ -139,7 +139,7 @@ class MomentLoss(BufferedLoss):
             var,
             count,
             correction,
-            sizes=self.layer_sizes,
+            sizes=self._sizes,
             pivot=self.target_mean,
             new_correction=self.correction,
             process_group=self.process_group,
@@ -154,9 +154,9 @@ class MomentLoss(BufferedLoss):
         mean_scale, mean_weight = unpack_weight(self._weights["mean"], "mean_weight", target.sizes, mean)
         var_scale, var_weight = unpack_weight(self._weights["var"], "var_weight", target.sizes, mean)
         self.shapes, self.names, self.correction = target.shapes, target.names, target.correction
+        self._sizes = target.sizes
         self._mean_scale, self._var_scale = mean_scale, var_scale
         self._set_buffer("target_mean", mean)
         self._set_buffer("target_var", var)
         self._set_buffer("mean_weight", mean_weight, persistent=False)
         self._set_buffer("var_weight", var_weight, persistent=False)
-        self._set_buffer("layer_sizes", torch.tensor(target.sizes, device=mean.device), persistent=False)

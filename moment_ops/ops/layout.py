@@ -4,6 +4,8 @@ Native layouts have dense feature dimensions in any order, and rows any distance
 k-th row, a slice of the leading feature dimension. Other inputs are copied once.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -54,3 +56,11 @@ def has_same_columns(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:
 def columns_of(x: torch.Tensor) -> int:
     """Columns of features with the batch on dimension 0."""
     return x.numel() // x.shape[0]
+
+
+def per_column(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """(F,): for every column the entry of its layer in `values`, (L,).
+
+    `repeat_interleave` would want the sizes on the device, and copying them there waits for it.
+    """
+    return torch.cat([value.expand(size) for value, size in zip(values.unbind(), sizes, strict=True)])

@@ -139,7 +139,7 @@ def _moments_backward(
 ) -> list[Tensor]:
     # Strides as the shape function promises: those of the input where it is dense.
     out = [torch.empty_like(x) for x in input]
-    signature = signature or plans.signature((*input, *grad, grad_mean, grad_var))
+    signature = signature or plans.signature((*input, *grad))
     options = len(input), dim, backends.requested()
     plan = _BACKWARD_PLANS.find(signature, options, _backward_plan, grad, input, out, dim)
     if plan.fill is None:
@@ -319,7 +319,7 @@ def moments_backward(
     """
     arguments = list(grad), grad_mean, grad_var, list(input), mean, count, dim, correction, scale
     # A backward that is itself differentiated has its derivative from the registered operator.
-    signature = None if torch.is_grad_enabled() else plans.signature((*input, *grad, grad_mean, grad_var))
+    signature = None if torch.is_grad_enabled() else plans.signature((*input, *grad))
     if signature is not None:
         return _moments_backward(*arguments, signature)
     return torch.ops.moment_ops.moments_backward.default(*arguments)

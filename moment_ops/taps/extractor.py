@@ -138,14 +138,15 @@ class MomentExtractor(nn.Module):
 
 def _by_prefix(nets: Any) -> dict[str, nn.Module]:
     """Networks by the prefix of their names."""
+    # A container that has a forward of its own is one network.
+    if isinstance(nets, nn.Module) and type(nets).forward is not nn.Module.forward:
+        return {"": nets}
     if isinstance(nets, (Mapping, nn.ModuleDict)):
         named = {f"{key}/": net for key, net in nets.items()}
-    elif isinstance(nets, nn.ModuleList) or not isinstance(nets, nn.Module):
-        if not isinstance(nets, Iterable):
-            raise TypeError(f"nets: got {type(nets).__name__}, expected a Module or several")
+    elif isinstance(nets, Iterable):
         named = {f"{i}/": net for i, net in enumerate(nets)}
     else:
-        return {"": nets}
+        raise TypeError(f"nets: got {type(nets).__name__}, expected a Module or several")
     if not named:
         raise ValueError("nets: got none, expected at least one Module")
     for prefix, net in named.items():
@@ -155,8 +156,16 @@ def _by_prefix(nets: Any) -> dict[str, nn.Module]:
 
 
 def _own_copy(net: nn.Module) -> nn.Module:
-    """A frozen copy in evaluation mode, without gradients; of a compiled module, what was compiled."""
-    own = copy.deepcopy(getattr(net, "_orig_mod", net)).eval().requires_grad_(False)
+    """A frozen copy in evaluation mode, without gradients; a compiled module is unwrapped."""
+    net = getattr(net, "_orig_mod", net)
+    # The older weight_norm and spectral_norm keep a weight with its graph in an attribute, which deepcopy refuses.
+    computed = [
+        value
+        for module in net.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    own = copy.deepcopy(net, {id(value): value.detach().clone() for value in computed}).eval().requires_grad_(False)
     for parameter in own.parameters():
         parameter.grad = None
     return own

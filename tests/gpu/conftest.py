@@ -1,5 +1,6 @@
 """`make test-gpu`: every operator on every GPU backend against float64 on the CPU; all skipped without a GPU."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 
 import moment_ops as mo
 from moment_ops.ops import backends
+
+# Deterministic algorithms, which poisoned memory switches on, forbid cuBLAS without such a workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 HERE = Path(__file__).parent
 BACKENDS = ("cuda", "triton")

@@ -129,8 +129,9 @@ def test_the_learning_rate_of_the_moment_network_falls_with_that_of_the_generato
 def test_weights_of_the_groups_reach_the_loss(pictures):
     settings = molm.Settings(**{**TINY, "hidden_weight": 0.25, "gradient_weight": 2.0, "input_weight": 0.5})
     loss = molm.new_trainer(data.load(str(pictures)), settings).objective.moment_loss
+    sizes = [torch.Size(shape).numel() for shape in loss.shapes]
     expected = {"hidden": 0.25, "gradient": 2.0, "input": 0.5}
-    for name, weight in zip(loss.names, loss.mean_weight.split(loss.layer_sizes.tolist()), strict=True):
+    for name, weight in zip(loss.names, loss.mean_weight.split(sizes), strict=True):
         assert (weight == expected[name.partition("/")[0]]).all()
 
 

@@ -1,7 +1,11 @@
 """What is particular to the Triton kernels: tiles and tails, chunks of rows, many launches, every dtype."""
 
+from decimal import Decimal
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import (
     DTYPES,
     assert_close,
@@ -21,6 +25,7 @@ from test_moments import backward_in_float64
 
 import moment_ops as mo
 from moment_ops.kernels import _plan
+from moment_ops.kernels.match import complement_of_power
 from moment_ops.ops.moments import moments, moments_backward
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -29,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.fixture
 def wide(monkeypatch):
     """Wide tiles for few columns, too: the interpreter is slow."""
-    monkeypatch.setattr(_plan, "_NARROW_COLUMNS", 0)
+    monkeypatch.setattr(_plan, "IN_FLIGHT", 0)
     _plan._groups.cache_clear()
     yield
     _plan._groups.cache_clear()
@@ -41,7 +46,7 @@ def bound(dtype, exact):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 64, 129])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 17, 33, 64, 129, 300])
 def test_narrow_tiles_and_their_tails(rows, dtype):
     layers = make_features(rows, ((5,), (70,), (3, 4, 4), (1,)), dtype)
     m = mo.moments(layers, correction=0)
@@ -57,26 +62,40 @@ def test_wide_tiles_and_their_tails(wide, rows, dtype):
     assert_moments(m, layers, correction=0)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(65, 40), (300, 40), (1100, 3)])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 127, 128, 129, 145])
+def test_rows_that_do_not_go_evenly_into_groups(rows, monkeypatch):
+    """Sixteen groups of threads, some of which have a row less than others, or none."""
+    monkeypatch.setattr(_plan, "_tile", lambda *_: _plan.Tile(128, 32, 4))
+    _plan._groups.cache_clear()
+    layers = make_features(rows, ((40,), (3,)))
+    m = mo.moments(layers, correction=0)
+    _plan._groups.cache_clear()
+    assert_moments(m, layers, correction=0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(600, 40), (1100, 3)])
 def test_chunks_of_rows_are_folded_without_a_seam(rows, columns):
     layers = make_features(rows, ((columns,), (2,)))
     assert all(group.chunks > 1 for group in _plan.groups("reduce", layers))
     assert_moments(mo.moments(layers), layers)
 
 
-def test_chunks_of_wide_tiles_are_folded_without_a_seam(wide):
-    layers = make_features(300, ((1024,), (515,)))
-    assert all(group.chunks > 1 for group in _plan.groups("reduce", layers))
+def test_more_chunks_than_are_folded_at_a_time(monkeypatch):
+    monkeypatch.setattr(_plan, "_FOLD_ELEMENTS", 1)
+    layers = make_features(4500, ((40,),))
+    (group,) = _plan.groups("reduce", layers)
+    assert group.chunks > 2 * group.fold_chunks
     assert_moments(mo.moments(layers), layers)
 
 
-def test_chunks_of_more_than_one_block_are_merged_without_a_seam(monkeypatch):
-    monkeypatch.setattr(_plan, "_MOST_CHUNKS", 2)
+def test_a_thread_merges_no_more_rows_than_float32_bears(monkeypatch):
+    monkeypatch.setattr(_plan, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(_plan, "IN_FLIGHT", 0)
     _plan._groups.cache_clear()
-    layers = make_features(2100, ((5,), (2, 2)))
+    layers = make_features(1100, ((5,), (2, 2)))
     (group,) = _plan.groups("reduce", layers)
-    assert group.long
-    assert group.chunks == 2
+    assert group.chunk_rows == 16 * 16
+    assert group.chunks == 5
     m = mo.moments(layers)
     _plan._groups.cache_clear()
     assert_moments(m, layers)
@@ -120,9 +139,10 @@ def test_a_loss_over_several_launches_is_one_loss(average):
 
 
 @pytest.mark.parametrize("average", ["moving", "adam"])
-@pytest.mark.parametrize("rows", [11, 200])
-def test_wide_and_chunked_features_are_matched(wide, average, rows):
-    shapes = ((515,), (256,))
+@pytest.mark.parametrize(("rows", "shapes"), [(11, ((515,), (256,))), (530, ((35,), (3,)))])
+def test_wide_and_chunked_features_are_matched(average, rows, shapes, request):
+    if rows < 512:
+        request.getfixturevalue("wide")
     case = Case(average, shapes=shapes, weighted=True)
     case.layers = make_features(rows, shapes, torch.float64)
     case.mean, case.var, _ = moments(case.layers)
@@ -141,6 +161,21 @@ def test_the_losses_of_more_programs_than_are_folded_at_a_time_add_up(monkeypatc
     case = Case("none", shapes=((1400,),))
     expected, *_ = case.expected()
     assert_close(case.from_moments()[0], expected, rows=case.columns)
+
+
+@triton.jit
+def complement_kernel(beta, exponent, out):
+    tl.store(out, complement_of_power(tl.load(beta), tl.load(exponent)))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999, 1 - 2.0**-40])
+def test_biases_are_corrected_to_the_last_digits_at_any_step(beta):
+    """`1 - beta**step` loses them where the power is close to 1."""
+    out = torch.empty((), dtype=torch.float64)
+    for step in [*range(1, 20), 100, 999, 12_345, 10**6, 2**31, 2**40]:
+        complement_kernel[(1,)](torch.tensor(beta, dtype=torch.float64), torch.tensor(step), out)
+        exact = 1 - Decimal(beta) ** step
+        assert abs(Decimal(out.item()) - exact) <= Decimal("1e-14") * exact, step
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 999, 10**6])
@@ -172,12 +207,18 @@ def test_backward_in_every_dtype(dtype, parts, added):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_of_wide_layers_in_chunks(wide, dtype):
-    layers = make_features(30, ((513,), (1024,)), dtype)
+@pytest.mark.parametrize("rows", [30, 130])
+def test_backward_of_wide_layers_tile_by_tile(wide, rows, dtype):
+    layers = make_features(rows, ((513,), (1024,)), dtype)
+    (group, *_) = _plan.groups("apply", layers, layers, layers)
+    assert group.chunks == -(-rows // 128)
+    assert min(rows, group.chunk_rows) > 2 * group.tile.rows
     mean, _, count = moments(layers)
-    grad = torch.randn_like(mean)
-    got = moments_backward(layers, mean, count, grad, grad)
-    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad, grad), strict=True):
+    coefficients = torch.randn_like(mean)
+    grad = [torch.randn_like(x) for x in layers]
+    got = moments_backward(layers, mean, count, coefficients, coefficients, grad=grad)
+    exact_gradients = backward_in_float64(layers, mean, count, coefficients, coefficients, grad)
+    for dx, exact in zip(got, exact_gradients, strict=True):
         assert bool(((dx.double() - exact).abs() <= bound(dtype, exact)).all())
 
 

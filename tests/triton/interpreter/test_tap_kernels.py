@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.fixture
 def wide(monkeypatch):
     """Wide tiles for few columns, too: the interpreter is slow."""
-    monkeypatch.setattr(_plan, "_NARROW_COLUMNS", 0)
+    monkeypatch.setattr(_plan, "IN_FLIGHT", 0)
     _plan._groups.cache_clear()
     yield
     _plan._groups.cache_clear()
@@ -95,20 +95,11 @@ def test_wide_tiles_and_their_tails(wide, rows, dtype):
 
 
 @pytest.mark.parametrize("shape", [(40,), (3,), (5, 2)])
-@pytest.mark.parametrize("rows", [65, 1100])
+@pytest.mark.parametrize("rows", [600, 1100])
 def test_chunks_of_rows_are_folded_without_a_seam(rows, shape):
     (x,) = make_features(rows, [shape])
     assert plan(x).chunks > 1
     assert_tap(x, torch.randn(shape[0]))
-
-
-def test_chunks_of_more_than_one_block_are_merged_without_a_seam(monkeypatch):
-    monkeypatch.setattr(_plan, "_MOST_CHUNKS", 2)
-    _plan._groups.cache_clear()
-    (x,) = make_features(2100, ((2, 5),))
-    assert plan(x).long
-    assert_tap(x, torch.randn(2))
-    _plan._groups.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
