@@ -50,7 +50,7 @@ __device__ __forceinline__ void reduce_tile(const Rows& source, int row, int row
   const A row_share = A(1) / A(rows);
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
-    if (before == 0) pivot[c] = 0;
+    if (before == 0) pivot[c] = tile[0][c];
     A mean = 0;
 #pragma unroll
     for (int r = 0; r < kReductionTile; ++r) mean += r < rows ? tile[r][c] - pivot[c] : A(0);
