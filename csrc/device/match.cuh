@@ -148,6 +148,7 @@ __device__ __forceinline__ void finish_loss(const MatchArguments<A>& arguments, 
   }
 }
 
+// Of a layer whose columns lie in packed order.
 template <Average KIND, int WIDTH, class T, class A>
 __device__ __forceinline__ void match_strip(const ColumnLayer& layer, Workspace workspace, BlockMoments<WIDTH>& moments,
                                             double* shared_losses, const MatchArguments<A>& arguments) {
@@ -158,7 +159,7 @@ __device__ __forceinline__ void match_strip(const ColumnLayer& layer, Workspace 
   const auto column = [&](int i) -> MatchColumn<A> {
     const int j = i * kThreads + static_cast<int>(threadIdx.x);
     if (j >= strip.count) return {};
-    return {true, layer.packed(strip.first + j), static_cast<A>(moments.mean[moments.at(j)]),
+    return {true, layer.offset + strip.first + j, static_cast<A>(moments.mean[moments.at(j)]),
             static_cast<A>(moments.m2[moments.at(j)]) * scale};
   };
   constexpr int COUNT = WIDTH < kMatchColumns<A> ? WIDTH : kMatchColumns<A>;

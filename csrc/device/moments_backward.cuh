@@ -28,13 +28,12 @@ struct Coefficients {
   A a[WIDTH], b[WIDTH], mean[WIDTH];
 };
 
-// For moments of `rows` rows. All loads are in flight before the first is used.
+// Of columns at these packed places, for moments of `rows` rows, which are in memory, too. All loads are in flight before
+// the first is used: the scale is converted where it is loaded, and comes last.
 template <int WIDTH, class A>
-__device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const ColumnLayer& layer, int64_t column,
-                                                                    const MomentGradients<A>& moments, int64_t rows) {
-  const A scale = moments.scale != nullptr ? *moments.scale : A(1);
-  int64_t at[WIDTH];
-  layer.packed(column, at);
+__device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_t (&at)[WIDTH],
+                                                                    const MomentGradients<A>& moments,
+                                                                    const int64_t& rows) {
   Coefficients<A, WIDTH> result = {};
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
@@ -42,6 +41,7 @@ __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const Column
     if (moments.grad_var != nullptr) result.b[c] = moments.grad_var[at[c]];
     result.mean[c] = moments.mean[at[c]];
   }
+  const A scale = moments.scale != nullptr ? *moments.scale : A(1);
   const auto share = [&](int64_t count) { return static_cast<double>(scale) / static_cast<double>(count); };
   const A mean_scale = static_cast<A>(share(rows));
   const A var_scale = static_cast<A>(2 * share(rows - moments.correction));
@@ -100,14 +100,17 @@ struct BackwardRows {
   }
 };
 
-// The first tile is on its way while the coefficients are worked out.
+// The first tile is on its way while the coefficients are worked out. Their places come before it: a division is a call,
+// which waits for all loads.
 template <bool ADD, bool RELU, int WIDTH, class T, class A>
 __device__ __forceinline__ void backward_rows(const ColumnLayer& layer, const ThreadShare& share,
-                                              const MomentGradients<A>& moments, int64_t rows) {
+                                              const MomentGradients<A>& moments, const int64_t& rows) {
   const BackwardRows<ADD, RELU, T, WIDTH> thread{layer, share};
+  int64_t at[WIDTH];
+  layer.packed(share.column, at);
   int row = share.rows.begin;
   BackwardTile<T, WIDTH> tile = thread.load(row);
-  const Coefficients<A, WIDTH> of = load_coefficients<WIDTH>(layer, share.column, moments, rows);
+  const Coefficients<A, WIDTH> of = load_coefficients(at, moments, rows);
   for (;; tile = thread.load(row)) {
     thread.store(row, tile, of);
     row += kElementwiseTile;
@@ -117,7 +120,7 @@ __device__ __forceinline__ void backward_rows(const ColumnLayer& layer, const Th
 
 template <bool RELU, int WIDTH, class T, class A>
 __device__ __forceinline__ void backward_strip(const ColumnLayer& layer, const MomentGradients<A>& moments,
-                                               int64_t rows) {
+                                               const int64_t& rows) {
   const ThreadShare share = thread_share<WIDTH>(layer, kElementwiseTile);
   if (share.rows.begin == share.rows.end) return;
   if (layer.grad != nullptr) {
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 5)
   constexpr int WIDTH = kVectorBytes / sizeof(T);
   const int index = find_layer(list, blockIdx.x);
   const ColumnLayer& layer = list.layers[index];
-  const int64_t rows = arguments.count[arguments.first_layer + index];
+  const int64_t& rows = arguments.count[arguments.first_layer + index];
   if (layer.vectors) {
     backward_strip<false, WIDTH, T>(layer, arguments.moments, rows);
   } else {

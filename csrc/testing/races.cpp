@@ -288,7 +288,8 @@ void run_relu_moments_backward(const Shape& shape, bool added) {
 }
 
 // Small: a block is a thread of the host, and a thread of it costs the sanitizer half a millisecond.
-const std::vector<Shape> kOneChunk{{70, 20, 1}, {5, 30}, {6, 24}, {12, 12, 0, 3}};
+const std::vector<Shape> kOneChunk{{70, 20, 1}, {5, 30}, {6, 24}};
+const std::vector<Shape> kPermuted{{12, 12, 0, 3}};
 const std::vector<Shape> kNarrowChunks{{1100, 24}, {1100, 5}};
 const std::vector<Shape> kWideChunks{{520, 130, 1}}, kWideVectors{{513, 128}};
 // Folded twice.
@@ -310,11 +311,15 @@ void run() {
     run_match<Average::moving>(features, false);
     run_match<Average::adam>(features, true);
   }
+  run_moments(Features<T>(kPermuted));
   for (const bool added : {false, true}) {
     run_moments_backward<T>(two_launches({{130, 130}}, kOneChunk), added);
-    for (const Shape& shape : kOneChunk) run_relu_moments_backward<T>(shape, added);
+    run_moments_backward<T>(kPermuted, added);
+    for (const auto& shapes : {kOneChunk, kPermuted}) {
+      for (const Shape& shape : shapes) run_relu_moments_backward<T>(shape, added);
+    }
   }
-  for (const auto& shapes : {kNarrowChunks, kOneChunk, kWideChunks}) {
+  for (const auto& shapes : {kNarrowChunks, kOneChunk, kPermuted, kWideChunks}) {
     for (const Shape& shape : shapes) run_relu_moments<T>(shape, shape.columns % 2 == 0);
   }
 }

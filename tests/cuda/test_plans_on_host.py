@@ -4,7 +4,7 @@ import pytest
 from helpers import DTYPES
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-BYTES_IN_FLIGHT = 4 << 20
+KILOBYTES_IN_FLIGHT = 40  # on each of them
 BLOCK_ROWS, THREAD_ROWS, VECTOR_BYTES = 512, 32, 16
 WARP = 32
 TILE_ROWS = {"reduction": 8, "elementwise": 4}
@@ -36,7 +36,7 @@ class Cut:
 
 
 # (rows, columns, bytes of an element): (blocks, lanes, chunks, kilobytes in flight per multiprocessor). What cannot
-# reach 32 kilobytes is in flight as a whole, or in two parts where there are more rows than groups can take at once.
+# reach 40 kilobytes is in flight as a whole, or in two parts where there are more rows than groups can take at once.
 PLANS = {
     (16, 2048, 2): (4, 64, 1, 0.5),
     (16, 65536, 4): (256, 64, 1, 31.0),
@@ -45,12 +45,12 @@ PLANS = {
     (64, 2048, 4): (32, 16, 1, 3.9),
     (64, 8192, 4): (128, 16, 1, 15.5),
     (64, 32768, 2): (256, 16, 1, 31.0),
-    (64, 32768, 4): (256, 32, 1, 31.0),
-    (64, 65536, 2): (256, 32, 1, 31.0),
-    (64, 65536, 4): (256, 64, 1, 31.0),
+    (64, 32768, 4): (512, 16, 1, 62.1),
+    (64, 65536, 2): (512, 16, 1, 62.1),
+    (64, 65536, 4): (512, 32, 1, 62.1),
     (256, 256, 4): (16, 4, 1, 1.9),
     (256, 2048, 2): (64, 4, 1, 7.8),
-    (256, 8192, 4): (256, 8, 1, 31.0),
+    (256, 8192, 4): (512, 4, 1, 62.1),
     (256, 65536, 4): (512, 32, 1, 62.1),
     (1024, 256, 2): (16, 4, 2, 1.9),
     (1024, 2048, 4): (256, 4, 2, 31.0),
@@ -72,7 +72,7 @@ def test_enough_is_in_flight_or_nothing_is_left_to_split(module, rows, columns, 
     plan = Cut(module, rows, columns, element_size, cut)
     pieces_are_short = plan.lanes * VECTOR_BYTES <= 64
     # Where groups do not divide the tiles, up to half of them have none.
-    assert plan.in_flight >= BYTES_IN_FLIGHT / 2 or plan.tiles == 1 or pieces_are_short
+    assert plan.kilobytes >= KILOBYTES_IN_FLIGHT / 2 or plan.tiles == 1 or pieces_are_short
     assert plan.thread_rows <= THREAD_ROWS or plan.lanes <= WARP
     # Chunks cost a ticket, and are for numerics alone.
     assert plan.chunks == ceil_div(rows, BLOCK_ROWS)
