@@ -34,11 +34,14 @@ template <int WIDTH, class A>
 __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_t (&at)[WIDTH],
                                                                     const MomentGradients<A>& moments,
                                                                     const int64_t& rows) {
-  Coefficients<A, WIDTH> result = {};
+  // What is missing is read elsewhere and dropped: a branch for each would be a version of the code for all of them.
+  const A* grad_mean = moments.grad_mean != nullptr ? moments.grad_mean : moments.mean;
+  const A* grad_var = moments.grad_var != nullptr ? moments.grad_var : moments.mean;
+  Coefficients<A, WIDTH> result;
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
-    if (moments.grad_mean != nullptr) result.a[c] = moments.grad_mean[at[c]];
-    if (moments.grad_var != nullptr) result.b[c] = moments.grad_var[at[c]];
+    result.a[c] = grad_mean[at[c]];
+    result.b[c] = grad_var[at[c]];
     result.mean[c] = moments.mean[at[c]];
   }
   const A scale = moments.scale != nullptr ? *moments.scale : A(1);
@@ -47,9 +50,10 @@ __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_
   const A var_scale = static_cast<A>(2 * share(rows - moments.correction));
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
-    result.a[c] *= mean_scale;
+    result.a[c] = moments.grad_mean != nullptr ? result.a[c] * mean_scale : A(0);
     // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-    result.b[c] = result.b[c] == A(0) ? A(0) : result.b[c] * var_scale;
+    const bool sends = moments.grad_var != nullptr && result.b[c] != A(0);
+    result.b[c] = sends ? result.b[c] * var_scale : A(0);
   }
   return result;
 }

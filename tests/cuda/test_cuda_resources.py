@@ -42,8 +42,9 @@ class Budget(NamedTuple):
 REDUCTION = Budget(FOUR_BLOCKS, REDUCTION_SHARED, 16, 0, (8 * 16,))
 TAP = REDUCTION._replace(stores=16)
 # Tiles of four rows, the first together with the coefficients, all others in the loop, with a gradient to add and
-# without. Both exist for 16 bytes and for less: four versions, each with one round trip before its loop.
-BACKWARD = Budget(FIVE_BLOCKS, 0, 24, 16, (8 * 16, 4 * 16), 4)
+# without. Both exist for 16 bytes and for less: four versions with one round trip each. What shares a scoreboard, of which
+# there are six, may make some of them two.
+BACKWARD = Budget(FIVE_BLOCKS, 0, 24, 16, (8 * 16, 4 * 16), 6)
 
 
 def match_budget(vectors: int) -> Budget:
