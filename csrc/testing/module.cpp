@@ -1,5 +1,6 @@
 // The CUDA kernels' own sources on the host, on NumPy arrays; and the shared math of csrc/device by itself. Built by the
 // tests, in no wheel.
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,7 +10,11 @@
 #include <string>
 #include <vector>
 
+#if defined(MOMENT_OPS_RECORDS_LAUNCHES)
+#include "testing/recording_shim.h"
+#else
 #include "testing/shim.h"
+#endif
 
 #include "device/column_launch.h"
 #include "testing/layers.h"
@@ -129,12 +134,12 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
     arguments.step = pointer<int64_t>(step);
     arguments.correction = correction;
     arguments.loss = pointer<A>(loss);
-    unsigned int ticket = 0;
-    arguments.ticket = &ticket;
+    std::vector<unsigned int> ticket = shim::allocate(1, 0u);
+    arguments.ticket = ticket.data();
     const int64_t columns = mean.size();
     const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
     arguments.strips = layers.empty() ? match_blocks<A>(columns) : launches.total.strips;
-    std::vector<double> losses(arguments.strips, std::nan(""));
+    std::vector<double> losses = shim::allocate(arguments.strips, std::nan(""));
     arguments.losses = losses.data();
     if (layers.empty()) {
       launch_match_moments<A>(kind, pointer<A>(mean), pointer<A>(var), columns, arguments, 0);
@@ -212,6 +217,12 @@ PYBIND11_MODULE(moment_ops_testing, m) {
   m.def("merge", &merge_pair);
   m.attr("max_layers") = kMaxLayers;
   m.attr("block_rows") = kBlockRows;
+#if defined(MOMENT_OPS_RECORDS_LAUNCHES)
+  m.def("record_with", [](decltype(shim::recorder) recorder, decltype(shim::on_allocation) on_allocation) {
+    shim::recorder = recorder;
+    shim::on_allocation = on_allocation;
+  });
+#endif
 }
 
 }  // namespace

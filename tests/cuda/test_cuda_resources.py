@@ -1,16 +1,12 @@
 """What the compiled GPU kernels ask for: read from the machine code inside the extension, no GPU needed."""
 
 import re
-import shutil
 import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-import moment_ops
 from moment_ops.kernels import _machine_code
-from moment_ops.ops import extension
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float", "double", "Half", "BFloat16")
@@ -63,15 +59,6 @@ BUDGETS = {
     "match_moments_kernelILNS_7AverageE1E": match_budget(2 * 4),
     "match_moments_kernelILNS_7AverageE2E": match_budget(2 * 6),
 }
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    if extension.missing("CUDA") is not None:
-        if shutil.which("nvcc") and extension.missing("CPU") is None:
-            pytest.fail(f"there is an nvcc, but {extension.missing('CUDA')}; build again")
-        pytest.skip(str(extension.missing("CUDA")))
-    return next(Path(moment_ops.__file__).parent.glob("_C*.so"))
 
 
 @pytest.fixture(scope="module")
