@@ -1,6 +1,6 @@
-"""What nvcc made of the CUDA kernels, run without a GPU: the PTX inside the extension, in the emulator of Triton's tests.
+"""What nvcc made of the CUDA kernels, run without a GPU: the PTX inside the extension, in the emulator.
 
-The host side is the operators' own (csrc/device/column_launch.h), built to describe its launches instead of running them.
+The host side is the operators' own (csrc/device/column_launch.h), built to describe launches instead of running them.
 """
 
 import ctypes
@@ -44,7 +44,8 @@ def _untyped(entry: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(library: Path, symbol: str) -> Kernel:
+def parsed(library: Path, symbol: str) -> Kernel:
+    """The kernel of this symbol."""
     return parse(texts(library)[symbol])
 
 
@@ -103,7 +104,7 @@ class EmulatedModule:
     def _launch(self, symbol: str, blocks: int, threads: int, arguments: list[bytes]) -> None:
         memory = GlobalMemory(self._buffers, set())
         moved = [int.from_bytes(self._moved(argument, memory), "little") for argument in arguments]
-        execute(_kernel(self._library, symbol), moved, memory, blocks, threads // 32, 0, self._schedule)
+        execute(parsed(self._library, symbol), moved, memory, blocks, threads // 32, 0, self._schedule)
         memory.write_back()
 
     def _moved(self, argument: bytes, memory: GlobalMemory) -> bytes:

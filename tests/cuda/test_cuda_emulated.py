@@ -3,6 +3,9 @@
 Beyond those, the emulator finds accesses outside of the arrays and races, and arithmetic is what the compiler chose.
 """
 
+import re
+
+import emulated_kernels
 import host_kernels
 import host_module
 import pytest
@@ -12,6 +15,7 @@ import test_relu_moments_on_host as taps
 import torch
 from emulated_kernels import EmulatedModule
 from emulator.execution import Schedule
+from emulator.faults import MemoryFault, Race
 from helpers import DTYPES, assert_same_bits
 
 # In lockstep; alone, the last first, and so their warps; a few together, in any order, one warp after another.
@@ -110,3 +114,22 @@ def test_taps(emulated, shape, dtype, has_bias, channels_last):
 @pytest.mark.parametrize("given", ["all", "moments", "gradient", "mean"])
 def test_gradients_of_taps(emulated, shape, dtype, given):
     taps.test_the_gradient_of_all_three_in_one_pass(emulated, shape, dtype, given)
+
+
+@pytest.mark.parametrize("ordering", ["bar.sync 0", "membar.gl"])
+def test_a_kernel_without_its_barriers_or_fences_has_races(emulated, library, monkeypatch, ordering):
+    """The tests above would show it."""
+    without = {symbol: re.sub(rf"\b{ordering};", "", text) for symbol, text in emulated_kernels.texts(library).items()}
+    monkeypatch.setattr(emulated_kernels, "texts", lambda _: without)
+    emulated_kernels.parsed.cache_clear()
+    try:
+        with pytest.raises(Race):
+            host_kernels.moments(emulated, [torch.randn(1100, 24)])
+    finally:
+        emulated_kernels.parsed.cache_clear()
+
+
+def test_a_kernel_that_leaves_its_arrays_is_a_fault(emulated, monkeypatch):
+    monkeypatch.setattr(emulated, "_open_layer", lambda *_: None)
+    with pytest.raises(MemoryFault):
+        host_kernels.moments(emulated, [torch.randn(20, 24)])

@@ -38,8 +38,8 @@ class Budget(NamedTuple):
 REDUCTION = Budget(FOUR_BLOCKS, REDUCTION_SHARED, 16, 0, (8 * 16,))
 TAP = REDUCTION._replace(stores=16)
 # Tiles of four rows, the first together with the coefficients, all others in the loop, with a gradient to add and
-# without. Both exist for 16 bytes and for less: four versions with one round trip each. What shares a scoreboard, of which
-# there are six, may make some of them two.
+# without. Both exist for 16 bytes and for less: four versions with one round trip each, or two where loads share one of
+# the six scoreboards.
 BACKWARD = Budget(FIVE_BLOCKS, 0, 24, 16, (8 * 16, 4 * 16), 6)
 
 
