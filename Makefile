@@ -42,6 +42,10 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 		print("\n".join(name for extra in extras for name in re.findall(r'"([^"]+)"', extra)))
 	PY
 	$(BIN)/python -m pip --disable-pip-version-check install -qq -c $$CONSTRAINTS -r $(VENV)/requirements.txt
+	OLDER=$$(sed -n 's/^# triton for the compiled tests: //p' constraints.txt)
+	if [ ! -d $(VENV)/triton-$$OLDER ] && $(BIN)/python -c 'import triton' 2>/dev/null; then
+		$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --target $(VENV)/triton-$$OLDER triton==$$OLDER
+	fi
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

@@ -78,9 +78,10 @@ def strip_columns(
     first = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
     if PERMUTED:
         inner = pick_integer(inners, starts, program, LAYERS)
-        return column, mask, first + (column % inner) * (width // inner) + column // inner
+        packed = first + (column % inner) * (width // inner) + column // inner
     else:
-        return column, mask, first + column
+        packed = first + column
+    return column, mask, packed
 
 
 @triton.jit

@@ -7,108 +7,28 @@ them. All layers have the same number of rows.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from moment_ops.kernels._plan import MAX_LAYERS, encoded, padded
-from moment_ops.ops import backends, triangle
+from moment_ops.kernels._plan import encoded, padded
+from moment_ops.kernels._product_tiles import (
+    CHUNK_ROWS,
+    Architecture,
+    ProductTile,
+    most_chunks,
+    most_layers,
+    processors,
+)
+from moment_ops.ops import triangle
 
-# Programs that keep a large GPU busy, and the fewest rows worth a program of their own.
-_PROGRAMS = 264
-_CHUNK_ROWS = 512
+# The most chunks of rows; in rows, what a tile costs besides them, and a chunk the program that folds it.
+_MOST_CHUNKS = 256
+_TILE_ROWS = 64
+_FOLD_ROWS = 16
 # Rows whose products are summed before they are added to the sum over all.
 PROMOTED_ROWS = 4096
 # The largest first program; a larger one stands for "no such layer".
 _LAST = 2**27 - 1
-
-
-class ProductTile(NamedTuple):
-    """What a program multiplies at a time: `steps` times `depth` entries of the summed dimension, then it promotes.
-
-    Of outputs, it has (rows, columns).
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    steps: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-# Without tensor cores, tiles are small: operands and sums share the registers; a sum of 32 products is promoted.
-_IEEE = ProductTile(64, 64, 16, 2, 4, 3)
-# Tensor cores that read operands from shared memory: sm_90 and sm_100.
-_LARGE = {
-    "tf32": ProductTile(128, 128, 32, 1, 8, 3),
-    "tf32x3": ProductTile(128, 128, 32, 1, 8, 2),
-    "bf16": ProductTile(128, 128, 64, 1, 8, 3),
-    "bf16x3": ProductTile(128, 128, 32, 1, 8, 3),
-    "bf16x4": ProductTile(128, 128, 32, 1, 8, 3),
-}
-# On sm_100, every product of a chain has its own columns of tensor memory, which has 512.
-_SM100_FOUR_PRODUCTS = ProductTile(64, 64, 32, 1, 4, 3)
-# Operands in registers, two terms of each at half the depth; 99 KiB of shared memory: sm_80 to sm_89, and sm_120.
-_REGISTERS = ProductTile(128, 128, 32, 1, 8, 2)
-# 64 KiB of shared memory: AMD.
-_SMALL = ProductTile(64, 64, 32, 1, 4, 1)
-# Fewer programs than this leave a large GPU idle: smaller tiles, then.
-_FEW_PROGRAMS = 128
-
-
-def architecture_of(device: torch.device) -> int:
-    """The compute capability of a GPU of NVIDIA, 90 for sm_90; 0 for all others."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def forward_tile(mode: str, architecture: int) -> ProductTile:
-    """The square tile of an upper triangle."""
-    if mode == "ieee":
-        return _IEEE
-    if architecture < 80:
-        return _SMALL
-    if 90 <= architecture < 120:
-        return _SM100_FOUR_PRODUCTS if mode == "bf16x4" and architecture >= 100 else _LARGE[mode]
-    return _REGISTERS._replace(depth=16) if "x" in mode else _REGISTERS
-
-
-def backward_tile(mode: str, architecture: int, rows: int, widths: Sequence[int]) -> ProductTile:
-    """The tile of an (N, D) gradient."""
-    tile = forward_tile(mode, architecture)
-    programs = -(-rows // tile.rows) * sum(-(-width // tile.columns) for width in widths)
-    if tile.rows == 128 and (rows <= 64 or programs < _FEW_PROGRAMS):
-        return tile._replace(rows=64, columns=64, warps=4)
-    return tile
-
-
-def product_mode(precision: str, dtype: torch.dtype, centered: bool) -> str:
-    """How operands are multiplied, of features of some dtype, in one of the named precisions.
-
-    Differences of 16-bit features fit into two terms, so that tensor cores give "ieee"; the features into one.
-    """
-    if precision == "ieee" and dtype == torch.bfloat16:
-        return "bf16x4" if centered else "bf16"
-    if precision == "ieee" and dtype == torch.float16:
-        return "tf32x3" if centered else "tf32"
-    return precision
-
-
-def backward_mode(precision: str, dtype: torch.dtype) -> str:
-    """Likewise, of gradients: those of 16-bit features are rounded to 16 bits, and three products are exact enough."""
-    return "bf16x3" if precision == "ieee" and dtype != torch.float32 else precision
-
-
-def operand_dtype() -> Any:
-    """The dtype of bfloat16 operands: the interpreter cannot multiply them."""
-    import triton.language as tl
-
-    return tl.float32 if backends.interpreted() else tl.bfloat16
 
 
 @dataclass(frozen=True)
@@ -145,14 +65,16 @@ class TileGroup:
 Key = tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]
 
 
-def triangle_groups(layers: Sequence[Tensor], tile: ProductTile) -> tuple[TileGroup, ...]:
+def triangle_groups(layers: Sequence[Tensor], tile: ProductTile, architecture: Architecture) -> tuple[TileGroup, ...]:
     """The launches over tiles of the upper triangles of (N, D) layers."""
-    return _groups(_key(layers), layers[0].element_size(), tile, True)
+    return _groups(_key(layers), layers[0].element_size(), tile, architecture, True)
 
 
-def output_groups(layers: Sequence[Tensor], out: Sequence[Tensor], tile: ProductTile) -> tuple[TileGroup, ...]:
+def output_groups(
+    layers: Sequence[Tensor], out: Sequence[Tensor], tile: ProductTile, architecture: Architecture
+) -> tuple[TileGroup, ...]:
     """The launches over tiles of (N, D) outputs."""
-    return _groups(_key(layers, out), layers[0].element_size(), tile, False)
+    return _groups(_key(layers, out), layers[0].element_size(), tile, architecture, False)
 
 
 def _key(layers: Sequence[Tensor], *others: Sequence[Tensor]) -> Key:
@@ -167,7 +89,9 @@ def _key(layers: Sequence[Tensor], *others: Sequence[Tensor]) -> Key:
 
 
 @functools.lru_cache(maxsize=256)
-def _groups(key: Key, itemsize: int, tile: ProductTile, triangle_tiles: bool) -> tuple[TileGroup, ...]:
+def _groups(
+    key: Key, itemsize: int, tile: ProductTile, architecture: Architecture, triangle_tiles: bool
+) -> tuple[TileGroup, ...]:
     wide = 16 // itemsize
     members: dict[int, list[int]] = {}
     offsets, packed, offset, entry = [], [], 0, 0
@@ -179,13 +103,13 @@ def _groups(key: Key, itemsize: int, tile: ProductTile, triangle_tiles: bool) ->
         members.setdefault(wide if aligned else 1, []).append(i)
         offset += width
         entry += triangle.size(width)
-    result = []
-    for vector, indices in members.items():
-        for begin in range(0, len(indices), MAX_LAYERS):
-            result.append(
-                _group(key, indices[begin : begin + MAX_LAYERS], vector, offsets, packed, tile, triangle_tiles)
-            )
-    return tuple(result)
+    most = most_layers(architecture)
+    slots = processors(architecture) * tile.resident
+    return tuple(
+        _group(key, indices[begin : begin + most], vector, offsets, packed, tile, slots, triangle_tiles)
+        for vector, indices in members.items()
+        for begin in range(0, len(indices), most)
+    )
 
 
 def _group(
@@ -195,6 +119,7 @@ def _group(
     offsets: list[int],
     packed: list[int],
     tile: ProductTile,
+    slots: int,
     triangle_tiles: bool,
 ) -> TileGroup:
     rows = key[layers[0]][0][0]
@@ -203,7 +128,7 @@ def _group(
     if triangle_tiles:
         blocks = [triangle.blocks(width) for width in widths]
         tiles = [count * (count + 1) // 2 * (triangle.BLOCK // tile.columns) ** 2 for count in blocks]
-        chunk_rows = _chunk_rows(rows, sum(tiles))
+        chunk_rows = _chunk_rows(rows, sum(tiles), slots)
     else:
         tiles = [-(-rows // tile.rows) * -(-width // tile.columns) for width in widths]
     chunks = -(-rows // chunk_rows)
@@ -233,10 +158,15 @@ def _group(
     )
 
 
-def _chunk_rows(rows: int, tiles: int) -> int:
-    """Rows per program: whatever is cut leaves partial sums to fold, so no cut where tiles alone keep a GPU busy."""
-    chunks = min(-(-_PROGRAMS // tiles), -(-rows // _CHUNK_ROWS))
-    if chunks <= 1:
-        return rows
-    unit = 128
-    return -(-rows // (chunks * unit)) * unit
+def _chunk_rows(rows: int, tiles: int, slots: int) -> int:
+    """Rows per program. Programs run in rounds of `slots`, of which the last one leaves processors idle."""
+
+    def rows_of(chunks: int) -> int:
+        return rows if chunks == 1 else -(-rows // (chunks * CHUNK_ROWS)) * CHUNK_ROWS
+
+    def duration(chunks: int) -> int:
+        size = rows_of(chunks)
+        count = -(-rows // size)
+        return -(-tiles * count // slots) * (size + _TILE_ROWS) + (count - 1) * _FOLD_ROWS
+
+    return rows_of(min(range(1, min(most_chunks(rows), _MOST_CHUNKS) + 1), key=duration))

@@ -8,52 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from moment_ops.kernels._covariance_plan import ProductTile
 from moment_ops.kernels._plan import encoded, padded
+from moment_ops.kernels._product_tiles import Architecture, ProductTile, most_layers
 
 # Programs that keep a large GPU busy; each leaves a tile in the workspace, 32 KiB.
 _PROGRAMS = 528
 # Columns whose products are summed in float32 before they are added in float64.
 PROMOTED_COLUMNS = 1024
-# Tensors per launch: 40 bytes of arguments each, of 4 KiB.
-_MOST_TENSORS = 32
 # Groups that a program chooses from, a select per row each.
 MOST_GROUPS = 8
 # The largest first program; a larger one stands for "no such layer".
 _LAST = 2**27 - 1
-
-_FORWARD = {"ieee": ProductTile(64, 64, 16, 2, 4, 3), "tf32x3": ProductTile(64, 64, 32, 1, 4, 3)}
-# Pointers to the rows that are summed take registers of their own; four warps of "ieee" would spill.
-_BACKWARD = {"ieee": ProductTile(64, 64, 16, 1, 8, 3), "tf32x3": ProductTile(64, 64, 32, 1, 4, 3)}
-
-
-def mode_of(dtype: torch.dtype) -> str:
-    """How operands are multiplied.
-
-    The shift is any float32, so that differences from it do not fit into two bfloat16, as those of a covariance do:
-    two terms of 11 bits, of which three products are float32 to two bits.
-    """
-    return "ieee" if dtype == torch.float32 else "tf32x3"
-
-
-def forward_tile(mode: str, architecture: int) -> ProductTile:
-    """The square tile of a triangle: rows are a few hundred, larger tiles would be mostly empty."""
-    tile = _for_memory(_FORWARD[mode], architecture)
-    # Four warps would spill on sm_120.
-    return tile._replace(warps=8) if mode == "ieee" and architecture >= 120 else tile
-
-
-def backward_tile(mode: str, architecture: int) -> ProductTile:
-    """The tile of an (R, D) gradient; it has one step."""
-    return _for_memory(_BACKWARD[mode], architecture)
-
-
-def _for_memory(tile: ProductTile, architecture: int) -> ProductTile:
-    # 64 KiB of shared memory: AMD.
-    return tile if architecture else tile._replace(stages=1)
 
 
 @dataclass(frozen=True)
@@ -98,17 +65,24 @@ def blocks(count: int, size: int) -> int:
 
 
 def triangle_batches(
-    rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, tile: ProductTile
+    rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, tile: ProductTile, architecture: Architecture
 ) -> tuple[Batch, ...]:
     """The launches over tiles of the upper triangles and chunks of the columns."""
-    return _batches(_key(rows, (rows,), shift), layers, rows[0].element_size(), tile, True)
+    most = most_layers(architecture)
+    return _batches(_key(rows, (rows,), shift), layers, rows[0].element_size(), tile, most, True)
 
 
 def output_batches(
-    rows: Sequence[Tensor], out: Sequence[Tensor], shift: Sequence[Tensor], layers: int, tile: ProductTile
+    rows: Sequence[Tensor],
+    out: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    layers: int,
+    tile: ProductTile,
+    architecture: Architecture,
 ) -> tuple[Batch, ...]:
     """The launches over tiles of all rows, (R, D) of every layer; `out` has a tensor for every one of `rows`."""
-    return _batches(_key(rows, (rows, out), shift), layers, rows[0].element_size(), tile, False)
+    most = most_layers(architecture)
+    return _batches(_key(rows, (rows, out), shift), layers, rows[0].element_size(), tile, most, False)
 
 
 Key = tuple[tuple[int, int, bool, tuple[int, ...]], ...]
@@ -126,7 +100,9 @@ def _key(rows: Sequence[Tensor], tensors: Sequence[Sequence[Tensor]], shift: Seq
 
 
 @functools.lru_cache(maxsize=256)
-def _batches(key: Key, layers: int, itemsize: int, tile: ProductTile, triangle: bool) -> tuple[Batch, ...]:
+def _batches(
+    key: Key, layers: int, itemsize: int, tile: ProductTile, most_tensors: int, triangle: bool
+) -> tuple[Batch, ...]:
     groups = len(key) // layers
     wide = 16 // itemsize
     members: dict[int, list[int]] = {}
@@ -134,7 +110,7 @@ def _batches(key: Key, layers: int, itemsize: int, tile: ProductTile, triangle: 
         lengths = [length for _, width, _, strides in key[i::layers] for length in (width, *strides)]
         aligned = all(entry[2] for entry in key[i::layers]) and all(length % wide == 0 for length in lengths)
         members.setdefault(wide if aligned else 1, []).append(i)
-    most = 1 << ((_MOST_TENSORS // groups).bit_length() - 1)
+    most = 1 << ((most_tensors // groups).bit_length() - 1)
     return tuple(
         _batch(key, layers, groups, indices[begin : begin + most], vector, tile, triangle)
         for vector, indices in members.items()

@@ -38,6 +38,9 @@ _LINE_BYTES = 128
 IN_FLIGHT = 132 * 40 * 1024
 # Registers per thread of a reduction: 512 threads per processor, so that it has 64 KiB in flight.
 REGISTERS = 128
+# Of a pass over features: 640 threads; of one that adds gradients, with twice as many bytes a thread: 384.
+PASS_REGISTERS = 96
+ADDED_PASS_REGISTERS = 168
 
 # Rows that a thread merges in the dtype of the statistics; what programs leave is merged in float64.
 _BLOCK_ROWS = 512

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from moment_ops.kernels import _plan
 from moment_ops.kernels._common import arrive, pick, pick_integer
-from moment_ops.kernels._covariance_plan import (
-    PROMOTED_ROWS,
+from moment_ops.kernels._covariance_plan import PROMOTED_ROWS, TileGroup, triangle_groups
+from moment_ops.kernels._product_tiles import (
+    Architecture,
     ProductTile,
-    TileGroup,
     architecture_of,
     forward_tile,
     operand_dtype,
     product_mode,
-    triangle_groups,
 )
-from moment_ops.kernels._products import multiply
+from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._reduce import reduce_columns, variance
 from moment_ops.kernels._triangle import BLOCK, block_pair
 from moment_ops.kernels.moments import reduction_arguments
@@ -135,7 +134,7 @@ def tile_products(
                 left = tl.where(here, left - left_shift[None, :], 0.0)
                 right = right - right_shift[None, :]
             part = multiply(tl.trans(left), right, part, MODE, BF16)
-        total += part
+        total = promote(total, part)
     return total
 
 
@@ -394,13 +393,13 @@ def product_arguments(
 
 
 def covariance_launches(
-    x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor, architecture: int
+    x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor, architecture: Architecture
 ) -> list[_plan.Launch]:
     """The launches of `covariance` of x (N, D)."""
     shift, rest = mean.new_empty(2, *mean.shape)
-    mode = product_mode(precision, x.dtype, centered)
-    tile = forward_tile(mode, architecture)
-    (group,) = triangle_groups([x], tile)
+    mode = product_mode(precision, x.dtype, centered, architecture)
+    tile = forward_tile(mode, architecture, len(x), [x.shape[1]])
+    (group,) = triangle_groups([x], tile, architecture)
     arguments = {**product_arguments(group, [x], shift, rest, correction, centered, mode, tile), "cov": cov}
     launch = _plan.Launch(covariance_kernel, group.programs, arguments, tile.warps, tile.registers)
     return [*shifts_launches([x], mean, shift, rest), launch]

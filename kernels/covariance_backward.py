@@ -8,14 +8,15 @@ from torch import Tensor
 
 from moment_ops.kernels import _plan
 from moment_ops.kernels._common import pick, pick_integer
-from moment_ops.kernels._covariance_plan import (
+from moment_ops.kernels._covariance_plan import output_groups
+from moment_ops.kernels._product_tiles import (
+    Architecture,
     architecture_of,
-    backward_mode,
     backward_tile,
+    gradient_mode,
     operand_dtype,
-    output_groups,
 )
-from moment_ops.kernels._products import multiply
+from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import unit_columns
 
@@ -125,7 +126,7 @@ def covariance_backward_kernel(
             else:
                 right = doubled_rows(matrix, width, at, lane, columns, mask)
             part = multiply(left, right, part, MODE, BF16)
-        total += part
+        total = promote(total, part)
     if PACKED:
         for begin in tl.range(middle, width, DEPTH * STEPS, num_stages=STAGES):
             part = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -134,7 +135,7 @@ def covariance_backward_kernel(
                 left = shifted_rows(x, mean + offset, width, at, lane, row_mask, CENTERED)
                 right = symmetric_rows(matrix, width, at, lane, first_column, mask, COLUMNS, True)
                 part = multiply(left, right, part, MODE, BF16)
-            total += part
+            total = promote(total, part)
 
     freedom = tl.cast(rows - correction, tl.float64)
     slope = tl.where(freedom > 0, (2.0 if PACKED else 1.0) / tl.where(freedom > 0, freedom, 1.0), float("nan"))
@@ -159,16 +160,16 @@ def backward_launches(
     centered: bool,
     precision: str,
     out: Sequence[Tensor],
-    architecture: int,
+    architecture: Architecture,
 ) -> list[_plan.Launch]:
     """The launches of the backward of layers (N, D) whose columns are neighbours, and of their outputs.
 
     grad: packed matrices, or the (D, D) one of the only layer.
     """
-    mode = backward_mode(precision, x[0].dtype)
+    mode = gradient_mode(precision, x[0].dtype, architecture)
     tile = backward_tile(mode, architecture, len(x[0]), [rows.shape[1] for rows in x])
     launches = []
-    for group in output_groups(x, out, tile):
+    for group in output_groups(x, out, tile, architecture):
         arguments = {
             "inputs": group.tensors(x),
             "outputs": group.tensors(out),

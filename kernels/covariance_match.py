@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moment_ops.kernels import _plan
 from moment_ops.kernels._common import double, is_finite, pick, pick_integer
-from moment_ops.kernels._covariance_plan import architecture_of, forward_tile, product_mode, triangle_groups
+from moment_ops.kernels._covariance_plan import triangle_groups
+from moment_ops.kernels._product_tiles import Architecture, architecture_of, forward_tile, product_mode
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import (
     covariances,
@@ -194,13 +195,13 @@ def covariance_match_launches(
     loss: Tensor,
     mean: Tensor,
     grad: Tensor | None,
-    architecture: int,
+    architecture: Architecture,
 ) -> list[_plan.Launch]:
     """The launches of `covariance_match_`: those that come last complete the loss."""
     shift, rest = mean.new_empty(2, *mean.shape)
-    mode = product_mode(precision, x[0].dtype, True)
-    tile = forward_tile(mode, architecture)
-    groups = triangle_groups(x, tile)
+    mode = product_mode(precision, x[0].dtype, True, architecture)
+    tile = forward_tile(mode, architecture, len(x[0]), [layer.shape[1] for layer in x])
+    groups = triangle_groups(x, tile, architecture)
     kind = AVERAGES[average]
     shared = loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss)
     # Triton 3.6 does not pass on tuples with absent entries: the mean stands in for them.

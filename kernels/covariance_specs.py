@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moment_ops.kernels import covariance, covariance_backward, covariance_match
 from moment_ops.kernels._plan import Launch
+from moment_ops.kernels._product_tiles import Architecture
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
 from moment_ops.ops import triangle
 
@@ -21,19 +23,19 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _covariance(architecture: int, shape: tuple[int, int], dtype: torch.dtype, precision: str) -> Launch:
+def _covariance(architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype, precision: str) -> Launch:
     x, width = _empty(*shape, dtype=dtype), shape[1]
     return covariance.covariance_launches(
         x, 1, True, precision, _empty(width, width), _empty(width), architecture
     )[-1]  # fmt: skip
 
 
-def _shifts(architecture: int, shape: tuple[int, int], dtype: torch.dtype) -> Launch:
+def _shifts(architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype) -> Launch:
     return covariance.shifts_launches([_empty(*shape, dtype=dtype)], *(_empty(shape[1]) for _ in range(3)))[0]
 
 
 def _match(
-    architecture: int, shape: tuple[int, int], dtype: torch.dtype, precision: str, average: str, packed: bool
+    architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype, precision: str, average: str, packed: bool
 ) -> Launch:
     rows, width = shape
     layers = [_empty(rows, width, dtype=dtype) for _ in range(2)]
@@ -52,7 +54,9 @@ def _match(
     )[-1]  # fmt: skip
 
 
-def _backward(architecture: int, shape: tuple[int, int], dtype: torch.dtype, precision: str, packed: bool) -> Launch:
+def _backward(
+    architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype, precision: str, packed: bool
+) -> Launch:
     width = shape[1]
     x, out = (_empty(*shape, dtype=dtype) for _ in range(2))
     grad = _empty(triangle.size(width)) if packed else _empty(width, width)
@@ -164,34 +168,41 @@ def _shifts_budget(architecture: int) -> Callable[[Launch], Budget]:
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
+_CASES: tuple[tuple[tuple[int, ...], str, Callable[..., Launch], tuple[Any, ...], Callable[..., Any]], ...] = (
+    (ARCHITECTURES, "covariance shifts bf16", _shifts, (CLASSIFIER, BF16), _shifts_budget),
+    ((90,), "covariance shifts fp32", _shifts, (DATA_SET, F32), _shifts_budget),
+    (ARCHITECTURES, "covariance ieee bf16", _covariance, (CLASSIFIER, BF16, "ieee"), _triangle_budget),
+    (ARCHITECTURES, "covariance ieee fp16", _covariance, (CLASSIFIER, F16, "ieee"), _triangle_budget),
+    (ARCHITECTURES, "covariance bf16x3 fp32", _covariance, (CLASSIFIER, F32, "bf16x3"), _triangle_budget),
+    (ARCHITECTURES, "covariance ieee fp32", _covariance, (CLASSIFIER, F32, "ieee"), _triangle_budget),
+    ((90,), "covariance tf32 fp32", _covariance, (CLASSIFIER, F32, "tf32"), _triangle_budget),
+    ((90,), "covariance bf16 bf16", _covariance, (WIDE, BF16, "bf16"), _triangle_budget),
+    ((80, 90), "covariance bf16x3 fp32, data set", _covariance, (DATA_SET, F32, "bf16x3"), _triangle_budget),
+    (ARCHITECTURES, "covariance_match_ ADAM ieee bf16", _match, (WIDE, BF16, "ieee", "adam", True),
+     _triangle_budget),
+    (ARCHITECTURES, "covariance_match_ ADAM bf16x3 fp32", _match, (WIDE, F32, "bf16x3", "adam", True),
+     _triangle_budget),
+    ((90,), "covariance_match_ ADAM ieee fp32", _match, (WIDE, F32, "ieee", "adam", True), _triangle_budget),
+    ((90,), "covariance_match_ none bf16", _match, (WIDE, BF16, "bf16", "none", False), _triangle_budget),
+    ((90,), "covariance_match_ moving bf16, chunks", _match, ((1024, 512), BF16, "bf16", "moving", True),
+     _triangle_budget),
+    (ARCHITECTURES, "covariance_match_backward bf16x3 fp32", _backward, (WIDE, F32, "bf16x3", True),
+     _gradient_budget),
+    (ARCHITECTURES, "covariance_match_backward ieee bf16", _backward, (WIDE, BF16, "ieee", True),
+     _gradient_budget),
+    ((90,), "covariance_match_backward ieee fp32", _backward, (WIDE, F32, "ieee", True), _gradient_budget),
+    ((90,), "covariance_match_backward bf16, few rows", _backward, ((64, 2048), BF16, "bf16", True),
+     _gradient_budget),
+    ((90,), "covariance_backward tf32 fp32", _backward, (WIDE, F32, "tf32", False), _gradient_budget),
+)  # fmt: skip
+
 COVARIANCE_SPECS = tuple(
     Spec(name, functools.partial(build, architecture, *arguments), budget(architecture), (architecture,))
-    for architectures, name, build, arguments, budget in (
-        (ARCHITECTURES, "covariance shifts bf16", _shifts, (CLASSIFIER, BF16), _shifts_budget),
-        ((90,), "covariance shifts fp32", _shifts, (DATA_SET, F32), _shifts_budget),
-        (ARCHITECTURES, "covariance ieee bf16", _covariance, (CLASSIFIER, BF16, "ieee"), _triangle_budget),
-        (ARCHITECTURES, "covariance ieee fp16", _covariance, (CLASSIFIER, F16, "ieee"), _triangle_budget),
-        (ARCHITECTURES, "covariance bf16x3 fp32", _covariance, (CLASSIFIER, F32, "bf16x3"), _triangle_budget),
-        (ARCHITECTURES, "covariance ieee fp32", _covariance, (CLASSIFIER, F32, "ieee"), _triangle_budget),
-        ((90,), "covariance tf32 fp32", _covariance, (CLASSIFIER, F32, "tf32"), _triangle_budget),
-        ((90,), "covariance bf16 bf16", _covariance, (WIDE, BF16, "bf16"), _triangle_budget),
-        ((80, 90), "covariance bf16x3 fp32, data set", _covariance, (DATA_SET, F32, "bf16x3"), _triangle_budget),
-        (ARCHITECTURES, "covariance_match_ ADAM ieee bf16", _match, (WIDE, BF16, "ieee", "adam", True),
-         _triangle_budget),
-        (ARCHITECTURES, "covariance_match_ ADAM bf16x3 fp32", _match, (WIDE, F32, "bf16x3", "adam", True),
-         _triangle_budget),
-        ((90,), "covariance_match_ ADAM ieee fp32", _match, (WIDE, F32, "ieee", "adam", True), _triangle_budget),
-        ((90,), "covariance_match_ none bf16", _match, (WIDE, BF16, "bf16", "none", False), _triangle_budget),
-        ((90,), "covariance_match_ moving bf16, chunks", _match, ((1024, 512), BF16, "bf16", "moving", True),
-         _triangle_budget),
-        (ARCHITECTURES, "covariance_match_backward bf16x3 fp32", _backward, (WIDE, F32, "bf16x3", True),
-         _gradient_budget),
-        (ARCHITECTURES, "covariance_match_backward ieee bf16", _backward, (WIDE, BF16, "ieee", True),
-         _gradient_budget),
-        ((90,), "covariance_match_backward ieee fp32", _backward, (WIDE, F32, "ieee", True), _gradient_budget),
-        ((90,), "covariance_match_backward bf16, few rows", _backward, ((64, 2048), BF16, "bf16", True),
-         _gradient_budget),
-        ((90,), "covariance_backward tf32 fp32", _backward, (WIDE, F32, "tf32", False), _gradient_budget),
-    )
+    for architectures, name, build, arguments, budget in _CASES
     for architecture in architectures
-)  # fmt: skip
+)
+
+
+def launches(architecture: Architecture) -> dict[str, Callable[[], Launch]]:
+    """What the specs launch, by name, on any architecture."""
+    return {name: functools.partial(build, architecture, *arguments) for _, name, build, arguments, _ in _CASES}

@@ -1,7 +1,7 @@
 """`gram` and `gram_backward`: products of the rows of many layers, two launches forward and one backward.
 
 Forward, a program multiplies one tile of an upper triangle over a chunk of the columns; chunks are then added in order.
-The rows of a layer lie in several tensors: every row of a tile has its pointer.
+The rows of a layer lie in several tensors: every row of a tile has its offset from the first of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,21 @@ from torch import Tensor
 
 from moment_ops.kernels import _gram_plan, _plan
 from moment_ops.kernels._common import pick_integer
-from moment_ops.kernels._covariance_plan import architecture_of, operand_dtype
-from moment_ops.kernels._products import multiply
+from moment_ops.kernels._product_tiles import (
+    Architecture,
+    architecture_of,
+    gram_gradient_tile,
+    gram_mode,
+    gram_tile,
+    operand_dtype,
+)
+from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
 
 # Sides of the parts of a tile that are folded, and chunks that are loaded at a time.
 _FOLD_SIDE = 32
 _FOLD_CHUNKS = 8
-# As many as there are: left to itself, ptxas spills to reach the next step of occupancy.
-_REGISTERS = 255
 
 
 @triton.jit
@@ -41,14 +46,20 @@ def row_pointers(
     tensors, strides, starts, firsts, program, row, LAYERS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr
 ):
     """(ROWS, 1) pointers to rows, counted over all groups."""
-    stride = (pick_group(strides, starts, program, 0, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
-    at = pick_group(tensors, starts, program, 0, LAYERS, GROUPS) + row.to(tl.int64)[:, None] * stride
+    first = pick_group(tensors, starts, program, 0, LAYERS, GROUPS)
+    address = first.to(tl.int64)
+    UNIT: tl.constexpr = VECTOR * (first.dtype.element_ty.primitive_bitwidth // 8)
+    wide = row.to(tl.int64)
+    offset = wide * ((pick_group(strides, starts, program, 0, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR)
+    # A choice of offsets: one of pointers fails to compile for AMD.
     for group in tl.static_range(1, GROUPS):
-        local = row - (firsts[group] >> 4)
         stride = (pick_group(strides, starts, program, group, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
-        of_group = pick_group(tensors, starts, program, group, LAYERS, GROUPS) + local.to(tl.int64)[:, None] * stride
-        at = tl.where((local >= 0)[:, None], of_group, at)
-    return at
+        distance = pick_group(tensors, starts, program, group, LAYERS, GROUPS).to(tl.int64) - address
+        begin = distance // UNIT * VECTOR - (firsts[group] >> 4) * stride
+        offset = tl.where(row >= (firsts[group] >> 4), begin + wide * stride, offset)
+    # From a number, not from the tensor: of a small one, Triton for AMD takes offsets for 32 bits wide.
+    base = tl.multiple_of(address.to(first.dtype), UNIT)
+    return base + offset[:, None]
 
 
 @triton.jit
@@ -123,7 +134,7 @@ def gram_kernel(
                     right_at, shifts, starts, firsts, program, right_row, right_mask, column, inside, LAYERS, GROUPS
                 )
                 part = multiply(left, tl.trans(right), part, MODE, BF16)
-            total += part
+            total = promote(total, part)
         # The sum over blocks is in memory: registers are for products.
         promoted = total.to(tl.float64)
         if block > begin:
@@ -235,23 +246,23 @@ def gram_backward_kernel(
             total = multiply(factor, z, total, MODE, BF16)
         else:
             # Not into `total`: the sums of tensor cores are truncated.
-            total += multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16)
+            total = promote(total, multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16))
     out = row_pointers(outputs, output_strides, starts, firsts, program, row, LAYERS, GROUPS, VECTOR)
     mask = written[:, None] & column_mask[None, :]
     tl.store(out + column[None, :], total.to(outputs[0].dtype.element_ty), mask=mask)
 
 
 def gram_launches(
-    rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor, architecture: int
+    rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor, architecture: Architecture
 ) -> list[_plan.Launch]:
     """The launches of `gram`, products and their sums, of rows and shifts whose columns are neighbours."""
-    mode = _gram_plan.mode_of(rows[0].dtype)
-    tile = _gram_plan.forward_tile(mode, architecture)
+    mode = gram_mode(rows[0].dtype, architecture)
+    tile = gram_tile(mode, architecture)
     total = out.shape[1]
     row_tiles = _gram_plan.blocks(total, tile.rows)
     parts = row_tiles * (row_tiles + 1) // 2 * (tile.rows // _FOLD_SIDE) ** 2
     launches = []
-    for batch in _gram_plan.triangle_batches(rows, shift, layers, tile):
+    for batch in _gram_plan.triangle_batches(rows, shift, layers, tile, architecture):
         partials = out.new_empty(batch.programs * tile.rows * tile.columns)
         products = {
             "inputs": batch.tensors(rows, layers),
@@ -287,7 +298,7 @@ def gram_launches(
             "SIDE": _FOLD_SIDE,
             "CHUNKS": _FOLD_CHUNKS,
         }
-        launches.append(_plan.Launch(gram_kernel, batch.programs, products, tile.warps, _REGISTERS))
+        launches.append(_plan.Launch(gram_kernel, batch.programs, products, tile.warps, tile.registers))
         launches.append(_plan.Launch(gram_fold_kernel, parts * len(batch.layers), sums, 4))
     return launches
 
@@ -298,15 +309,15 @@ def backward_launches(
     shift: Sequence[Tensor],
     wanted: Sequence[bool],
     out: Sequence[Tensor],
-    architecture: int,
+    architecture: Architecture,
 ) -> list[_plan.Launch]:
     """The launches of `gram_backward`; `out` has a tensor for each of `rows`, any where none is wanted.
 
     factors: (L, R, 4 * ceil(R / 4)) float32, symmetric, zero beyond R.
     """
     layers, total = factors.shape[:2]
-    mode = _gram_plan.mode_of(rows[0].dtype)
-    tile = _gram_plan.backward_tile(mode, architecture)
+    mode = gram_mode(rows[0].dtype, architecture)
+    tile = gram_gradient_tile(mode, architecture)
     return [
         _plan.Launch(
             gram_backward_kernel,
@@ -336,9 +347,9 @@ def backward_launches(
                 "STAGES": tile.stages,
             },
             tile.warps,
-            _REGISTERS,
+            tile.registers,
         )
-        for batch in _gram_plan.output_batches(rows, out, shift, layers, tile)
+        for batch in _gram_plan.output_batches(rows, out, shift, layers, tile, architecture)
     ]
 
 
@@ -348,9 +359,7 @@ def _run(launches: Sequence[_plan.Launch], device: torch.device) -> None:
 
 def _must_be_joined(rows: Sequence[Tensor], layers: int) -> bool:
     """Whether the groups are more than a program chooses from, or differ in dtype."""
-    # Triton 3.7 fails to compile a choice between tensors of pointers for AMD's GPUs.
-    most = 1 if torch.version.hip is not None else _gram_plan.MOST_GROUPS
-    return len(rows) > most * layers or len({x.dtype for x in rows}) > 1
+    return len(rows) > _gram_plan.MOST_GROUPS * layers or len({x.dtype for x in rows}) > 1
 
 
 def _joined(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int) -> tuple[list[Tensor], list[Tensor]]:

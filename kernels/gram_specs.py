@@ -1,12 +1,14 @@
 """The specs of the Gram matrices' kernels."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moment_ops.kernels import gram
 from moment_ops.kernels._plan import Launch
+from moment_ops.kernels._product_tiles import Architecture
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
 from moment_ops.kernels.covariance_specs import _matrix_products, _vectors
 
@@ -21,14 +23,16 @@ def _tensors(counts: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtyp
     return rows, [torch.empty(x.shape[1], device="meta") for x in rows]
 
 
-def _gram(architecture: int, shape: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, which: int) -> Launch:
+def _gram(
+    architecture: Architecture, shape: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, which: int
+) -> Launch:
     rows, shift = _tensors(*shape, dtype)
     layers, total = len(shape[1]), sum(shape[0])
     out = torch.empty(layers, total, total, dtype=torch.float64, device="meta")
     return gram.gram_launches(rows, shift, layers, out, architecture)[which]
 
 
-def _backward(architecture: int, shape: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> Launch:
+def _backward(architecture: Architecture, shape: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> Launch:
     rows, shift = _tensors(*shape, dtype)
     layers, total = len(shape[1]), sum(shape[0])
     factors = torch.empty(layers, total, -(-total // 4) * 4, device="meta")
@@ -96,6 +100,17 @@ def _backward_budget(launch: Launch, architecture: int) -> Budget:
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
+_CASES = (
+    (ARCHITECTURES, "gram fp32", _gram, (NETWORK, F32, 0), _products_budget),
+    (ARCHITECTURES, "gram bf16", _gram, (NETWORK, BF16, 0), _products_budget),
+    ((90,), "gram fp32, style", _gram, (STYLE, F32, 0), _products_budget),
+    (ARCHITECTURES, "gram, sums", _gram, (NETWORK, F32, 1), _fold_budget),
+    (ARCHITECTURES, "gram_backward fp32", _backward, (NETWORK, F32), _backward_budget),
+    (ARCHITECTURES, "gram_backward bf16", _backward, (NETWORK, BF16), _backward_budget),
+    ((90,), "gram_backward fp32, style", _backward, (STYLE, F32), _backward_budget),
+    ((90,), "gram_backward fp16, style", _backward, (STYLE, F16), _backward_budget),
+)
+
 GRAM_SPECS = tuple(
     Spec(
         name,
@@ -103,15 +118,11 @@ GRAM_SPECS = tuple(
         functools.partial(budget, architecture=architecture),
         (architecture,),
     )
-    for architectures, name, build, arguments, budget in (
-        (ARCHITECTURES, "gram fp32", _gram, (NETWORK, F32, 0), _products_budget),
-        (ARCHITECTURES, "gram bf16", _gram, (NETWORK, BF16, 0), _products_budget),
-        ((90,), "gram fp32, style", _gram, (STYLE, F32, 0), _products_budget),
-        (ARCHITECTURES, "gram, sums", _gram, (NETWORK, F32, 1), _fold_budget),
-        (ARCHITECTURES, "gram_backward fp32", _backward, (NETWORK, F32), _backward_budget),
-        (ARCHITECTURES, "gram_backward bf16", _backward, (NETWORK, BF16), _backward_budget),
-        ((90,), "gram_backward fp32, style", _backward, (STYLE, F32), _backward_budget),
-        ((90,), "gram_backward fp16, style", _backward, (STYLE, F16), _backward_budget),
-    )
+    for architectures, name, build, arguments, budget in _CASES
     for architecture in architectures
 )
+
+
+def launches(architecture: Architecture) -> dict[str, Callable[[], Launch]]:
+    """What the specs launch, by name, on any architecture."""
+    return {name: functools.partial(build, architecture, *arguments) for _, name, build, arguments, _ in _CASES}

@@ -244,7 +244,8 @@ def backward_launches(
             **group.constants,
             "RECTIFIED": rectified,
         }
-        launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps))
+        registers = _plan.PASS_REGISTERS if arguments["grads"] is None else _plan.ADDED_PASS_REGISTERS
+        launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps, registers))
     return launches
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moment_ops.kernels import match, moments, relu_moments
+from moment_ops.kernels import _plan, match, moments, relu_moments
 from moment_ops.kernels._plan import Launch
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec, compile_launch, recorded, resources, table
 from moment_ops.kernels.covariance_specs import COVARIANCE_SPECS
@@ -123,8 +123,8 @@ def _thread_rows(launch: Launch, itemsize: int) -> int:
 
 
 def _column_shared(launch: Launch, size: int) -> int:
-    """A number for every column and warp, to sum over warps and to exchange columns."""
-    return size * launch.warps * launch.arguments["BLOCK_COLUMNS"]
+    """A number for every lane: vectors of a narrow strip are spread over the lanes, which are folded at the end."""
+    return size * _plan.ROW_BYTES // launch.arguments["inputs"][0].element_size()
 
 
 def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
@@ -133,7 +133,7 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
     128 registers leave room for 512 threads. With a tile of eight rows each keeps 128 bytes in flight, 64 KiB together;
     with the four rows of a tap of 16 bits 32 KiB. Features are loaded in three places, the first tile, the loop and the
     tail, always in 128 bits, and a tap stores as often. What is narrower are the vectors of narrow strips, scalars, and
-    a tap's biases: one for each column of a thread's, or of its share of a strip.
+    a tap's biases, one for each lane of a thread's.
     """
 
     def budget(launch: Launch) -> Budget:
@@ -144,11 +144,11 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
         # Of means and variances.
         vectors_are_wide = columns_per_thread * max(4, itemsize) >= 16 and not arguments["PERMUTED"]
         tap = "outputs" in arguments
-        biases = columns_per_thread or 16 // itemsize
+        biases = 16 // itemsize
         # The step read for the bias and for its increment, the share of the loss, loss and step written.
         scalars = 3 if "loss" in arguments else 0
         return Budget(
-            registers=128,
+            registers=_plan.REGISTERS,
             shared=_column_shared(launch, 8 if arguments["partials"] is not None else 4),
             wide_loads=accesses if wide else 0,
             narrow_loads=scalars + (biases if tap else 0) if wide and (vectors_are_wide or tap) else None,
@@ -163,7 +163,7 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
 def applies(launch: Launch) -> Budget:
     """Budget of a kernel that passes over features: reads, and writes as often; rows of a strip share coefficients.
 
-    Four rows of 128-bit loads, and as many of added gradients: 640 threads have 40 KiB in flight, 512 of these 64 KiB.
+    Four rows of 128-bit loads, and as many of added gradients: 640 threads have 40 KiB in flight, 384 of these 48 KiB.
     A tile is loaded in the loop for the next iteration, and one before it, together with the coefficients. Narrow are
     the layer's count and the scale.
     """
@@ -171,7 +171,7 @@ def applies(launch: Launch) -> Budget:
     accesses = _thread_rows(launch, arguments["inputs"][0].element_size())
     streams = 2 if arguments["grads"] is not None else 1
     return Budget(
-        registers=96 if streams == 1 else 128,
+        registers=_plan.PASS_REGISTERS if streams == 1 else _plan.ADDED_PASS_REGISTERS,
         shared=_column_shared(launch, 4),
         wide_loads=2 * streams * accesses + 3,
         narrow_loads=2,

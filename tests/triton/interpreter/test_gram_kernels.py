@@ -9,6 +9,7 @@ from test_gram import LAYOUTS, OPS, exact_gram, flat
 import moment_ops as mo
 from moment_ops.kernels import _gram_plan, _plan
 from moment_ops.kernels import gram as kernels
+from moment_ops.kernels._product_tiles import gram_tile
 from moment_ops.ops.gram import gram
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -83,7 +84,7 @@ def test_sums_of_more_columns_than_a_block_are_in_float64(plan, programs):
 def test_chunks_of_several_tiles_are_folded_where_they_belong(plan, dtype):
     plan(PROMOTED_COLUMNS=64, _PROGRAMS=24)
     groups, shift = make_groups((70, 80), (304, 64), dtype)
-    batches = _gram_plan.triangle_batches(flat(groups), flat(shift), 2, _gram_plan.forward_tile("ieee", 0))
+    batches = _gram_plan.triangle_batches(flat(groups), flat(shift), 2, gram_tile("ieee", 0), 0)
     assert {batch.chunk_blocks for batch in batches} == {2}
     assert_products(gram(groups, shift), groups, shift)
 
@@ -102,9 +103,9 @@ def test_products_below_the_diagonal_of_a_tile_are_not_used():
 
 def test_layers_of_several_launches(plan):
     """Two layers a launch; one of the layers has columns that are no multiple of 128 bits."""
-    plan(_MOST_TENSORS=4)
+    plan(most_layers=lambda architecture: 4)
     groups, shift = make_groups((3, 2), (8, 5, 16, 24))
-    batches = _gram_plan.triangle_batches(flat(groups), flat(shift), 4, _gram_plan.forward_tile("ieee", 0))
+    batches = _gram_plan.triangle_batches(flat(groups), flat(shift), 4, gram_tile("ieee", 0), 0)
     assert sorted(batch.layers for batch in batches) == [(0, 2), (1,), (3,)]
     assert_products(gram(groups, shift), groups, shift)
     assert_gradients(groups, shift)
@@ -118,17 +119,6 @@ def test_a_list_of_layers_is_two_launches_forward_and_one_backward(monkeypatch):
     gram(groups, shift)
     assert_gradients(groups, shift)
     assert launches == [2, 1]
-
-
-def test_gpus_of_amd_read_joined_groups(monkeypatch):
-    groups, shift = make_groups((5, 3), (20,), BF16)
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    read = []
-    batches = _gram_plan.triangle_batches
-    monkeypatch.setattr(_gram_plan, "triangle_batches", lambda rows, *rest: read.append(rows) or batches(rows, *rest))
-    assert_products(gram(groups, shift), groups, shift)
-    assert_gradients(groups, shift)
-    assert [x.shape for rows in read for x in rows] == [(8, 20)]
 
 
 @pytest.mark.parametrize("dtypes", [(F32,), (F32, BF16)], ids=str)
