@@ -97,7 +97,7 @@ def test_moments_backward(emulated, shapes, dtype, given):
     on_host.test_moments_backward(emulated, shapes, dtype, given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("average", ["none", "moving", "adam"])
 @pytest.mark.parametrize("source", ["features", "moments", "means alone", "weighted"])
 def test_match(emulated, dtype, average, source):
