@@ -66,6 +66,9 @@ demo-molm: build  ## train MoLM on handwritten digits; results in runs/molm-mnis
 test: build  ## run every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 $(ARGS)
 
+test-emulated: build  ## run the compiled Triton kernels without a GPU, all of it; goes on where it was stopped
+	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full $(ARGS)
+
 test-gpu: build  ## run every operator on every GPU backend, against float64 on the CPU
 	@$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
 
@@ -87,4 +90,4 @@ bench-gpu: build  ## everything that only a GPU can tell, the most important fir
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so
 
-.PHONY: help build demo demo-molm test test-gpu lint format bench bench-gpu clean
+.PHONY: help build demo demo-molm test test-emulated test-gpu lint format bench bench-gpu clean

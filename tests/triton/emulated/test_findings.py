@@ -1,0 +1,100 @@
+"""What the interpreter hides, and the emulator shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from emulator.hazards import hazards
+from emulator.launcher import compiled, run
+from triton.runtime.jit import JITFunction
+
+from emulated import contracted
+from emulated.cases import emulate
+from emulated.columns import MatchFeatures
+from emulated.products import CovarianceMatch
+from moment_ops.kernels import _common, _products, covariance_match, match
+
+TRITON = Path(__file__).parents[1]
+
+
+def test_a_contracted_test_for_finite_values_updates_everything_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "emulated.contracted"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{TRITON}:{TRITON.parents[1]}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    given = contracted.arguments()
+    expected = given["m2"] * given["factor"]
+    expected[5] = -1
+    assert torch.equal(torch.tensor(json.loads(result.stdout)), expected)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_as_compiled_it_leaves_finite_values_alone(architecture):
+    """fma(a, b, -(a * b)) is what rounding took from the product: zero for a few of them alone."""
+    given = contracted.arguments()
+    launch = contracted.launch(given)
+    run([launch], [compiled(launch, architecture)])
+    product = given["m2"].double() * given["factor"].double()
+    exact = product.float().double() == product
+    assert exact.sum() < 10
+    assert torch.equal(given["state"] == -1, ~exact | product.isinf())
+
+
+@pytest.fixture
+def finite_by_difference():
+    """The kernels with the contracted test in place of theirs."""
+    source = _common.is_finite.src
+
+    def change(text):
+        _common.is_finite._unsafe_update_src(text)
+        # Their callers have to be compiled anew.
+        for module in (_common, _products, match, covariance_match):
+            for function in vars(module).values():
+                if isinstance(function, JITFunction):
+                    function.hash = None
+
+    changed = source.replace('tl.abs(value) < float("inf")', "value - value == 0")
+    assert changed != source
+    change(changed)
+    yield
+    change(source)
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+# Of few rows, so that a variance does not go through shared memory between its product and the test.
+MATCHES = {
+    "ADAM fp32": lambda: MatchFeatures(7, [(40,)], F32, "adam"),
+    "moving fp32": lambda: MatchFeatures(7, [(40,)], F32, "moving"),
+    "moving bf16": lambda: MatchFeatures(7, [(40,)], BF16, "moving"),
+    "covariances, ADAM fp32": lambda: CovarianceMatch(10, [16], F32, "ieee", "adam"),
+}
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_matches_do_not_move_their_state_with_it_and_this_is_noticed(name, finite_by_difference):
+    case = MATCHES[name]()
+    with pytest.raises(AssertionError):
+        emulate(case, 80)
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_matches_with_it_are_found_in_their_text(name, finite_by_difference):
+    found = hazards(compiled(MATCHES[name]().launches(80)[-1], 80).kernel)
+    assert {hazard.kind for hazard in found} == {"a difference of equal values, fused"}
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_matches_as_they_are_move_it(name):
+    emulate(MATCHES[name](), 80)
