@@ -153,7 +153,7 @@ class Machine:
         return None
 
     def _together(self, first: int, turn: np.ndarray) -> np.ndarray:
-        """The lanes that are furthest behind. At a barrier, a warp waits for those of its lanes that will come there."""
+        """The lanes that are furthest behind. At a barrier, a warp waits for its lanes that are yet to come."""
         here = (self._pc == first) & turn
         if first not in self._barriers:
             return here
