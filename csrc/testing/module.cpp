@@ -10,11 +10,7 @@
 #include <string>
 #include <vector>
 
-#if defined(MOMENT_OPS_RECORDS_LAUNCHES)
 #include "testing/recording_shim.h"
-#else
-#include "testing/shim.h"
-#endif
 
 #include "device/column_launch.h"
 #include "testing/layers.h"
@@ -217,12 +213,10 @@ PYBIND11_MODULE(moment_ops_testing, m) {
   m.def("merge", &merge_pair);
   m.attr("max_layers") = kMaxLayers;
   m.attr("block_rows") = kBlockRows;
-#if defined(MOMENT_OPS_RECORDS_LAUNCHES)
   m.def("record_with", [](decltype(shim::recorder) recorder, decltype(shim::on_allocation) on_allocation) {
     shim::recorder = recorder;
     shim::on_allocation = on_allocation;
   });
-#endif
 }
 
 }  // namespace

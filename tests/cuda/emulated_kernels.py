@@ -1,6 +1,6 @@
 """What nvcc made of the CUDA kernels, run without a GPU: the PTX inside the extension, in the emulator.
 
-The host side is the operators' own (csrc/device/column_launch.h), built to describe launches instead of running them.
+The host side is the operators' own (csrc/device/column_launch.h); it describes its launches instead of running them.
 """
 
 import ctypes
@@ -55,15 +55,12 @@ def _memory(address: int, size: int) -> Tensor:
 
 
 class EmulatedModule:
-    """Takes the place of a module of host_module.py in the functions of host_kernels.py.
+    """Takes the place of the module of host_module.py, which describes launches to it, for host_kernels.py."""
 
-    recording: a module that was built to describe launches.
-    """
-
-    def __init__(self, recording: ModuleType, library: Path, schedule: Schedule | None = None) -> None:
-        self._recording, self._library, self._schedule = recording, library, schedule or Schedule()
+    def __init__(self, module: ModuleType, library: Path, schedule: Schedule | None = None) -> None:
+        self._module, self._library, self._schedule = module, library, schedule or Schedule()
         self._buffers: list[tuple[str, Tensor]] = []
-        self.Layer = recording.Layer
+        self.Layer = module.Layer
 
     def __getattr__(self, name: str) -> Any:
         def call(layers: Any, dtype: str, *arguments: Any) -> Any:
@@ -74,11 +71,11 @@ class EmulatedModule:
                 for array in argument.values() if isinstance(argument, dict) else [argument]:
                     if isinstance(array, np.ndarray):
                         self._open(array.ctypes.data, array.nbytes)
-            self._recording.record_with(self._launch, self._open)
+            self._module.record_with(self._launch, self._open)
             try:
-                return getattr(self._recording, name)(layers, dtype, *arguments)
+                return getattr(self._module, name)(layers, dtype, *arguments)
             finally:
-                self._recording.record_with(None, None)
+                self._module.record_with(None, None)
 
         return call
 

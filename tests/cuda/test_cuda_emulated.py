@@ -7,7 +7,6 @@ import re
 
 import emulated_kernels
 import host_kernels
-import host_module
 import pytest
 import test_cuda_on_host as on_host
 import test_numerics_on_host as numerics
@@ -36,19 +35,13 @@ TWICE = [(4700, 5)]
 
 
 @pytest.fixture(scope="module")
-def recording():
-    """Describes launches. Their symbols have to be visible."""
-    return host_module.load(host_module.build_module("-O1", "-fvisibility=default", "-DMOMENT_OPS_RECORDS_LAUNCHES"))
-
-
-@pytest.fixture(scope="module")
-def emulated(recording, library):
-    return EmulatedModule(recording, library)
+def emulated(module, library):
+    return EmulatedModule(module, library)
 
 
 @pytest.fixture(scope="module", params=[Schedule(), INEXACT], ids=["exact", "inexact"])
-def any_arithmetic(recording, library, request):
-    return EmulatedModule(recording, library, request.param)
+def any_arithmetic(module, library, request):
+    return EmulatedModule(module, library, request.param)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -64,9 +57,9 @@ def test_layouts(emulated, make):
 
 @pytest.mark.parametrize("shapes", [MIXED, TWICE], ids=["mixed", "folded twice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_schedule_gives_the_same_bits(recording, library, shapes, dtype):
+def test_every_schedule_gives_the_same_bits(module, library, shapes, dtype):
     input = on_host.features(shapes, dtype)
-    results = [host_kernels.moments(EmulatedModule(recording, library, how), input)[:2] for how in SCHEDULES]
+    results = [host_kernels.moments(EmulatedModule(module, library, how), input)[:2] for how in SCHEDULES]
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
