@@ -90,8 +90,8 @@ inline bool allows_vectors(const void* pointer, int64_t row_stride, int64_t rows
          (rows == 1 || row_stride * element_size % kVectorBytes == 0);
 }
 
-// Bytes that keep the memory busy while they are on their way (Little's law): 40 KB for each of an H200's multiprocessors,
-// 4.8 TB/s times 1.1 us.
+// Bytes that keep the memory busy while they are on their way (Little's law): 40 KB for each of an H200's
+// multiprocessors, 4.8 TB/s times 1.1 us.
 inline constexpr int64_t kBytesInFlight = 132 * 40 * 1024;
 // A thread walks over more rows only where blocks have no more lanes than a warp: the last blocks of a launch work
 // alone, and should not do so for long.

@@ -28,8 +28,8 @@ struct Coefficients {
   A a[WIDTH], b[WIDTH], mean[WIDTH];
 };
 
-// Of columns at these packed places, for moments of `rows` rows, which are in memory, too. All loads are in flight before
-// the first is used: the scale is converted where it is loaded, and comes last.
+// Of columns at these packed places, for moments of `rows` rows, which are in memory, too. All loads are in flight
+// before the first is used: the scale is converted where it is loaded, and comes last.
 template <int WIDTH, class A>
 __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_t (&at)[WIDTH],
                                                                     const MomentGradients<A>& moments,
@@ -104,8 +104,8 @@ struct BackwardRows {
   }
 };
 
-// The first tile is on its way while the coefficients are worked out. Their places come before it: a division is a call,
-// which waits for all loads.
+// The first tile is on its way while the coefficients are worked out. Their places come before it: a division is a
+// call, which waits for all loads.
 template <bool ADD, bool RELU, int WIDTH, class T, class A>
 __device__ __forceinline__ void backward_rows(const ColumnLayer& layer, const ThreadShare& share,
                                               const MomentGradients<A>& moments, const int64_t& rows) {

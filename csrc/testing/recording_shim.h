@@ -23,7 +23,9 @@ inline void record(int blocks, int threads, void (*kernel)(Parameters...), const
   if (dladdr(reinterpret_cast<void*>(kernel), &info) == 0 || info.dli_sname == nullptr) {
     throw std::runtime_error("a kernel without a symbol");
   }
-  const auto bytes = [](const auto& value) { return pybind11::bytes(reinterpret_cast<const char*>(&value), sizeof value); };
+  const auto bytes = [](const auto& value) {
+    return pybind11::bytes(reinterpret_cast<const char*>(&value), sizeof value);
+  };
   recorder(info.dli_sname, blocks, threads, {bytes(static_cast<const Parameters&>(arguments))...});
 }
 
