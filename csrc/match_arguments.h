@@ -40,7 +40,7 @@ struct MatchState {
   MatchVectors<A> mean, var;  // var.target is null where means alone are matched
   uint8_t* started = nullptr;
   int64_t* step = nullptr;
-  double lr = 0, beta1 = 0, beta2 = 0;
+  AdamSchedule adam{};
   MatchParameters<A> parameters{};  // but for what depends on the step
 };
 
@@ -65,12 +65,10 @@ inline MatchState<A> unpack(const MatchTensors& t) {
     if (has_var) s.var.average = data<A>(t.state[1]);
     s.started = data<uint8_t>(t.state[t.state.size() - 2]);
   } else if (t.kind == Average::adam) {
-    s.lr = t.options[0];
-    s.beta1 = t.options[1];
-    s.beta2 = t.options[2];
-    s.parameters.beta1_complement = A(1 - s.beta1);
-    s.parameters.beta2 = A(s.beta2);
-    s.parameters.beta2_complement = A(1 - s.beta2);
+    s.adam = adam_schedule(t.options[0], t.options[1], t.options[2]);
+    s.parameters.beta1_complement = A(1 - t.options[1]);
+    s.parameters.beta2 = A(t.options[2]);
+    s.parameters.beta2_complement = A(1 - t.options[2]);
     s.parameters.eps = A(t.options[3]);
     s.parameters.gradient_scale = A(t.options[4]);
     MatchVectors<A>* quantities[] = {&s.mean, &s.var};
@@ -82,13 +80,6 @@ inline MatchState<A> unpack(const MatchTensors& t) {
   }
   if (t.kind != Average::none) s.step = data<int64_t>(t.state.back());
   return s;
-}
-
-// What Adam makes of the number of steps, this one included.
-template <class A>
-inline void set_step(MatchState<A>& s, double step) {
-  s.parameters.step_size = A(s.lr / (1 - std::pow(s.beta1, step)));
-  s.parameters.root_bias_correction2 = A(std::sqrt(1 - std::pow(s.beta2, step)));
 }
 
 }  // namespace moment_ops

@@ -168,7 +168,9 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
     using A = accumulate_t<T>;
     MatchState<A> match = unpack<A>({target_mean, target_var, mean_scale, var_scale, mean_weight, var_weight, reduction,
                                      kind, options, state, update, grad_mean, grad_var});
-    if (kind == Average::adam) set_step(match, static_cast<double>(*match.step + (update ? 1 : 0)));
+    if (kind == Average::adam) {
+      set_step(match.parameters, match.adam, static_cast<double>(*match.step + (update ? 1 : 0)));
+    }
 
     // Moments of [begin, end) of the packed columns, matched where the strips of memory order cannot be.
     const auto match_range = [&](const A* all_mean, const A* all_var, int64_t begin, int64_t end) {

@@ -18,9 +18,7 @@ MatchArguments<A> make_arguments(const MatchTensors& tensors, int64_t correction
   arguments.var = state.var;
   arguments.started = state.started;
   arguments.parameters = state.parameters;
-  arguments.lr = state.lr;
-  arguments.beta1 = state.beta1;
-  arguments.beta2 = state.beta2;
+  arguments.adam = state.adam;
   arguments.step = state.step;
   arguments.batch_mean = data<A>(batch_mean);
   arguments.correction = correction;
@@ -48,7 +46,7 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
   const auto from_moments = [&](auto accumulate, const Tensor& all_mean, const std::optional<Tensor>& all_var) {
     using A = decltype(accumulate);
     const int64_t columns = target_mean.numel();
-    const int blocks = match_blocks(columns);
+    const int blocks = match_blocks<A>(columns);
     const Tensor losses = torch::stable::new_empty(target_mean, {blocks}, ScalarType::Double);
     const DeviceWorkspace workspace = make_workspace(target_mean, Plan{}, 1);
     const auto arguments =
@@ -69,7 +67,7 @@ void match_(std::optional<Tensor> mean, std::optional<Tensor> var, std::vector<T
       moments(input, 0, correction, *batch_mean, batch_var);
       return from_moments(A{}, *batch_mean, batch_var);
     }
-    const Launches launches = plan_launches(make_column_layers(layers), sizeof(T), plan_reduction);
+    const Launches launches = plan_launches(make_column_layers(layers), sizeof(T), kReductionTile);
     const int strips = launches.total.strips;
     const Tensor losses = torch::stable::new_empty(target_mean, {strips}, ScalarType::Double);
     const DeviceWorkspace workspace = make_workspace(target_mean, launches.total, 1);

@@ -12,7 +12,7 @@ void moments(std::vector<Tensor> input, int64_t dim, int64_t correction, Tensor 
   dispatch_dtype(input[0], [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    const Launches launches = plan_launches(layers, sizeof(T), plan_reduction);
+    const Launches launches = plan_launches(layers, sizeof(T), kReductionTile);
     const DeviceWorkspace workspace = make_workspace(mean, launches.total, 0);
     launch_moments<T, A>(launches, workspace.pointers, {data<A>(mean), data<A>(var), correction}, stream);
   });
@@ -41,10 +41,9 @@ void moments_backward(std::vector<Tensor> grad, std::optional<Tensor> grad_mean,
       layer.grad = added[i].tensor.const_data_ptr();
       attach(added[i], layer.grad_stride);
     }
-    const Launches launches = plan_launches(layers, sizeof(T), plan_elementwise);
-    BackwardArguments<A> arguments{data<A>(grad_mean), data<A>(grad_var), data<A>(mean), data<int64_t>(count),
-                                   data<A>(scale),     correction,        0};
-    launch_moments_backward<T, A>(launches, arguments, stream);
+    const Launches launches = plan_launches(layers, sizeof(T), kElementwiseTile);
+    const MomentGradients<A> moments{data<A>(grad_mean), data<A>(grad_var), data<A>(mean), data<A>(scale), correction};
+    launch_moments_backward<T, A>(launches, {moments, data<int64_t>(count), 0}, stream);
   });
 }
 

@@ -9,16 +9,16 @@ void relu_moments(Tensor x, std::optional<Tensor> bias, int64_t correction, Tens
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x.get_device_index());
   ColumnLayer layer = make_column_layers(make_layers({x}, 0))[0];
+  STD_TORCH_CHECK(layer.columns < (int64_t{1} << 31), "moment_ops: a tap of 2^31 or more columns");
   const Layer output = make_layer(y, 0, 0);
   dispatch_dtype(x, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
     layer.vectors &= allows_vectors(y.const_data_ptr(), output.row_stride, output.rows, sizeof(T));
-    Plan plan;
-    plan_reduction(layer, sizeof(T), plan);
+    const Plan plan = plan_layer(layer, sizeof(T), kReductionTile);
     const DeviceWorkspace workspace = make_workspace(mean, plan, 0);
     const ReluArguments<T> arguments{data<T>(bias), static_cast<T*>(y.mutable_data_ptr()), output.row_stride,
-                                     bias ? layer.columns / bias->numel() : 1};
+                                     bias ? static_cast<uint32_t>(layer.columns / bias->numel()) : 1};
     launch_relu_moments<T, A>(layer, plan, arguments, workspace.pointers, {data<A>(mean), data<A>(var), correction},
                               stream);
   });
@@ -43,10 +43,9 @@ void relu_moments_backward(std::optional<Tensor> grad, std::optional<Tensor> gra
       layer.grad = grad->const_data_ptr();
       attach(*grad, layer.grad_stride);
     }
-    Plan plan;
-    plan_elementwise(layer, sizeof(T), plan);
-    launch_relu_moments_backward<T, A>(layer, plan, {data<A>(grad_mean), data<A>(grad_var), data<A>(mean), correction},
-                                       stream);
+    const Plan plan = plan_layer(layer, sizeof(T), kElementwiseTile);
+    launch_relu_moments_backward<T, A>(
+        layer, plan, {data<A>(grad_mean), data<A>(grad_var), data<A>(mean), nullptr, correction}, stream);
   });
 }
 

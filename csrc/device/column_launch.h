@@ -17,15 +17,17 @@ struct Launches {
   Plan total;
 };
 
-// `cut` is plan_reduction or plan_elementwise.
-template <class Cut>
-inline Launches plan_launches(std::vector<ColumnLayer> layers, int element_size, Cut cut) {
+// `tile_rows` is kReductionTile or kElementwiseTile.
+inline Launches plan_launches(std::vector<ColumnLayer> layers, int element_size, int tile_rows) {
   Launches launches;
+  int64_t in_flight = 0;
+  for (const ColumnLayer& layer : layers) in_flight += bytes_in_flight(layer, element_size, tile_rows);
+  const int groups = wanted_groups(in_flight);
   for (size_t first = 0; first < layers.size(); first += kMaxLayers) {
     ColumnLayers list{};
     launches.total.blocks = 0;
     for (size_t i = first; i < layers.size() && i < first + kMaxLayers; ++i) {
-      cut(layers[i], element_size, launches.total);
+      cut_layer(layers[i], element_size, tile_rows, groups, launches.total);
       list.layers[list.count++] = layers[i];
     }
     launches.lists.push_back(list);
@@ -84,16 +86,19 @@ inline void launch_relu_moments(const ColumnLayer& layer, const Plan& plan, cons
 
 template <class T, class A>
 inline void launch_relu_moments_backward(const ColumnLayer& layer, const Plan& plan,
-                                         const ReluBackwardArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
-  MOMENT_OPS_LAUNCH((relu_moments_backward_kernel<T, A>), plan.blocks, kThreads, stream, layer, arguments);
+                                         const MomentGradients<A>& moments, MOMENT_OPS_STREAM stream) {
+  MOMENT_OPS_LAUNCH((relu_moments_backward_kernel<T, A>), plan.blocks, kThreads, stream, layer, moments);
 }
 
-inline int match_blocks(int64_t columns) { return static_cast<int>((columns + kMatchColumns - 1) / kMatchColumns); }
+template <class A>
+inline int match_blocks(int64_t columns) {
+  return static_cast<int>(ceil_div(columns, kMatchColumns<A> * kThreads));
+}
 
 template <class A>
 inline void launch_match_moments(Average kind, const A* mean, const A* var, int64_t columns,
                                  const MatchArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
-  const int blocks = match_blocks(columns);
+  const int blocks = match_blocks<A>(columns);
   switch (kind) {
     case Average::none:
       MOMENT_OPS_LAUNCH((match_moments_kernel<Average::none, A>), blocks, kThreads, stream, mean, var, columns,

@@ -1,17 +1,15 @@
 // The reduction over rows for a list of layers in one launch.
 //
-// A block owns a strip of columns and at most kBlockRows of its rows. Every column is shifted by the mean of its first
-// rows; tiles of eight rows are reduced in registers and merged one after another; groups of threads, then blocks, are
-// merged in double as trees of a fixed shape. Whoever finishes a strip last folds it: no float is ever added atomically,
-// so results are the same bit for bit in every run.
+// A block owns a strip of columns and at most kBlockRows of its rows. Every thread shifts its columns by the mean of
+// its first rows; tiles of eight rows are reduced in registers and merged one after another; groups of threads, then
+// blocks, are merged in double as trees of a fixed shape. Whoever finishes a strip last folds it: no float is ever
+// added atomically, so results are the same bit for bit in every run.
 #pragma once
 
-#include "device/column_layers.h"
+#include "device/thread_share.cuh"
 #include "device/vector.h"
 
 namespace moment_ops {
-
-inline constexpr int kTileRows = 8;
 
 template <class A, int WIDTH>
 struct Partial {
@@ -19,8 +17,8 @@ struct Partial {
   A m2[WIDTH];
 };
 
-// Where a thread's rows come from: its columns of the features as they are. Another source may change values on their way
-// (`value`) and keep them (`keep`), as a tap does.
+// Where a thread's rows come from: its columns of the features as they are. Another source may change values on their
+// way (`value`) and keep them (`keep`), as a tap does.
 template <class T, int WIDTH>
 struct FeatureRows {
   const T* x;
@@ -31,113 +29,86 @@ struct FeatureRows {
   __device__ __forceinline__ void keep(int, const Vector<T, WIDTH>&) const {}
 };
 
-// The mean of up to kTileRows rows, relative to the first of them: that of a constant column is the constant.
+// Merges a tile of at most kReductionTile rows into the `before` rows above it. The first tile is shifted by its first
+// row, and its mean is the pivot of all others: that of a constant column is the constant.
 template <int WIDTH, class Rows, class A>
-__device__ __forceinline__ void load_pivot(const Rows& source, int begin, int rows, A (&pivot)[WIDTH]) {
-  const auto first = source.value(source.load(begin));
-  A sum[WIDTH] = {};
+__device__ __forceinline__ void reduce_tile(const Rows& source, int row, int rows, int before, A (&pivot)[WIDTH],
+                                            Partial<A, WIDTH>& total) {
+  decltype(source.load(row)) tile[kReductionTile];  // all loads in flight before the first is used
 #pragma unroll
-  for (int r = 1; r < kTileRows; ++r) {
-    if (r >= rows) break;
-    const auto next = source.value(source.load(begin + r));
-#pragma unroll
-    for (int c = 0; c < WIDTH; ++c) sum[c] += load(next.values[c]) - load(first.values[c]);
+  for (int r = 0; r < kReductionTile; ++r) {
+    if (r < rows) tile[r] = source.load(row + r);
   }
-  const A share = A(1) / A(rows < kTileRows ? rows : kTileRows);
 #pragma unroll
-  for (int c = 0; c < WIDTH; ++c) pivot[c] = load(first.values[c]) + sum[c] * share;
+  for (int r = 0; r < kReductionTile; ++r) {
+    if (r >= rows) continue;
+    tile[r] = source.value(tile[r]);
+    source.keep(row + r, tile[r]);
+  }
+  const A share = A(rows) / A(before + rows);
+  const MergeFactors<A> factors{share, A(before) * share};
+  const A row_share = A(1) / A(rows);
+#pragma unroll
+  for (int c = 0; c < WIDTH; ++c) {
+    if (before == 0) pivot[c] = tile[0][c];
+    A mean = 0;
+#pragma unroll
+    for (int r = 0; r < kReductionTile; ++r) mean += r < rows ? tile[r][c] - pivot[c] : A(0);
+    mean *= row_share;
+    A m2 = 0;
+#pragma unroll
+    for (int r = 0; r < kReductionTile; ++r) {
+      const A deviation = r < rows ? (tile[r][c] - pivot[c]) - mean : A(0);
+      m2 += deviation * deviation;
+    }
+    merge(total.mean[c], total.m2[c], mean, m2, factors);
+    if (before == 0) {
+      const A shift = pivot[c] + total.mean[c];
+      total.mean[c] -= shift - pivot[c];
+      pivot[c] = shift;
+    }
+  }
 }
 
-// Rows [begin, end) of WIDTH columns; means relative to the pivot, which is set, too.
+// Rows of WIDTH columns; means relative to the pivot, which is set, too.
 template <int WIDTH, class Rows, class A>
-__device__ __forceinline__ Partial<A, WIDTH> reduce_rows(const Rows& source, int begin, int end, A (&pivot)[WIDTH]) {
+__device__ __forceinline__ Partial<A, WIDTH> reduce_rows(const Rows& source, RowRange rows, A (&pivot)[WIDTH]) {
   Partial<A, WIDTH> total = {};
-  if (begin == end) return total;
-  load_pivot<WIDTH>(source, begin, end - begin, pivot);
-  int row = begin;
-  for (; row + kTileRows <= end; row += kTileRows) {
-    decltype(source.load(row)) raw[kTileRows];  // all loads in flight before the first is used
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) raw[r] = source.load(row + r);
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      raw[r] = source.value(raw[r]);
-      source.keep(row + r, raw[r]);
-    }
-    const A count = A(row - begin);
-    const A share = A(kTileRows) / (count + A(kTileRows));
-    const MergeFactors<A> factors{share, count * share};
-#pragma unroll
-    for (int c = 0; c < WIDTH; ++c) {
-      A mean = 0;
-#pragma unroll
-      for (int r = 0; r < kTileRows; ++r) mean += load(raw[r].values[c]) - pivot[c];
-      mean *= A(1) / A(kTileRows);
-      A m2 = 0;
-#pragma unroll
-      for (int r = 0; r < kTileRows; ++r) {
-        const A deviation = (load(raw[r].values[c]) - pivot[c]) - mean;
-        m2 += deviation * deviation;
-      }
-      merge(total.mean[c], total.m2[c], mean, m2, factors);
-    }
+  int row = rows.begin;
+  for (; row + kReductionTile <= rows.end; row += kReductionTile) {
+    reduce_tile<WIDTH>(source, row, kReductionTile, row - rows.begin, pivot, total);
   }
-  for (; row < end; ++row) {
-    const auto raw = source.value(source.load(row));
-    source.keep(row, raw);
-    const A count = A(row - begin);
-    const A share = A(1) / (count + A(1));
-    const MergeFactors<A> factors{share, count * share};
-#pragma unroll
-    for (int c = 0; c < WIDTH; ++c) {
-      merge(total.mean[c], total.m2[c], load(raw.values[c]) - pivot[c], A(0), factors);
-    }
-  }
+  if (row < rows.end) reduce_tile<WIDTH>(source, row, rows.end - row, row - rows.begin, pivot, total);
   return total;
 }
 
-// Rows of a group of threads, or of a block, inside [0, total): the g-th of equal parts.
-struct RowRange {
-  int begin, end;
+// Absolute moments in shared memory, group by group, on their way from the threads that read a column's rows to the one
+// that uses the column: thread j takes columns j, j + kThreads ... of the strip, so that neighbours write neighbours.
+template <int WIDTH>
+struct BlockMoments {
+  // A gap after every 16, or threads WIDTH columns apart would meet in a bank.
+  static constexpr int kSize = kThreads * WIDTH + kThreads * WIDTH / 16;
+  double mean[kSize];
+  double m2[kSize];
+
+  static __device__ __forceinline__ int at(int index) { return index + index / 16; }
 };
 
-__device__ __forceinline__ RowRange part_of(RowRange rows, int size, int index) {
-  const int begin = min(rows.begin + size * index, rows.end);
-  return {begin, min(begin + size, rows.end)};
-}
-
-// Shared memory of a reduction: the absolute moments of the groups of a narrow block.
+// Merges the groups of a block; group 0 ends up with the block's moments.
 template <int WIDTH>
-struct GroupMoments {
-  double mean[kThreads * WIDTH];
-  double m2[kThreads * WIDTH];
-};
-
-// Merges the groups of a narrow block; group 0 ends up with the block's moments.
-template <int WIDTH>
-__device__ __forceinline__ void merge_groups(Partial<double, WIDTH>& mine, RowRange rows, int group_rows, int lane,
-                                             int group, int groups, double* mean, double* m2) {
-  const auto at = [&](int g, int c) { return (g * kNarrowThreads + lane) * WIDTH + c; };
-#pragma unroll
-  for (int c = 0; c < WIDTH; ++c) {
-    mean[at(group, c)] = mine.mean[c];
-    m2[at(group, c)] = mine.m2[c];
-  }
-  for (int span = 1; span < groups; span *= 2) {
+__device__ __forceinline__ void merge_groups(const ColumnLayer& layer, const ThreadShare& share,
+                                             BlockMoments<WIDTH>& moments) {
+  for (int span = 1; span < layer.groups(); span *= 2) {
     __syncthreads();
-    if (group % (2 * span) != 0) continue;
-    const RowRange a = part_of(rows, group_rows * span, group / span);
-    const RowRange b = part_of(rows, group_rows * span, group / span + 1);
-    const MergeFactors<double> factors = merge_factors<double>(a.end - a.begin, b.end - b.begin);
-#pragma unroll
-    for (int c = 0; c < WIDTH; ++c) {
-      merge(mean[at(group, c)], m2[at(group, c)], mean[at(group + span, c)], m2[at(group + span, c)], factors);
+    for (int i = static_cast<int>(threadIdx.x); i < kThreads * WIDTH / (2 * span); i += kThreads) {
+      const int lane = i / WIDTH & (layer.lanes() - 1), pair = i / WIDTH >> layer.lane_bits;
+      const RowRange a = part_of(share.block_rows, share.group_rows * span, 2 * pair);
+      const RowRange b = part_of(share.block_rows, share.group_rows * span, 2 * pair + 1);
+      const int thread = (2 * pair * span << layer.lane_bits) + lane, other = thread + (span << layer.lane_bits);
+      const int to = moments.at(thread * WIDTH + i % WIDTH), from = moments.at(other * WIDTH + i % WIDTH);
+      merge(moments.mean[to], moments.m2[to], moments.mean[from], moments.m2[from],
+            merge_factors<double>(a.end - a.begin, b.end - b.begin));
     }
-  }
-#pragma unroll
-  for (int c = 0; c < WIDTH; ++c) {
-    mine.mean[c] = mean[at(group, c)];
-    mine.m2[c] = m2[at(group, c)];
   }
 }
 
@@ -161,98 +132,92 @@ struct Workspace {
   unsigned int* tickets;
 };
 
-// Folds the chunks of a strip as a tree, in place: chunk i takes in chunk i + span.
+// The columns of a strip after its reduction; `done` in all threads of the block that completed it.
+struct StripColumns {
+  bool done;
+  int index;
+  int64_t first;  // in memory order
+  int count;
+};
+
+// Rows of the chunks [first, first + count) of a layer.
+__device__ __forceinline__ int64_t rows_of_chunks(const ColumnLayer& layer, int64_t first, int64_t count) {
+  const int64_t rows = layer.rows;
+  return min(rows, (first + count) * kBlockRows) - min(rows, first * kBlockRows);
+}
+
+inline constexpr int kFoldChunks = 8;
+
+// Folds the chunks of a strip as a pairwise tree, kFoldChunks at a time, in place; the last fold is to shared memory.
 template <int WIDTH>
-__device__ __forceinline__ void fold_chunks(const ColumnLayer& layer, int64_t column, bool active, int group, int groups,
-                                            double* mean, double* m2) {
-  for (int span = 1; span < layer.chunks; span *= 2) {
-    for (int i = 2 * span * group; active && i + span < layer.chunks; i += 2 * span * groups) {
-      const RowRange a = part_of({0, layer.rows}, kBlockRows * span, i / span);
-      const RowRange b = part_of({0, layer.rows}, kBlockRows * span, i / span + 1);
-      const MergeFactors<double> factors = merge_factors<double>(a.end - a.begin, b.end - b.begin);
-      for (int c = 0; c < WIDTH; ++c) {
-        const int64_t to = i * layer.columns + column + c;
-        const int64_t from = (i + span) * layer.columns + column + c;
+__device__ __forceinline__ void fold_chunks(const ColumnLayer& layer, StripColumns strip, double* mean, double* m2,
+                                            BlockMoments<WIDTH>& moments) {
+  for (int span = 1; span < layer.chunks; span *= kFoldChunks) {
+    if (span > 1) __syncthreads();
+    const int folds = (layer.chunks - 1) / (span * kFoldChunks) + 1;
+    for (int i = static_cast<int>(threadIdx.x); i < folds * strip.count; i += kThreads) {
+      const int first = i / strip.count * kFoldChunks;  // chunk, in spans
+      const int64_t column = strip.first + i % strip.count;
+      double fold_mean[kFoldChunks] = {}, fold_m2[kFoldChunks] = {};
+#pragma unroll
+      for (int k = 0; k < kFoldChunks; ++k) {
+        const int64_t chunk = static_cast<int64_t>(first + k) * span;
+        if (chunk >= layer.chunks) continue;
         // Around the L1 cache, which knows nothing of what other blocks wrote.
-        double to_mean = __ldcg(mean + to), to_m2 = __ldcg(m2 + to);
-        merge(to_mean, to_m2, __ldcg(mean + from), __ldcg(m2 + from), factors);
-        __stcg(mean + to, to_mean);
-        __stcg(m2 + to, to_m2);
+        fold_mean[k] = __ldcg(mean + chunk * layer.columns + column);
+        fold_m2[k] = __ldcg(m2 + chunk * layer.columns + column);
+      }
+#pragma unroll
+      for (int step = 1; step < kFoldChunks; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < kFoldChunks; k += 2 * step) {
+          const int64_t chunk = static_cast<int64_t>(first + k) * span, count = static_cast<int64_t>(step) * span;
+          const int64_t rows = rows_of_chunks(layer, chunk, count), more = rows_of_chunks(layer, chunk + count, count);
+          merge(fold_mean[k], fold_m2[k], fold_mean[k + step], fold_m2[k + step], merge_factors<double>(rows, more));
+        }
+      }
+      if (folds == 1) {
+        moments.mean[moments.at(i)] = fold_mean[0];
+        moments.m2[moments.at(i)] = fold_m2[0];
+      } else {
+        __stcg(mean + static_cast<int64_t>(first) * span * layer.columns + column, fold_mean[0]);
+        __stcg(m2 + static_cast<int64_t>(first) * span * layer.columns + column, fold_m2[0]);
       }
     }
-    __syncthreads();
   }
 }
 
-// The columns that a thread holds after a reduction.
-template <class A, int WIDTH>
-struct Columns {
-  bool complete;  // their moments are final, and this thread is the one to use them
-  int64_t first;  // in memory order
-  Partial<A, WIDTH> moments;  // means absolute
-};
-
-// One block's share of a strip; `strip_done` is set in all threads of the block that completed it. `rows_of(column)` is
-// the source of a thread's rows.
+// One block's share of a strip. `rows_of(column)` is the source of a thread's rows.
 template <int WIDTH, class A, class RowsOf>
-__device__ __forceinline__ Columns<A, WIDTH> reduce_strip(const ColumnLayer& layer, int strip, int chunk,
-                                                          Workspace workspace, GroupMoments<WIDTH>& shared,
-                                                          bool& strip_done, const RowsOf& rows_of) {
-  const int across = layer.narrow ? kNarrowThreads : kThreads;
-  const int groups = kThreads / across;
-  const int lane = static_cast<int>(threadIdx.x) % across;
-  const int group = static_cast<int>(threadIdx.x) / across;
-  const int64_t column = (static_cast<int64_t>(strip) * across + lane) * WIDTH;
-  const bool active = column < layer.columns;
-  const RowRange rows{chunk * kBlockRows, min((chunk + 1) * kBlockRows, layer.rows)};
-  const int group_rows = ((rows.end - rows.begin + groups - 1) / groups + kTileRows - 1) / kTileRows * kTileRows;
-
+__device__ __forceinline__ StripColumns reduce_strip(const ColumnLayer& layer, Workspace workspace,
+                                                     BlockMoments<WIDTH>& moments, const RowsOf& rows_of) {
+  const ThreadShare share = thread_share<WIDTH>(layer, kReductionTile);
   A pivot[WIDTH] = {};
-  Partial<A, WIDTH> moments = {};
-  if (active) {
-    const RowRange mine = part_of(rows, group_rows, group);
-    moments = reduce_rows<WIDTH>(rows_of(column), mine.begin, mine.end, pivot);
-  }
-  strip_done = true;
-  if (groups == 1 && layer.chunks == 1) {
-#pragma unroll
-    for (int c = 0; c < WIDTH; ++c) moments.mean[c] += pivot[c];
-    return {active, column, moments};
-  }
-
-  Partial<double, WIDTH> wide;
+  Partial<A, WIDTH> mine = {};
+  if (share.rows.begin < share.rows.end) mine = reduce_rows<WIDTH>(rows_of(share.column), share.rows, pivot);
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
-    wide.mean[c] = static_cast<double>(pivot[c]) + static_cast<double>(moments.mean[c]);
-    wide.m2[c] = static_cast<double>(moments.m2[c]);
+    const int at = moments.at(static_cast<int>(threadIdx.x) * WIDTH + c);
+    moments.mean[at] = static_cast<double>(pivot[c]) + static_cast<double>(mine.mean[c]);
+    moments.m2[at] = static_cast<double>(mine.m2[c]);
   }
-  if (groups > 1) merge_groups<WIDTH>(wide, rows, group_rows, lane, group, groups, shared.mean, shared.m2);
+  merge_groups(layer, share, moments);
+  __syncthreads();
+
+  const int64_t rest = layer.columns - share.strip_column, most = layer.lanes() * WIDTH;
+  StripColumns strip{true, share.strip, share.strip_column, static_cast<int>(min(rest, most))};
   if (layer.chunks > 1) {
     double* mean = workspace.partial + 2 * layer.partial;
     double* m2 = mean + layer.columns * layer.chunks;
-    if (active && group == 0) {
-#pragma unroll
-      for (int c = 0; c < WIDTH; ++c) {
-        mean[chunk * layer.columns + column + c] = wide.mean[c];
-        m2[chunk * layer.columns + column + c] = wide.m2[c];
-      }
+#pragma unroll 1
+    for (int j = static_cast<int>(threadIdx.x); j < strip.count; j += kThreads) {
+      mean[share.chunk * layer.columns + strip.first + j] = moments.mean[moments.at(j)];
+      m2[share.chunk * layer.columns + strip.first + j] = moments.m2[moments.at(j)];
     }
-    strip_done = arrives_last(workspace.tickets + layer.first_strip + strip, layer.chunks);
-    if (strip_done) fold_chunks<WIDTH>(layer, column, active, group, groups, mean, m2);
-    if (strip_done && active) {
-#pragma unroll
-      for (int c = 0; c < WIDTH; ++c) {
-        wide.mean[c] = __ldcg(mean + column + c);
-        wide.m2[c] = __ldcg(m2 + column + c);
-      }
-    }
+    strip.done = arrives_last(workspace.tickets + layer.first_strip + strip.index, layer.chunks);
+    if (strip.done) fold_chunks(layer, strip, mean, m2, moments);
   }
-#pragma unroll
-  for (int c = 0; c < WIDTH; ++c) {
-    moments.mean[c] = static_cast<A>(wide.mean[c]);
-    moments.m2[c] = static_cast<A>(wide.m2[c]);
-  }
-  return {strip_done && active && group == 0, column, moments};
+  return strip;
 }
 
 template <int WIDTH, class T>
@@ -279,18 +244,16 @@ __device__ __forceinline__ A variance_scale(const ColumnLayer& layer, int64_t co
 }
 
 template <int WIDTH, class A, class RowsOf>
-__device__ __forceinline__ void moments_strip(const ColumnLayer& layer, int strip, int chunk, Workspace workspace,
-                                              GroupMoments<WIDTH>& shared, const MomentsOutput<A>& out,
+__device__ __forceinline__ void moments_strip(const ColumnLayer& layer, Workspace workspace,
+                                              BlockMoments<WIDTH>& moments, const MomentsOutput<A>& out,
                                               const RowsOf& rows_of) {
-  bool strip_done;
-  const Columns<A, WIDTH> mine = reduce_strip<WIDTH, A>(layer, strip, chunk, workspace, shared, strip_done, rows_of);
-  if (!mine.complete) return;
+  const StripColumns strip = reduce_strip<WIDTH, A>(layer, workspace, moments, rows_of);
+  if (!strip.done) return;
   const A scale = variance_scale<A>(layer, out.correction);
-#pragma unroll
-  for (int c = 0; c < WIDTH; ++c) {
-    const int64_t packed = layer.packed(mine.first + c);
-    out.mean[packed] = mine.moments.mean[c];
-    if (out.var != nullptr) out.var[packed] = mine.moments.m2[c] * scale;
+  for (int j = static_cast<int>(threadIdx.x); j < strip.count; j += kThreads) {
+    const int64_t packed = layer.packed(strip.first + j);
+    out.mean[packed] = static_cast<A>(moments.mean[moments.at(j)]);
+    if (out.var != nullptr) out.var[packed] = static_cast<A>(moments.m2[moments.at(j)]) * scale;
   }
 }
 
@@ -299,15 +262,12 @@ template <class T, class A>
 __global__ void __launch_bounds__(kThreads, 4)
     moments_kernel(const __grid_constant__ ColumnLayers list, Workspace workspace, MomentsOutput<A> out) {
   constexpr int WIDTH = kVectorBytes / sizeof(T);
-  __shared__ GroupMoments<WIDTH> shared;
+  __shared__ BlockMoments<WIDTH> moments;
   const ColumnLayer& layer = list.layers[find_layer(list, blockIdx.x)];
-  const int block = static_cast<int>(blockIdx.x) - layer.first_block;
-  const int strip = block / layer.chunks, chunk = block % layer.chunks;
   if (layer.vectors) {
-    moments_strip<WIDTH>(layer, strip, chunk, workspace, shared, out, FeaturesOf<WIDTH, T>{layer});
+    moments_strip<WIDTH>(layer, workspace, moments, out, FeaturesOf<WIDTH, T>{layer});
   } else {
-    moments_strip<1>(layer, strip, chunk, workspace, reinterpret_cast<GroupMoments<1>&>(shared), out,
-                     FeaturesOf<1, T>{layer});
+    moments_strip<1>(layer, workspace, reinterpret_cast<BlockMoments<1>&>(moments), out, FeaturesOf<1, T>{layer});
   }
 }
 

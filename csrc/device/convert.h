@@ -95,4 +95,26 @@ MOMENT_OPS_HOST_DEVICE void store(Half& out, float value) {
 #endif
 }
 
+#if defined(__CUDA_ARCH__)
+// Two numbers as two 16-bit features, the first in the low half: one instruction.
+template <class T>
+__device__ __forceinline__ uint32_t to_pair(float first, float second);
+
+template <>
+__device__ __forceinline__ uint32_t to_pair<BFloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+template <>
+__device__ __forceinline__ uint32_t to_pair<Half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+#endif
+
 }  // namespace moment_ops

@@ -29,6 +29,23 @@ struct MatchParameters {
   bool update;
 };
 
+// Adam's learning rate, and the logarithms of its betas.
+struct AdamSchedule {
+  double lr, log_beta1, log_beta2;
+};
+
+inline AdamSchedule adam_schedule(double lr, double beta1, double beta2) {
+  return {lr, std::log(beta1), std::log(beta2)};
+}
+
+// What Adam makes of the number of steps, this one included. 1 - beta^step as pow would have it loses digits, and is a
+// call on a GPU. Before the first step both may be anything: no average is updated then.
+template <class Accumulate>
+MOMENT_OPS_HOST_DEVICE void set_step(MatchParameters<Accumulate>& p, const AdamSchedule& adam, double step) {
+  p.step_size = static_cast<Accumulate>(adam.lr / -std::expm1(step * adam.log_beta1));
+  p.root_bias_correction2 = static_cast<Accumulate>(std::sqrt(-std::expm1(step * adam.log_beta2)));
+}
+
 // The packed vectors of one quantity, mean or variance; those that its average does not use are null.
 template <class Accumulate>
 struct MatchVectors {

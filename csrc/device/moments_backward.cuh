@@ -1,107 +1,151 @@
-// The gradient of moments for a list of layers in one launch: out = [grad +] a + b * (x - mean).
+// Gradients of moments: out = [grad +] a + b * (x - mean), for a list of layers in one launch.
 #pragma once
 
-#include "device/column_layers.h"
+#include "device/thread_share.cuh"
 #include "device/vector.h"
 
 namespace moment_ops {
 
 template <class A>
-struct BackwardArguments {
+struct MomentGradients {
   const A* grad_mean;  // packed, or null
   const A* grad_var;   // packed, or null
   const A* mean;
-  const int64_t* count;  // per layer, over all launches
-  const A* scale;        // one number, or null
+  const A* scale;  // of both gradients: one number, or null
   int64_t correction;
-  int32_t first_layer;  // of this launch
 };
 
-inline constexpr int kApplyTile = 4;
+template <class A>
+struct BackwardArguments {
+  MomentGradients<A> moments;
+  const int64_t* count;  // per layer, over all launches
+  int32_t first_layer;   // of this launch
+};
 
-// The coefficients of WIDTH columns: a = grad_mean * mean_scale, b = grad_var * var_scale.
+// Of WIDTH columns.
+template <class A, int WIDTH>
+struct Coefficients {
+  A a[WIDTH], b[WIDTH], mean[WIDTH];
+};
+
+// Of columns at these packed places, for moments of `rows` rows, which are in memory, too. All loads are in flight
+// before the first is used: the scale is converted where it is loaded, and comes last.
 template <int WIDTH, class A>
-__device__ __forceinline__ void load_coefficients(const ColumnLayer& layer, int64_t column, const A* grad_mean,
-                                                  const A* grad_var, const A* packed_mean, A mean_scale, A var_scale,
-                                                  A (&a)[WIDTH], A (&b)[WIDTH], A (&mean)[WIDTH]) {
+__device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_t (&at)[WIDTH],
+                                                                    const MomentGradients<A>& moments,
+                                                                    const int64_t& rows) {
+  // What is missing is read elsewhere and dropped: a branch for each would be a version of the code for all of them.
+  const A* grad_mean = moments.grad_mean != nullptr ? moments.grad_mean : moments.mean;
+  const A* grad_var = moments.grad_var != nullptr ? moments.grad_var : moments.mean;
+  Coefficients<A, WIDTH> result;
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
-    const int64_t packed = layer.packed(column + c);
-    a[c] = grad_mean != nullptr ? grad_mean[packed] * mean_scale : A(0);
-    const A var_gradient = grad_var != nullptr ? grad_var[packed] : A(0);
+    result.a[c] = grad_mean[at[c]];
+    result.b[c] = grad_var[at[c]];
+    result.mean[c] = moments.mean[at[c]];
+  }
+  const A scale = moments.scale != nullptr ? *moments.scale : A(1);
+  const auto share = [&](int64_t count) { return static_cast<double>(scale) / static_cast<double>(count); };
+  const A mean_scale = static_cast<A>(share(rows));
+  const A var_scale = static_cast<A>(2 * share(rows - moments.correction));
+#pragma unroll
+  for (int c = 0; c < WIDTH; ++c) {
+    result.a[c] = moments.grad_mean != nullptr ? result.a[c] * mean_scale : A(0);
     // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-    b[c] = var_gradient == A(0) ? A(0) : var_gradient * var_scale;
-    mean[c] = packed_mean[packed];
+    const bool sends = moments.grad_var != nullptr && result.b[c] != A(0);
+    result.b[c] = sends ? result.b[c] * var_scale : A(0);
   }
+  return result;
 }
 
-// ROWS rows of WIDTH columns; all loads are in flight before the first is used.
-template <int ROWS, bool ADD, int WIDTH, class T, class A>
-__device__ __forceinline__ void apply_rows(const ColumnLayer& layer, int64_t row, int64_t column, const A (&a)[WIDTH],
-                                           const A (&b)[WIDTH], const A (&mean)[WIDTH]) {
-  const T* x = static_cast<const T*>(layer.x) + row * layer.row_stride + column;
-  const T* grad = static_cast<const T*>(layer.grad) + row * layer.grad_stride + column;
-  T* out = static_cast<T*>(layer.out) + row * layer.out_stride + column;
-  Vector<T, WIDTH> value[ROWS], added[ROWS];
+// Features of a thread in registers, and the gradients to add to theirs.
+template <class T, int WIDTH>
+struct BackwardTile {
+  Vector<T, WIDTH> x[kElementwiseTile], grad[kElementwiseTile];
+};
+
+// A thread's rows: out = [grad +] a + b * (x - mean), or 0 where RELU and x <= 0.
+template <bool ADD, bool RELU, class T, int WIDTH>
+struct BackwardRows {
+  const ColumnLayer& layer;
+  const ThreadShare& share;
+
+  // Rows beyond the last are the last again, so that tiles need no masks.
+  __device__ __forceinline__ int64_t row(int begin, int r) const { return min(begin + r, share.rows.end - 1); }
+
+  __device__ __forceinline__ BackwardTile<T, WIDTH> load(int begin) const {
+    const T* x = static_cast<const T*>(layer.x) + share.column;
+    const T* grad = static_cast<const T*>(layer.grad) + share.column;
+    BackwardTile<T, WIDTH> tile;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    value[r] = load_vector<WIDTH>(x + r * layer.row_stride);
-    if constexpr (ADD) added[r] = load_vector<WIDTH>(grad + r * layer.grad_stride);
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    Vector<T, WIDTH> result;
-#pragma unroll
-    for (int c = 0; c < WIDTH; ++c) {
-      A sum = a[c] + b[c] * (load(value[r].values[c]) - mean[c]);
-      if constexpr (ADD) sum += load(added[r].values[c]);
-      store(result.values[c], sum);
+    for (int r = 0; r < kElementwiseTile; ++r) {
+      tile.x[r] = load_vector<WIDTH>(x + row(begin, r) * layer.row_stride);
+      if constexpr (ADD) tile.grad[r] = load_vector<WIDTH>(grad + row(begin, r) * layer.grad_stride);
     }
-    store_vector(out + r * layer.out_stride, result);
+    return tile;
+  }
+
+  template <class A>
+  __device__ __forceinline__ void store(int begin, const BackwardTile<T, WIDTH>& tile,
+                                        const Coefficients<A, WIDTH>& of) const {
+    T* out = static_cast<T*>(layer.out) + share.column;
+#pragma unroll
+    for (int r = 0; r < kElementwiseTile; ++r) {
+      A result[WIDTH];
+#pragma unroll
+      for (int c = 0; c < WIDTH; ++c) {
+        const A x = tile.x[r][c];
+        A sum = of.a[c] + of.b[c] * (x - of.mean[c]);
+        if constexpr (ADD) sum += tile.grad[r][c];
+        result[c] = RELU && x <= A(0) ? A(0) : sum;
+      }
+      store_vector(out + row(begin, r) * layer.out_stride, to_vector<T>(result));
+    }
+  }
+};
+
+// The first tile is on its way while the coefficients are worked out. Their places come before it: a division is a
+// call, which waits for all loads.
+template <bool ADD, bool RELU, int WIDTH, class T, class A>
+__device__ __forceinline__ void backward_rows(const ColumnLayer& layer, const ThreadShare& share,
+                                              const MomentGradients<A>& moments, const int64_t& rows) {
+  const BackwardRows<ADD, RELU, T, WIDTH> thread{layer, share};
+  int64_t at[WIDTH];
+  layer.packed(share.column, at);
+  int row = share.rows.begin;
+  BackwardTile<T, WIDTH> tile = thread.load(row);
+  const Coefficients<A, WIDTH> of = load_coefficients(at, moments, rows);
+  for (;; tile = thread.load(row)) {
+    thread.store(row, tile, of);
+    row += kElementwiseTile;
+    if (row >= share.rows.end) break;
   }
 }
 
-template <bool ADD, int WIDTH, class T, class A>
-__device__ __forceinline__ void apply_chunk(const ColumnLayer& layer, int chunk, int64_t column, const A (&a)[WIDTH],
-                                            const A (&b)[WIDTH], const A (&mean)[WIDTH]) {
-  int64_t row = static_cast<int64_t>(chunk) * kApplyRows;
-  const int64_t end = row + kApplyRows < layer.rows ? row + kApplyRows : layer.rows;
-  for (; row + kApplyTile <= end; row += kApplyTile) {
-    apply_rows<kApplyTile, ADD, WIDTH, T>(layer, row, column, a, b, mean);
-  }
-  for (; row < end; ++row) apply_rows<1, ADD, WIDTH, T>(layer, row, column, a, b, mean);
-}
-
-template <int WIDTH, class T, class A>
-__device__ __forceinline__ void backward_strip(const ColumnLayer& layer, int index, int strip, int chunk,
-                                               const BackwardArguments<A>& arguments) {
-  const int64_t column = (static_cast<int64_t>(strip) * kThreads + threadIdx.x) * WIDTH;
-  if (column >= layer.columns) return;
-  const double rows = static_cast<double>(arguments.count[arguments.first_layer + index]);
-  const double factor = arguments.scale != nullptr ? static_cast<double>(*arguments.scale) : 1.0;
-  const A mean_scale = static_cast<A>(factor / rows);
-  const A var_scale = static_cast<A>(2 * factor / (rows - static_cast<double>(arguments.correction)));
-  A a[WIDTH], b[WIDTH], mean[WIDTH];
-  load_coefficients<WIDTH>(layer, column, arguments.grad_mean, arguments.grad_var, arguments.mean, mean_scale, var_scale,
-                           a, b, mean);
+template <bool RELU, int WIDTH, class T, class A>
+__device__ __forceinline__ void backward_strip(const ColumnLayer& layer, const MomentGradients<A>& moments,
+                                               const int64_t& rows) {
+  const ThreadShare share = thread_share<WIDTH>(layer, kElementwiseTile);
+  if (share.rows.begin == share.rows.end) return;
   if (layer.grad != nullptr) {
-    apply_chunk<true, WIDTH, T>(layer, chunk, column, a, b, mean);
+    backward_rows<true, RELU, WIDTH, T>(layer, share, moments, rows);
   } else {
-    apply_chunk<false, WIDTH, T>(layer, chunk, column, a, b, mean);
+    backward_rows<false, RELU, WIDTH, T>(layer, share, moments, rows);
   }
 }
 
+// Five blocks to a multiprocessor: without the bound, the compiler saves registers and has fewer loads in flight.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     moments_backward_kernel(const __grid_constant__ ColumnLayers list, BackwardArguments<A> arguments) {
+  constexpr int WIDTH = kVectorBytes / sizeof(T);
   const int index = find_layer(list, blockIdx.x);
   const ColumnLayer& layer = list.layers[index];
-  const int block = static_cast<int>(blockIdx.x) - layer.first_block;
-  const int strip = block / layer.chunks, chunk = block % layer.chunks;
+  const int64_t& rows = arguments.count[arguments.first_layer + index];
   if (layer.vectors) {
-    backward_strip<kVectorBytes / sizeof(T), T>(layer, index, strip, chunk, arguments);
+    backward_strip<false, WIDTH, T>(layer, arguments.moments, rows);
   } else {
-    backward_strip<1, T>(layer, index, strip, chunk, arguments);
+    backward_strip<false, 1, T>(layer, arguments.moments, rows);
   }
 }
 

@@ -27,6 +27,16 @@
 
 namespace shim {
 
+// What the host side of an operator allocates: address and bytes.
+inline std::function<void(uintptr_t, size_t)> on_allocation;
+
+template <class T>
+inline std::vector<T> allocate(size_t size, T value) {
+  std::vector<T> memory(size, value);
+  if (on_allocation) on_allocation(reinterpret_cast<uintptr_t>(memory.data()), size * sizeof(T));
+  return memory;
+}
+
 struct Index {
   unsigned int x;
 };

@@ -55,7 +55,8 @@ struct HostWorkspace {
   Workspace pointers;
 
   explicit HostWorkspace(const Plan& plan)
-      : partial(2 * plan.partial_columns, std::nan("")), tickets(plan.partial_columns > 0 ? plan.strips : 0) {
+      : partial(shim::allocate(2 * plan.partial_columns, std::nan(""))),
+        tickets(shim::allocate(plan.partial_columns > 0 ? plan.strips : 0, 0u)) {
     pointers = {partial.data(), tickets.data()};
   }
 };

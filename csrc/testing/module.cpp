@@ -1,5 +1,6 @@
 // The CUDA kernels' own sources on the host, on NumPy arrays; and the shared math of csrc/device by itself. Built by the
 // tests, in no wheel.
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "testing/shim.h"
+#include "testing/recording_shim.h"
 
 #include "device/column_launch.h"
 #include "testing/layers.h"
@@ -40,7 +41,7 @@ int moments(const std::vector<LayerDescription>& layers, const std::string& dtyp
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), plan_reduction);
+    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
     HostWorkspace workspace(launches.total);
     launch_moments<T, A>(launches, workspace.pointers, {pointer<A>(mean), pointer<A>(var), correction}, 0);
     launched = static_cast<int>(launches.lists.size());
@@ -54,23 +55,22 @@ void moments_backward(const std::vector<LayerDescription>& layers, const std::st
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), plan_elementwise);
-    launch_moments_backward<T, A>(launches,
-                                  {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), pointer<int64_t>(count),
-                                   pointer<A>(scale), correction, 0},
-                                  0);
+    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kElementwiseTile);
+    const MomentGradients<A> moments{pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), pointer<A>(scale),
+                                     correction};
+    launch_moments_backward<T, A>(launches, {moments, pointer<int64_t>(count), 0}, 0);
   });
 }
 
 void relu_moments(const LayerDescription& description, const std::string& dtype, std::optional<py::array> bias,
-                  int64_t channel_columns, int64_t correction, py::array mean, py::array var, unsigned int block_order) {
+                  uint32_t channel_columns, int64_t correction, py::array mean, py::array var,
+                  unsigned int block_order) {
   shim::block_order_seed = block_order;
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
     ColumnLayer layer = make_layers({description}, sizeof(T))[0];
-    Plan plan;
-    plan_reduction(layer, sizeof(T), plan);
+    const Plan plan = plan_layer(layer, sizeof(T), kReductionTile);
     HostWorkspace workspace(plan);
     const ReluArguments<T> arguments{pointer<T>(bias), static_cast<T*>(layer.out), layer.out_stride, channel_columns};
     launch_relu_moments<T, A>(layer, plan, arguments, workspace.pointers, {pointer<A>(mean), pointer<A>(var), correction},
@@ -85,10 +85,9 @@ void relu_moments_backward(const LayerDescription& description, const std::strin
     using T = decltype(sample);
     using A = accumulate_t<T>;
     ColumnLayer layer = make_layers({description}, sizeof(T))[0];
-    Plan plan;
-    plan_elementwise(layer, sizeof(T), plan);
-    launch_relu_moments_backward<T, A>(layer, plan,
-                                       {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), correction}, 0);
+    const Plan plan = plan_layer(layer, sizeof(T), kElementwiseTile);
+    launch_relu_moments_backward<T, A>(
+        layer, plan, {pointer<A>(grad_mean), pointer<A>(grad_var), pointer<A>(mean), nullptr, correction}, 0);
   });
 }
 
@@ -121,9 +120,7 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
       arguments.parameters.decay = A(options[0]);
       arguments.parameters.one_minus_decay = A(1 - options[0]);
     } else if (kind == Average::adam) {
-      arguments.lr = options[0];
-      arguments.beta1 = options[1];
-      arguments.beta2 = options[2];
+      arguments.adam = adam_schedule(options[0], options[1], options[2]);
       arguments.parameters.beta1_complement = A(1 - options[1]);
       arguments.parameters.beta2 = A(options[2]);
       arguments.parameters.beta2_complement = A(1 - options[2]);
@@ -133,12 +130,12 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
     arguments.step = pointer<int64_t>(step);
     arguments.correction = correction;
     arguments.loss = pointer<A>(loss);
-    unsigned int ticket = 0;
-    arguments.ticket = &ticket;
+    std::vector<unsigned int> ticket = shim::allocate(1, 0u);
+    arguments.ticket = ticket.data();
     const int64_t columns = mean.size();
-    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), plan_reduction);
-    arguments.strips = layers.empty() ? match_blocks(columns) : launches.total.strips;
-    std::vector<double> losses(arguments.strips, std::nan(""));
+    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
+    arguments.strips = layers.empty() ? match_blocks<A>(columns) : launches.total.strips;
+    std::vector<double> losses = shim::allocate(arguments.strips, std::nan(""));
     arguments.losses = losses.data();
     if (layers.empty()) {
       launch_match_moments<A>(kind, pointer<A>(mean), pointer<A>(var), columns, arguments, 0);
@@ -148,6 +145,28 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
       launch_match_features<T, A>(kind, launches, workspace.pointers, arguments, 0);
     }
   });
+}
+
+// How a launch of one layer is cut.
+py::dict plan(int rows, int64_t columns, int element_size, bool vectors, bool elementwise) {
+  ColumnLayer layer{};
+  layer.rows = rows;
+  layer.columns = columns;
+  layer.vectors = vectors;
+  const Plan plan = plan_layer(layer, element_size, elementwise ? kElementwiseTile : kReductionTile);
+  py::dict result;
+  result["blocks"] = plan.blocks;
+  result["lanes"] = layer.lanes();
+  result["groups"] = layer.groups();
+  result["chunks"] = layer.chunks;
+  return result;
+}
+
+// (step size, root of the second bias correction) of Adam.
+std::pair<double, double> adam_step(double lr, double beta1, double beta2, int64_t step) {
+  MatchParameters<double> parameters{};
+  set_step(parameters, adam_schedule(lr, beta1, beta2), static_cast<double>(step));
+  return {parameters.step_size, parameters.root_bias_correction2};
 }
 
 uint16_t to_bits(const std::string& dtype, float value) {
@@ -187,11 +206,17 @@ PYBIND11_MODULE(moment_ops_testing, m) {
   m.def("match", &match);
   m.def("relu_moments", &relu_moments);
   m.def("relu_moments_backward", &relu_moments_backward);
+  m.def("plan", &plan);
+  m.def("adam_step", &adam_step);
   m.def("to_bits", &to_bits);
   m.def("from_bits", &from_bits);
   m.def("merge", &merge_pair);
   m.attr("max_layers") = kMaxLayers;
   m.attr("block_rows") = kBlockRows;
+  m.def("record_with", [](decltype(shim::recorder) recorder, decltype(shim::on_allocation) on_allocation) {
+    shim::recorder = recorder;
+    shim::on_allocation = on_allocation;
+  });
 }
 
 }  // namespace

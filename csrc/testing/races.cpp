@@ -101,7 +101,7 @@ struct ExactMoments {
 template <class T>
 void run_moments(const Features<T>& features) {
   using A = accumulate_t<T>;
-  const Launches launches = plan_launches(features.layers, sizeof(T), plan_reduction);
+  const Launches launches = plan_launches(features.layers, sizeof(T), kReductionTile);
   const HostWorkspace workspace(launches.total);
   std::vector<A> mean(features.columns, NAN), var(features.columns, NAN);
   launch_moments<T, A>(launches, workspace.pointers, {mean.data(), var.data(), 1}, 0);
@@ -158,9 +158,7 @@ struct Match {
     if (has_var) result.var = var.pointers();
     result.started = started.data();
     result.parameters = {A(0.25), A(0.875), A(0.125), A(0.5), A(0.75), A(0.25), A(1e-8), A(0), A(0), A(2), true};
-    result.lr = 0.125;
-    result.beta1 = 0.5;
-    result.beta2 = 0.75;
+    result.adam = adam_schedule(0.125, 0.5, 0.75);
     result.step = &step;
     result.batch_mean = batch_mean.data();
     result.correction = 1;
@@ -178,12 +176,11 @@ void expect_match(const Match<A>& actual, const ExactMoments& moments, bool has_
   const auto columns = static_cast<int64_t>(moments.mean.size());
   Match<double> exact(columns, 0);
   const MatchArguments<double> arguments = exact.arguments(has_var);
-  double step[2];
-  prepare_step<KIND>(arguments, step);
-  const MatchParameters<double> parameters = with_step<KIND>(arguments, step);
   double loss = 0;
   for (int64_t at = 0; at < columns; ++at) {
-    loss += match_column<KIND>(arguments, parameters, at, moments.mean[at], moments.var[at]);
+    loss += match_columns<KIND, 1>(arguments, exact.step, 0, [&](int) {
+      return MatchColumn<double>{true, at, moments.mean[at], moments.var[at]};
+    });
   }
   expect(actual.mean, exact.mean);
   if (has_var) expect(actual.var, exact.var);
@@ -195,7 +192,7 @@ void expect_match(const Match<A>& actual, const ExactMoments& moments, bool has_
 template <Average KIND, class T>
 void run_match(const Features<T>& features, bool has_var) {
   using A = accumulate_t<T>;
-  const Launches launches = plan_launches(features.layers, sizeof(T), plan_reduction);
+  const Launches launches = plan_launches(features.layers, sizeof(T), kReductionTile);
   const HostWorkspace workspace(launches.total);
   const ExactMoments exact(features.layers, features.x);
 
@@ -205,7 +202,7 @@ void run_match(const Features<T>& features, bool has_var) {
   expect_match<KIND>(from_features, exact, has_var);
 
   const std::vector<A> mean(exact.mean.begin(), exact.mean.end()), var(exact.var.begin(), exact.var.end());
-  Match<A> from_moments(features.columns, match_blocks(features.columns));
+  Match<A> from_moments(features.columns, match_blocks<A>(features.columns));
   launch_match_moments<A>(KIND, mean.data(), has_var ? var.data() : nullptr, features.columns,
                           from_moments.arguments(has_var), 0);
   expect_match<KIND>(from_moments, exact, has_var);
@@ -213,13 +210,17 @@ void run_match(const Features<T>& features, bool has_var) {
 
 // Gradients of means and variances, and of the features.
 template <class A>
-struct MomentGradients {
+struct GivenGradients {
   std::vector<A> grad_mean, grad_var, mean;
 
-  explicit MomentGradients(const ExactMoments& moments)
+  explicit GivenGradients(const ExactMoments& moments)
       : grad_mean(numbers<A>(moments.mean.size(), 11)),
         grad_var(numbers<A>(moments.mean.size(), 12)),
         mean(moments.mean.begin(), moments.mean.end()) {}
+
+  MomentGradients<A> pointers(const A* scale) const {
+    return {grad_mean.data(), grad_var.data(), mean.data(), scale, 1};
+  }
 
   double of_feature(double value, int64_t packed, double rows) const {
     return grad_mean[packed] / rows + 2 * grad_var[packed] / (rows - 1) * (value - mean[packed]);
@@ -235,12 +236,10 @@ void run_moments_backward(const std::vector<Shape>& shapes, bool added) {
     if (!added) layer.grad = nullptr;
     count.push_back(layer.rows);
   }
-  const MomentGradients<A> gradients(ExactMoments(features.layers, features.x));
+  const GivenGradients<A> gradients(ExactMoments(features.layers, features.x));
   const A scale = 0.375;
-  launch_moments_backward<T, A>(plan_launches(features.layers, sizeof(T), plan_elementwise),
-                                {gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(),
-                                 count.data(), &scale, 1, 0},
-                                0);
+  launch_moments_backward<T, A>(plan_launches(features.layers, sizeof(T), kElementwiseTile),
+                                {gradients.pointers(&scale), count.data(), 0}, 0);
   for (size_t i = 0; i < shapes.size(); ++i) {
     for_all(features.layers[i], [&](int64_t at, int64_t packed) {
       const double grad = scale * gradients.of_feature(load(features.x[i][at]), packed, shapes[i].rows);
@@ -255,10 +254,9 @@ void run_relu_moments(const Shape& shape, bool has_bias) {
   using A = accumulate_t<T>;
   Features<T> features({shape});
   ColumnLayer& layer = features.layers[0];
-  Plan plan;
-  plan_reduction(layer, sizeof(T), plan);
+  const Plan plan = plan_layer(layer, sizeof(T), kReductionTile);
   const HostWorkspace workspace(plan);
-  const int64_t channel_columns = layer.outer;
+  const auto channel_columns = static_cast<uint32_t>(layer.outer);
   const std::vector<T> bias = numbers<T>(layer.columns / channel_columns, 13);
   const ReluArguments<T> arguments{has_bias ? bias.data() : nullptr, features.out[0].data(), layer.out_stride,
                                    channel_columns};
@@ -279,11 +277,9 @@ void run_relu_moments_backward(const Shape& shape, bool added) {
   Features<T> features({shape});
   ColumnLayer& layer = features.layers[0];
   if (!added) layer.grad = nullptr;
-  Plan plan;
-  plan_elementwise(layer, sizeof(T), plan);
-  const MomentGradients<A> gradients(ExactMoments(features.layers, features.x));
-  launch_relu_moments_backward<T, A>(
-      layer, plan, {gradients.grad_mean.data(), gradients.grad_var.data(), gradients.mean.data(), 1}, 0);
+  const Plan plan = plan_layer(layer, sizeof(T), kElementwiseTile);
+  const GivenGradients<A> gradients(ExactMoments(features.layers, features.x));
+  launch_relu_moments_backward<T, A>(layer, plan, gradients.pointers(nullptr), 0);
   for_all(layer, [&](int64_t at, int64_t packed) {
     const double y = load(features.x[0][at]);
     const double sum = gradients.of_feature(y, packed, shape.rows) + (added ? load(features.grad[0][at]) : 0);
@@ -292,9 +288,12 @@ void run_relu_moments_backward(const Shape& shape, bool added) {
 }
 
 // Small: a block is a thread of the host, and a thread of it costs the sanitizer half a millisecond.
-const std::vector<Shape> kOneChunk{{70, 20, 1}, {5, 30}, {6, 24}, {12, 12, 0, 3}};
-const std::vector<Shape> kNarrowChunks{{1100, 72}, {1100, 5}};
-const std::vector<Shape> kWideChunks{{520, 130, 1}}, kWideVectors{{513, 512}};
+const std::vector<Shape> kOneChunk{{70, 20, 1}, {5, 30}, {6, 24}};
+const std::vector<Shape> kPermuted{{12, 12, 0, 3}};
+const std::vector<Shape> kNarrowChunks{{1100, 24}, {1100, 5}};
+const std::vector<Shape> kWideChunks{{520, 130, 1}}, kWideVectors{{513, 128}};
+// Folded twice.
+const std::vector<Shape> kManyChunks{{4100, 3}};
 
 // The second list goes to another launch: layers without columns fill the first, and take no blocks.
 std::vector<Shape> two_launches(std::vector<Shape> first, const std::vector<Shape>& second) {
@@ -305,18 +304,22 @@ std::vector<Shape> two_launches(std::vector<Shape> first, const std::vector<Shap
 
 template <class T>
 void run() {
-  for (const auto& shapes : {two_launches(kNarrowChunks, kOneChunk), kWideChunks, kWideVectors}) {
+  for (const auto& shapes : {two_launches(kNarrowChunks, kOneChunk), kWideChunks, kWideVectors, kManyChunks}) {
     const Features<T> features(shapes);
     run_moments(features);
     run_match<Average::none>(features, true);
     run_match<Average::moving>(features, false);
     run_match<Average::adam>(features, true);
   }
+  run_moments(Features<T>(kPermuted));
   for (const bool added : {false, true}) {
     run_moments_backward<T>(two_launches({{130, 130}}, kOneChunk), added);
-    for (const Shape& shape : kOneChunk) run_relu_moments_backward<T>(shape, added);
+    run_moments_backward<T>(kPermuted, added);
+    for (const auto& shapes : {kOneChunk, kPermuted}) {
+      for (const Shape& shape : shapes) run_relu_moments_backward<T>(shape, added);
+    }
   }
-  for (const auto& shapes : {kNarrowChunks, kOneChunk, kWideChunks}) {
+  for (const auto& shapes : {kNarrowChunks, kOneChunk, kPermuted, kWideChunks}) {
     for (const Shape& shape : shapes) run_relu_moments<T>(shape, shape.columns % 2 == 0);
   }
 }

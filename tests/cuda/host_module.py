@@ -48,7 +48,7 @@ def build(source: str, output: str, *flags: str) -> Path:
 def build_module(*flags: str) -> Path:
     """The kernels on NumPy arrays."""
     includes = [flag for path in (pybind11.get_include(), sysconfig.get_path("include")) for flag in ("-isystem", path)]
-    return build("module.cpp", f"{NAME}.so", "-shared", "-fPIC", "-fvisibility=hidden", *includes, *flags)
+    return build("module.cpp", f"{NAME}.so", "-shared", "-fPIC", *includes, *flags)
 
 
 def load(path: Path) -> ModuleType:

@@ -1,15 +1,9 @@
 """The CUDA tap's own sources, compiled for the host: one pass, the plain network's output, exact moments of it."""
 
 import host_kernels
-import host_module
 import pytest
 import torch
 from helpers import DTYPES, epsilon, exact_moments, mean_bound, mean_error, statistics_dtype, var_bound, var_error
-
-
-@pytest.fixture(scope="session")
-def module():
-    return host_module.load(host_module.build_module("-O1"))
 
 
 def features(shape, dtype, channels_last=False):

@@ -74,7 +74,7 @@ def load(state: State, ins: Instruction, form: Form) -> Run:
     type_ = _form(ins, form, len(results))
     write = _writer(state, results, type_)
     if space == "param":
-        return _load_parameter(state, ins, source, type_, write)
+        return _load_parameter(state, ins, source, type_, len(results), write)
     memory, log, locate = located(state, source, space, ins)
     width = type_.bits // 8 * len(results)
     view = memory.view(width)
@@ -113,12 +113,12 @@ def _writer(state: State, results: tuple[Operand, ...], type_: Type) -> Callable
     return extend
 
 
-def _load_parameter(state: State, ins: Instruction, source: Operand, type_: Type, write) -> Run:
+def _load_parameter(state: State, ins: Instruction, source: Operand, type_: Type, elements: int, write) -> Run:
     if not isinstance(source, Address):
         raise UnknownInstruction(f"{source} as an address")
     base = state.registers.read(source.base, Type("u", 64))
     offset = np.uint64(source.offset)
-    size = type_.bits // 8
+    size = type_.bits // 8 * elements
 
     def run(active: Active) -> None:
         starts = (base[active.lanes] + offset).astype(np.intp)

@@ -149,8 +149,20 @@ class Machine:
         for turn in self._turns:
             first = self._pc.min(where=turn, initial=_WAITING)
             if first < _WAITING:
-                return (self._pc == first) & turn
+                return self._together(int(first), turn)
         return None
+
+    def _together(self, first: int, turn: np.ndarray) -> np.ndarray:
+        """The lanes that are furthest behind. At a barrier, a warp waits for its lanes that are yet to come."""
+        here = (self._pc == first) & turn
+        if first not in self._barriers:
+            return here
+        running = (self._pc < _WAITING) & turn
+        whole = np.repeat((here == running).reshape(-1, 32).all(1), 32) & here
+        if whole.any():
+            return whole
+        following = self._pc.min(where=running & (self._pc > first), initial=_WAITING)
+        return here if following == _WAITING else self._together(int(following), turn)
 
     def _leave(self, index: int, active: Active) -> None:
         """Go where the block's end leads."""

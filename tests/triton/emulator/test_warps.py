@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_emulator import S32, U32, edges
 
-from emulator.faults import UnknownInstruction
+from emulator.faults import Divergence, UnknownInstruction
 from emulator.snippets import evaluate
 
 LANES = np.arange(32)
@@ -57,6 +57,32 @@ def test_threads_of_a_warp_go_different_ways_and_meet_again():
       done: add.u32 {y}, {y}, 1000"""
     n = np.arange(40, dtype=U32)
     np.testing.assert_array_equal(evaluate(text, n, out=U32), n * (n - 1) // 2 + 1000)
+
+
+def test_a_warp_waits_at_a_barrier_for_its_threads_on_longer_ways():
+    """Also where the barrier stands before those ways in the text, as nvcc writes it."""
+    text = """
+      mov.b32 {y}, 0;
+      bra.uni loop;
+      meet: bar.sync 0;
+      bra.uni done;
+      loop: setp.ge.u32 %p1, {y}, {0};
+      @%p1 bra meet;
+      add.u32 {y}, {y}, 1;
+      bra.uni loop;
+      done: add.u32 {y}, {y}, 1000"""
+    n = np.arange(40, dtype=U32)
+    np.testing.assert_array_equal(evaluate(text, n, out=U32), n + 1000)
+
+
+def test_a_barrier_that_some_threads_of_a_warp_never_reach_is_refused():
+    with pytest.raises(Divergence, match="some threads of the warp"):
+        evaluate("setp.eq.u32 %p1, {0}, 0; @%p1 bra done; bar.sync 0; done: mov.b32 {y}, 1", LANES.astype(U32), out=U32)
+
+
+def test_arguments_are_loaded_as_vectors():
+    text = "ld.param.v2.b32 {%r8, %r9}, [p0]; mov.b64 %d9, {%r8, %r9}; sub.s64 %d9, %d9, %d0; cvt.u32.u64 {y}, %d9"
+    np.testing.assert_array_equal(evaluate(text + "; add.u32 {y}, {y}, {0}", LANES.astype(U32), out=U32), LANES)
 
 
 def test_guarded_instructions_leave_other_threads_alone():
