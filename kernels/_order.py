@@ -28,7 +28,7 @@ def inner_columns(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None
 
 def is_native(x: Tensor) -> bool:
     """Whether the kernels know where the columns of `x`, rows on dimension 0, go in the packed vectors."""
-    return inner_columns(tuple(x.shape), x.stride()) is not None
+    return x.is_contiguous() or inner_columns(tuple(x.shape), x.stride()) is not None
 
 
 def rows_first(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:

@@ -7,7 +7,7 @@ possible. A program takes a strip of columns of one layer, over all rows where s
 import functools
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,12 +117,16 @@ class Launch:
         return {"num_warps": self.warps, "maxnreg": self.registers}
 
 
-def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Launch on the current stream of the tensors' device."""
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> list[Any]:
+    """Launch on the current stream of the tensors' device; the compiled kernels, None of the interpreter's."""
     hip = torch.version.hip is not None
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for launch in launches:
-            launch.kernel[(launch.programs,)](**launch.arguments, **launch.options(hip))
+    with on(device):
+        return [launch.kernel[(launch.programs,)](**launch.arguments, **launch.options(hip)) for launch in launches]
 
 
 def bits(value: float) -> int:

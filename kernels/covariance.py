@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _launch, _plan
 from moment_ops.kernels._common import arrive, pick, pick_integer
 from moment_ops.kernels._covariance_plan import PROMOTED_ROWS, TileGroup, triangle_groups
 from moment_ops.kernels._product_tiles import (
@@ -363,8 +363,8 @@ def product_arguments(
     """What the kernels that multiply rows have in common, workspace included."""
     partials = tickets = None
     if group.chunks > 1 or group.long:
-        partials = shift.new_empty(group.programs * tile.rows * tile.columns)
-        tickets = shift.new_zeros(group.programs, dtype=torch.int32)
+        partials = _launch.workspace(group.programs * tile.rows * tile.columns, shift.dtype, shift.device)
+        tickets = _launch.workspace(group.programs, torch.int32, shift.device, zeroed=True)
     return {
         "inputs": group.tensors(layers),
         "starts": group.starts,
@@ -397,7 +397,7 @@ def covariance_launches(
     x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor, architecture: Architecture
 ) -> list[_plan.Launch]:
     """The launches of `covariance` of x (N, D)."""
-    shift, rest = mean.new_empty(2, *mean.shape)
+    shift, rest = _launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1)
     mode = product_mode(precision, x.dtype, centered, architecture)
     tile = forward_tile(mode, architecture, len(x), [x.shape[1]])
     (group,) = triangle_groups([x], tile, architecture)
@@ -409,5 +409,5 @@ def covariance_launches(
 def covariance(x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor) -> None:
     """Fill `cov` (D, D) and `mean` (D,) from `x` (N, D)."""
     (x,) = unit_columns([x])
-    launches = covariance_launches(x, correction, centered, precision, cov, mean, architecture_of(x.device))
-    _plan.run(launches, x.device)
+    architecture = architecture_of(x.device)
+    _launch.run(covariance_launches, x.device, x, correction, centered, precision, cov, mean, architecture)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _launch, _plan
 from moment_ops.kernels._common import pick, pick_integer
 from moment_ops.kernels._covariance_plan import output_groups
 from moment_ops.kernels._product_tiles import (
@@ -214,10 +214,10 @@ def _fill(
 ) -> None:
     written = unit_columns(out)
     architecture = architecture_of(mean.device)
-    launches = backward_launches(
-        grad, grad_mean, unit_columns(x), mean, scale, correction, centered, precision, written, architecture
-    )
-    _plan.run(launches, mean.device)
+    _launch.run(
+        backward_launches, mean.device, grad, grad_mean, unit_columns(x), mean, scale, correction, centered, precision,
+        written, architecture,
+    )  # fmt: skip
     for y, w in zip(out, written, strict=True):
         if w is not y:
             y.copy_(w)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _launch, _plan
 from moment_ops.kernels._common import double, is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import triangle_groups
 from moment_ops.kernels._product_tiles import Architecture, architecture_of, forward_tile, product_mode
@@ -198,7 +198,7 @@ def covariance_match_launches(
     architecture: Architecture,
 ) -> list[_plan.Launch]:
     """The launches of `covariance_match_`: those that come last complete the loss."""
-    shift, rest = mean.new_empty(2, *mean.shape)
+    shift, rest = _launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1)
     mode = product_mode(precision, x[0].dtype, True, architecture)
     tile = forward_tile(mode, architecture, len(x[0]), [layer.shape[1] for layer in x])
     groups = triangle_groups(x, tile, architecture)
@@ -242,8 +242,7 @@ def covariance_match_(
 ) -> None:
     """Fill the loss, the packed means and, where it is given, the packed derivative; advance the state."""
     goals = [t.contiguous() for t in target]
-    launches = covariance_match_launches(
-        unit_columns(x), correction, goals, weight, average, options, state, update, precision, loss, mean, grad,
-        architecture_of(mean.device),
+    _launch.run(
+        covariance_match_launches, mean.device, unit_columns(x), correction, goals, weight, average, options, state,
+        update, precision, loss, mean, grad, architecture_of(mean.device),
     )  # fmt: skip
-    _plan.run(launches, mean.device)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _gram_plan, _plan
+from moment_ops.kernels import _gram_plan, _launch, _plan
 from moment_ops.kernels._common import pick_integer
 from moment_ops.kernels._product_tiles import (
     Architecture,
@@ -263,7 +263,7 @@ def gram_launches(
     parts = row_tiles * (row_tiles + 1) // 2 * (tile.rows // _FOLD_SIDE) ** 2
     launches = []
     for batch in _gram_plan.triangle_batches(rows, shift, layers, tile, architecture):
-        partials = out.new_empty(batch.programs * tile.rows * tile.columns)
+        partials = _launch.workspace(batch.programs * tile.rows * tile.columns, out.dtype, out.device)
         products = {
             "inputs": batch.tensors(rows, layers),
             "shifts": batch.tensors(shift, layers),
@@ -353,10 +353,6 @@ def backward_launches(
     ]
 
 
-def _run(launches: Sequence[_plan.Launch], device: torch.device) -> None:
-    _plan.run([launch for launch in launches if launch.programs], device)
-
-
 def _must_be_joined(rows: Sequence[Tensor], layers: int) -> bool:
     """Whether the groups are more than a program chooses from, or differ in dtype."""
     return len(rows) > _gram_plan.MOST_GROUPS * layers or len({x.dtype for x in rows}) > 1
@@ -382,8 +378,8 @@ def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tens
     if _must_be_joined(rows, layers):
         rows, shift = _joined(rows, shift, layers)
     read = unit_columns(rows)
-    launches = gram_launches(read, [s.contiguous() for s in shift], layers, out, architecture_of(out.device))
-    _run(launches, out.device)
+    shifts = [s.contiguous() for s in shift]
+    _launch.run(gram_launches, out.device, read, shifts, layers, out, architecture_of(out.device))
 
 
 def gram_backward(
@@ -409,8 +405,8 @@ def gram_backward(
     written = unit_columns(out)
     every = [x if y is None else y for x, y in _of_each(read, wanted, written)]
     architecture = architecture_of(grad.device)
-    launches = backward_launches(factors, read, [s.contiguous() for s in shift], wanted, every, architecture)
-    _run(launches, grad.device)
+    shifts = [s.contiguous() for s in shift]
+    _launch.run(backward_launches, grad.device, factors, read, shifts, wanted, every, architecture)
     for y, w in zip(out, written, strict=True):
         if w is not y:
             y.copy_(w)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _launch, _plan
 from moment_ops.kernels._common import arrive, double, is_finite
 from moment_ops.kernels._order import is_native
 from moment_ops.kernels._reduce import reduce_columns
@@ -382,7 +382,7 @@ def match_features_kernel(
 
 def loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
     """The loss with its workspace: one share per program, and the count of the programs that have left theirs."""
-    workspace = loss.new_zeros(entries + 1, dtype=torch.float64)
+    workspace = _launch.workspace(entries + 1, torch.float64, loss.device, zeroed=True)
     return {
         "loss": loss,
         "losses": workspace,
@@ -483,6 +483,16 @@ def match_features_launches(
     return launches
 
 
+def _launches_of_moments(mean: Tensor, var: Tensor | None, loss: Tensor, *matching: Any) -> list[_plan.Launch]:
+    return match_launches(mean, var, loss, match_arguments(*matching))
+
+
+def _launches_of_features(
+    layers: Sequence[Tensor], correction: int, mean: Tensor, loss: Tensor, *matching: Any
+) -> list[_plan.Launch]:
+    return match_features_launches(layers, correction, mean, loss, match_arguments(*matching))
+
+
 def match_(
     mean: Tensor | None,
     var: Tensor | None,
@@ -505,28 +515,15 @@ def match_(
     grad_var: Tensor | None,
 ) -> None:
     """Fill loss, derivatives and, from features, their mean; advance the state."""
-    matching = match_arguments(
-        target_mean,
-        target_var,
-        mean_scale,
-        var_scale,
-        mean_weight,
-        var_weight,
-        reduction,
-        average,
-        options,
-        state,
-        update,
-        grad_mean,
-        grad_var,
-    )
+    matching = (
+        target_mean, target_var, mean_scale, var_scale, mean_weight, var_weight, reduction, average, options, state,
+        update, grad_mean, grad_var,
+    )  # fmt: skip
     if mean is None and not all(map(is_native, input)):
         assert batch_mean is not None
         mean, var = batch_mean, None if target_var is None else torch.empty_like(batch_mean)
         moments(input, 0, correction, mean, var)
     if mean is not None:
-        launches = match_launches(mean, var, loss, matching)
+        _launch.run(_launches_of_moments, loss.device, mean, var, loss, *matching)
     else:
-        assert batch_mean is not None
-        launches = match_features_launches(input, correction, batch_mean, loss, matching)
-    _plan.run(launches, loss.device)
+        _launch.run(_launches_of_features, loss.device, input, correction, batch_mean, loss, *matching)

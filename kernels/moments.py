@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _launch, _plan
 from moment_ops.kernels._common import ROW_BITS, locate, pick, pick_integer, rows_of_lanes, strip_columns, tile_at
 from moment_ops.kernels._order import (
     in_memory_order,
@@ -160,8 +160,8 @@ def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction
     x = layers[0]
     partials = tickets = None
     if group.chunks > 1:
-        partials = x.new_empty(group.programs * 2 * group.tile.columns, dtype=torch.float64)
-        tickets = x.new_zeros(group.programs, dtype=torch.int32)
+        partials = _launch.workspace(group.programs * 2 * group.tile.columns, torch.float64, x.device)
+        tickets = _launch.workspace(group.programs, torch.int32, x.device, zeroed=True)
     return {
         "inputs": group.tensors(layers),
         "starts": group.starts,
@@ -182,6 +182,7 @@ def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction
 
 def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None) -> list[_plan.Launch]:
     """The launches of `moments` over layers whose rows are on dimension 0."""
+    layers = in_memory_order(layers)
     return [
         _plan.Launch(
             moments_kernel,
@@ -197,7 +198,7 @@ def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, va
 def moments(input: Sequence[Tensor], dim: int, correction: int, mean: Tensor, var: Tensor | None) -> None:
     """Fill the packed mean and variance."""
     layers = rows_first(input, dim)
-    _plan.run(moments_launches(in_memory_order(layers), correction, mean, var), mean.device)
+    _launch.run(moments_launches, mean.device, layers, correction, mean, var)
     for vector in (mean, var):
         if vector is not None:
             restore_logical_order(vector, layers)
@@ -219,6 +220,7 @@ def backward_launches(
 
     rectified: layers are outputs of ReLUs, and the gradients are those of their inputs.
     """
+    grad, layers, out = in_memory_order(grad), in_memory_order(layers), in_memory_order(out)
     launches = []
     for group in _plan.groups("apply", layers, out, *([grad] if grad else [])):
         arguments = {
@@ -265,15 +267,16 @@ def moments_backward(
     layers = rows_first(input, dim)
     ordered_mean = vector_in_memory_order(mean, layers)
     assert ordered_mean is not None
-    launches = backward_launches(
-        in_memory_order(rows_first(grad, dim)),
+    _launch.run(
+        backward_launches,
+        mean.device,
+        rows_first(grad, dim),
         vector_in_memory_order(grad_mean, layers),
         vector_in_memory_order(grad_var, layers),
-        in_memory_order(layers),
+        layers,
         ordered_mean,
         count,
         correction,
         scale,
-        in_memory_order(rows_first(out, dim)),
+        rows_first(out, dim),
     )
-    _plan.run(launches, mean.device)

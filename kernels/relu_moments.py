@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _launch, _plan
 from moment_ops.kernels._order import in_memory_order, is_native, restore_logical_order, vector_in_memory_order
 from moment_ops.kernels._reduce import reduce_columns
 from moment_ops.kernels.moments import backward_launches, reduction_arguments
@@ -76,7 +76,7 @@ def relu_moments_launches(
 
 def relu_moments(x: Tensor, bias: Tensor | None, correction: int, y: Tensor, mean: Tensor, var: Tensor) -> None:
     """Fill y and the packed mean and variance."""
-    _plan.run(relu_moments_launches(x, bias, correction, y, mean, var), x.device)
+    _launch.run(relu_moments_launches, x.device, x, bias, correction, y, mean, var)
     for vector in (mean, var):
         restore_logical_order(vector, [x])
 
@@ -94,15 +94,15 @@ def relu_moments_backward_launches(
     ordered_mean = vector_in_memory_order(mean, [y])
     assert ordered_mean is not None
     return backward_launches(
-        [] if grad is None else in_memory_order([grad]),
+        [] if grad is None else [grad],
         vector_in_memory_order(grad_mean, [y]),
         vector_in_memory_order(grad_var, [y]),
-        in_memory_order([y]),
+        [y],
         ordered_mean,
         None,
         correction,
         None,
-        in_memory_order([out]),
+        [out],
         rectified=True,
     )
 
@@ -117,4 +117,4 @@ def relu_moments_backward(
     out: Tensor,
 ) -> None:
     """Fill the gradient `out`."""
-    _plan.run(relu_moments_backward_launches(grad, grad_mean, grad_var, y, mean, correction, out), y.device)
+    _launch.run(relu_moments_backward_launches, y.device, grad, grad_mean, grad_var, y, mean, correction, out)

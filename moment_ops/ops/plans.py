@@ -60,7 +60,15 @@ class Plans(Generic[Plan]):
         plan = self._plans.get(key)
         if plan is None:
             plan = make(*arguments)
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.pop(next(iter(self._plans)), None)
-            self._plans[key] = plan
+            self.put(key, plan)
         return plan
+
+    def get(self, key: Hashable) -> Plan | None:
+        """The plan that was put under the key."""
+        return self._plans.get(key)
+
+    def put(self, key: Hashable, plan: Plan) -> None:
+        """Remember a plan."""
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.pop(next(iter(self._plans)), None)
+        self._plans[key] = plan

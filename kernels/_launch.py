@@ -1,0 +1,167 @@
+"""Calls of operators: what one launches is worked out once for all calls that are alike.
+
+Calls are alike where tensors agree in shape, strides, dtype, device and address modulo 16, and all else is equal. What
+is remembered of a call has neither tensors nor addresses: compiled kernels, their integers, and which of the call's
+tensors each pointer belongs to.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moment_ops.kernels import _plan
+from moment_ops.ops.plans import Plans
+
+
+class Workspace(NamedTuple):
+    """What a launch leaves for the next, or for its last program."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    zeroed: bool
+
+    def allocate(self) -> Tensor:
+        new = torch.zeros if self.zeroed else torch.empty
+        return new(self.size, dtype=self.dtype, device=self.device)
+
+
+class _Allocated(threading.local):
+    """The workspaces of the call that is being worked out."""
+
+    workspaces: list[tuple[Workspace, Tensor]] | None = None
+
+
+_allocated = _Allocated()
+
+
+def workspace(size: int, dtype: torch.dtype, device: torch.device, *, zeroed: bool = False) -> Tensor:
+    """(size) new numbers for the launches of one call; every call has its own."""
+    described = Workspace(size, dtype, device, zeroed)
+    tensor = described.allocate()
+    if _allocated.workspaces is not None:
+        _allocated.workspaces.append((described, tensor))
+    return tensor
+
+
+class _Pointer(NamedTuple):
+    """An address of a later call: so many bytes into a tensor."""
+
+    tensor: int  # position among the call's tensors, workspaces last
+    offset: int
+
+    def of(self, addresses: Sequence[int]) -> int:
+        return addresses[self.tensor] + self.offset
+
+
+class _Prepared(NamedTuple):
+    """A launch of later calls."""
+
+    launch: Callable[..., None]
+    arguments: list[Any]
+    pointers: list[tuple[int, Any]]  # positions among the arguments, and pointers or nested tuples of them
+
+    def run(self, addresses: Sequence[int]) -> None:
+        arguments = self.arguments.copy()
+        for position, pointers in self.pointers:
+            arguments[position] = _addressed(pointers, addresses)
+        self.launch(*arguments)
+
+
+class _Call(NamedTuple):
+    workspaces: list[Workspace]
+    launches: list[_Prepared]
+
+    def run(self, tensors: Sequence[Tensor]) -> None:
+        # Held until all launches have been queued.
+        workspaces = [described.allocate() for described in self.workspaces]
+        addresses = [tensor.data_ptr() for tensor in (*tensors, *workspaces)]
+        for launch in self.launches:
+            launch.run(addresses)
+
+
+def _addressed(pointers: Any, addresses: Sequence[int]) -> Any:
+    if pointers.__class__ is _Pointer:
+        return pointers.of(addresses)
+    return tuple([_addressed(pointer, addresses) for pointer in pointers])
+
+
+class _Unclear(Exception):
+    """A pointer does not tell which tensor it belongs to."""
+
+
+def _pointers(value: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> Any:
+    """Which tensor each tensor in `value`, nested tuples of them, is a view of; None where there is none."""
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor | tuple):
+        found = tuple(_pointers(entry, tensors, workspaces) for entry in value)
+        return found if None not in found else None
+    if not isinstance(value, Tensor):
+        return None
+    storage = value.untyped_storage().data_ptr()
+    for i, tensor in enumerate(workspaces):
+        if tensor.untyped_storage().data_ptr() == storage:
+            return _Pointer(len(tensors) + i, value.data_ptr() - tensor.data_ptr())
+    same = [i for i, tensor in enumerate(tensors) if tensor is value]
+    same = same or [i for i, tensor in enumerate(tensors) if tensor.data_ptr() == value.data_ptr()]
+    if len(same) != 1:
+        raise _Unclear
+    return _Pointer(same[0], 0)
+
+
+def _prepared(
+    launch: _plan.Launch, compiled: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]
+) -> _Prepared:
+    arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
+    found = [(i, _pointers(value, tensors, workspaces)) for i, value in enumerate(arguments)]
+    pointers = [(i, pointer) for i, pointer in found if pointer is not None]
+    for i, _ in pointers:
+        arguments[i] = None
+    return _Prepared(compiled[(launch.programs, 1, 1)], arguments, pointers)
+
+
+_calls: Plans[_Call] = Plans()
+
+
+def _described(argument: Any, tensors: list[Tensor]) -> Hashable:
+    """What calls that are alike agree on; the tensors are collected."""
+    if isinstance(argument, Tensor):
+        tensors.append(argument)
+        return argument.shape, argument.stride(), argument.dtype, argument.device, argument.data_ptr() & 15
+    if isinstance(argument, list | tuple):
+        return tuple([_described(entry, tensors) for entry in argument])
+    return argument
+
+
+def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *arguments: Any) -> None:
+    """Launch `make(*arguments)` on the current stream of the device.
+
+    Args:
+        make: a function of a module, which depends on nothing but what `arguments` are described by: not on the
+            values of tensors.
+    """
+    tensors: list[Tensor] = []
+    key = make, _described(arguments, tensors)
+    call = _calls.get(key)
+    if call is not None:
+        with _plan.on(device):
+            call.run(tensors)
+        return
+    allocated: list[tuple[Workspace, Tensor]] = []
+    _allocated.workspaces = allocated
+    try:
+        launches = [launch for launch in make(*arguments) if launch.programs]
+    finally:
+        _allocated.workspaces = None
+    compiled = _plan.run(launches, device)
+    # The interpreter compiles nothing.
+    if None in compiled:
+        return
+    workspaces = [tensor for _, tensor in allocated]
+    try:
+        prepared = [_prepared(*each, tensors, workspaces) for each in zip(launches, compiled, strict=True)]
+    except _Unclear:
+        return
+    _calls.put(key, _Call([described for described, _ in allocated], prepared))
