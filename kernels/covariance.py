@@ -225,7 +225,8 @@ def products(
     if LONG:
         slot = partials + program.to(tl.int64) * (TILE * TILE) + (lane[:, None] * TILE + lane[None, :])
         total = tl.zeros([TILE, TILE], tl.float32)
-        for block in range(begin, end, PROMOTED):
+        # At least once: what is folded has to be there, also beyond the last column.
+        for block in range(begin, tl.maximum(end, begin + 1), PROMOTED):
             total = tile_products(
                 x, stride, left, right, width, shift + offset, block,
                 tl.minimum(block + PROMOTED, end), CENTERED, MODE, BF16, DEPTH, STEPS, STAGES, TILE,

@@ -19,7 +19,6 @@ from torch import Tensor
 import moment_ops as mo
 from emulated.cases import LAYOUTS, Case, empty_like
 from moment_ops.kernels import covariance, match, moments, relu_moments
-from moment_ops.kernels._order import in_memory_order
 from moment_ops.kernels._plan import Launch
 from moment_ops.ops import reference
 
@@ -49,7 +48,7 @@ class Moments(Case):
         dtype = statistics_dtype(layers[0].dtype)
         self.mean = torch.empty(sum(x[0].numel() for x in layers), dtype=dtype)
         self.var = torch.empty_like(self.mean) if self.with_var else None
-        return moments.moments_launches(in_memory_order(layers), self.correction, self.mean, self.var)
+        return moments.moments_launches(layers, self.correction, self.mean, self.var)
 
     def check(self) -> None:
         assert_moments(mo.Moments(self.mean, self.var), self.layers, self.correction)
@@ -107,15 +106,15 @@ class MomentsBackward(Case):
     def launches(self, architecture: int) -> list[Launch]:
         self.out = [empty_like(x) for x in self.layers]
         return moments.backward_launches(
-            in_memory_order(self.grad),
+            self.grad,
             self.grad_mean,
             self.grad_var,
-            in_memory_order(self.layers),
+            self.layers,
             self.mean,
             self.count,
             1,
             self.scale,
-            in_memory_order(self.out),
+            self.out,
         )
 
     def check(self) -> None:

@@ -84,11 +84,11 @@ def _rows(launch: Launch) -> tuple[int, int]:
 
     The degrees of freedom are no power of two, by which a division would be exact.
     """
-    tile = launch.arguments["BLOCK_ROWS"]
-    # Gradients are always cut.
-    if launch.arguments.get("partials", launch) is None:
-        return 2 * tile + 3, 2 * tile + 3
-    return 3 * tile + 3, 2 * tile
+    arguments = launch.arguments
+    tile = arguments["BLOCK_ROWS"]
+    # A pass over features leaves no partial results, and is cut all the same.
+    cut = "partials" not in arguments or arguments["partials"] is not None
+    return (3 * tile + 3, 2 * tile) if cut else (2 * tile + 3, 2 * tile + 3)
 
 
 def _of_columns(make: Callable[[Launch, int, list[tuple[int, ...]], str], Case]) -> Callable[[Launch], Iterator[Small]]:
@@ -164,8 +164,8 @@ _PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 _WIDTH = 136
 
 
-def _small_tiles(plan: dict[str, Any], size: int) -> dict[str, Any]:
-    """Small tiles are those of GPUs that are not filled."""
+def _with_tiles(size: int, plan: Plan) -> dict[str, Any]:
+    """Large tiles are those that fill a GPU, of one processor; small ones leave some of many idle."""
     return {**plan, "_product_tiles.processors": always(1 if size >= 128 else 10**6)}
 
 
@@ -175,7 +175,7 @@ def _of_triangles(make: Callable[[Launch, int, str], Case]) -> Callable[[Launch]
     def candidates(launch: Launch) -> Iterator[Small]:
         arguments = launch.arguments
         rows, chunk = (40, 40) if arguments["partials"] is None else (70, 64)
-        plan = _small_tiles({"_covariance_plan._chunk_rows": always(chunk)}, arguments["TILE"])
+        plan = _with_tiles(arguments["TILE"], {"_covariance_plan._chunk_rows": always(chunk)})
         if arguments["LONG"]:
             plan["_covariance_plan.PROMOTED_ROWS"] = 0
         for precision in _PRECISIONS:
@@ -218,7 +218,7 @@ def _covariance_backward(launch: Launch) -> Iterator[Small]:
             widths = [width, *[8] * (arguments["LAYERS"] // 2)]
             return products.CovarianceMatchBackward(70, widths, dtype, precision, "contiguous", mean, scaled)
 
-        yield Small(make, _small_tiles({}, arguments["ROWS"]))
+        yield Small(make, _with_tiles(arguments["ROWS"], {}))
 
 
 def _gram_shape(launch: Launch) -> tuple[list[int], list[int]]:

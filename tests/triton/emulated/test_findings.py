@@ -18,9 +18,9 @@ from emulator.launcher import compiled, run
 from triton.runtime.jit import JITFunction
 
 from emulated import contracted
-from emulated.cases import emulate
+from emulated.cases import emulate, planned
 from emulated.columns import MatchFeatures
-from emulated.products import CovarianceMatch
+from emulated.products import Covariance, CovarianceMatch
 from moment_ops.kernels import _common, _products, covariance_match, match
 
 TRITON = Path(__file__).parents[1]
@@ -98,3 +98,11 @@ def test_matches_with_it_are_found_in_their_text(name, finite_by_difference):
 @pytest.mark.parametrize("name", MATCHES)
 def test_matches_as_they_are_move_it(name):
     emulate(MATCHES[name](), 80)
+
+
+def test_tiles_beyond_the_last_column_leave_sums_of_blocks_of_rows_too():
+    """What is folded of them is masked later; but it has to be there."""
+    with planned({"_covariance_plan.PROMOTED_ROWS": 0}):
+        case = Covariance(20, 40, F32, "ieee")
+        assert case.launches(80)[-1].arguments["LONG"]
+        emulate(case, 80)
