@@ -6,6 +6,7 @@ one call of `torch.relu` without gradient, timed in turns with each case; a back
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -206,6 +207,19 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def triton_table(unit: Call) -> str:
+    """Look-ups and launches of Triton's kernels; empty where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    from bench import triton_launches
+
+    lines = [f"| Triton call, {LAYERS} layers or one tap | us | relu | launches |", "|---|---:|---:|---:|"]
+    for name, call in triton_launches.look_ups([torch.randn(ROWS, *SHAPE) for _ in range(LAYERS)]).items():
+        r = measure(Case(name, call, 0.0), unit)
+        lines.append(f"| {name} | {r.microseconds:.1f} | {r.cost:.1f} | {triton_launches.launches(call)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_overhead", description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this")
@@ -216,6 +230,8 @@ def main() -> None:
     results = [measure(case, lambda: torch.relu(x)) for case in cases() if options.only in case.name]
     described = environment.describe()
     print(table(results))
+    if not options.only:
+        print(triton_table(lambda: torch.relu(x)))
     print(environment.line(described))
     if options.output:
         found = {"environment": described, "results": [asdict(r) for r in results]}

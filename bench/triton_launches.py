@@ -1,0 +1,61 @@
+"""What calls of Triton's kernels cost the host, without a GPU: launches of a step, and the look-up of a call."""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from moment_ops.kernels import _launch, _plan, match, moments, relu_moments
+
+ADAM = [1e-3, 0.5, 0.999, 1e-8, 0.0]
+
+
+class _Compiled:
+    """In place of a compiled kernel: what is left is the look-up."""
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+def _look_up(fill: Callable[..., None], *arguments: object) -> Callable[[], None]:
+    """A call like one that has been worked out."""
+    with patch.object(_plan, "run", lambda launches, device: [_Compiled() for _ in launches]):
+        fill(*arguments)
+    return lambda: fill(*arguments)
+
+
+def _vectors(count: int, like: Tensor) -> list[Tensor]:
+    return [torch.zeros_like(like) for _ in range(count)]
+
+
+def look_ups(layers: list[Tensor]) -> dict[str, Callable[[], None]]:
+    """Calls of the column kernels over layers, by name; tensors on the CPU will do."""
+    mean, var, target, target_var = _vectors(4, torch.zeros(sum(x[0].numel() for x in layers)))
+    state = [*_vectors(6, mean), torch.zeros((), dtype=torch.int64)]
+    loss, count, out = torch.zeros(()), torch.ones(len(layers), dtype=torch.int64), [x.clone() for x in layers]
+    x, y, tap_mean, tap_var, grad_mean = layers[0], out[0], *_vectors(3, layers[0][0].flatten())
+    matching = (target, target_var, 1.0, 1.0, None, None, 1.0, match.ADAM.value, ADAM, state, True)
+    return {
+        "moments": _look_up(moments.moments, layers, 0, 1, mean, var),
+        "moments_backward": _look_up(moments.moments_backward, [], mean, var, layers, target, count, 0, 1, None, out),
+        "match_, ADAM": _look_up(match.match_, None, None, layers, 1, *matching, loss, mean, *_vectors(2, mean)),
+        "relu_moments": _look_up(relu_moments.relu_moments, x, None, 1, y, tap_mean, tap_var),
+        "relu_moments_backward": _look_up(
+            relu_moments.relu_moments_backward, y, grad_mean, tap_var, x, tap_mean, 1, torch.empty_like(x)
+        ),
+    }
+
+
+def launches(call: Callable[[], None]) -> int:
+    """How many kernels a call launches."""
+    counted = 0
+
+    def count(planned: list[_plan.Launch], device: torch.device) -> list[None]:
+        nonlocal counted
+        counted += len(planned)
+        return [None for _ in planned]
+
+    with patch.object(_plan, "run", count), patch.object(_launch, "_calls", _launch.Plans()):
+        call()
+    return counted
