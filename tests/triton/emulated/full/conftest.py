@@ -1,4 +1,4 @@
-"""These tests take hours, and are collected by `make test-emulated` alone. It goes on where it was stopped."""
+"""Collected by `make test-emulated` alone, which goes on where it was stopped: more than an hour of a core."""
 
 import hashlib
 import os
