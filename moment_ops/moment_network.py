@@ -13,8 +13,9 @@ from torch.nn import functional
 from moment_ops.ops import checks
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.statistics import Moments, moments
+from moment_ops.taps import activations
+from moment_ops.taps.hooks import Calls, errors_about
 from moment_ops.taps.selection import Layers, Selection
-from moment_ops.taps.watching import ACTIVATIONS, Calls, errors_about
 
 GROUPS = ("hidden", "gradient", "input")
 PENALTIES = ("real", "generated", "alternating", "both")
@@ -73,7 +74,9 @@ class MomentNetwork(nn.Module):
     Moments". Weights, and averages on these moments, are additions.
     """
 
-    def __init__(self, f: nn.Module, hidden: Layers = ACTIVATIONS, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, f: nn.Module, hidden: Layers = activations.HIDDEN, weights: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(f, nn.Module):
             raise TypeError(f"f: got {type(f).__name__}, expected a Module")

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from moment_ops.ops.moments import new_count
 from moment_ops.statistics import Moments
+from moment_ops.taps import activations
 from moment_ops.taps.functions import BOTH, FEATURES, MOMENTS, Collected
-from moment_ops.taps.recording import RecordedNetwork
-from moment_ops.taps.selection import Layers, Selection
+from moment_ops.taps.hooks import RecordedNetwork
+from moment_ops.taps.selection import Layers, Selection, Site
 from moment_ops.taps.tracing import Untraceable, trace
 
 
@@ -28,19 +29,22 @@ class MomentExtractor(nn.Module):
             tap. A BatchNorm that alone reads a convolution is folded into it, in float32 and float64: for a network in
             16 bits, convert the extractor, not the network.
         layers: what to tap: a module type or several, where `torch.nn.ReLU` includes calls of `torch.relu` and
-            `torch.nn.functional.relu`; names from `names`, of one call ("layer1.0.relu:1") or of a module, which are
-            all its calls; or a predicate (name, module) -> bool, which gets `nn.ReLU()` for a function.
+            `torch.nn.functional.relu`, and `torch.nn.GELU` timm's class of that name; names from `names`, of one call
+            ("layer1.0.relu:1") or of a module, which are all its calls; or a predicate (name, module) -> bool, which
+            gets `nn.ReLU()` for a function. By default all activations but those that gate other features or end a
+            network: not Sigmoid, Hardsigmoid, Tanh, Hardtanh, Softsign, LogSigmoid and Softmax.
 
     Attributes:
         names: one per tap, module path and call index, after "index/" or "key/" of the network where there are several.
             None before the first call where a network has to be watched, see below.
 
-    Networks are traced with `torch.fx`. One that cannot be is watched while it runs: then nothing is folded, taps are
-    known after the first call, and calls that take another path raise ValueError.
+    Networks are traced with `torch.fx`. One that cannot be, or that has chosen calls within a module that is traced as
+    one (`torch.nn.TransformerEncoder`), is watched while it runs: then nothing is folded, taps are known after the
+    first call, and calls that take another path raise ValueError.
 
     Raises:
-        TypeError, ValueError: wrong types; a network without a chosen call, or a name that there is not: all names are
-            listed. For watched networks, on the first call.
+        TypeError, ValueError: wrong types; a network without a chosen call, or a name that there is not: what there is
+            is listed. For watched networks, on the first call.
 
     Cost: a ReLU with a tap moves the bytes of a ReLU, a forward or backward of the network takes what it takes without
     taps; memory beyond the network's is a few (F,) vectors. Another tap reads its features once more, and its backward
@@ -49,13 +53,15 @@ class MomentExtractor(nn.Module):
     Source: dos Santos et al. 2019, whose features are all ReLU outputs of VGG19 and ResNet18 together.
     """
 
-    def __init__(self, nets: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module], layers: Layers = nn.ReLU):
+    def __init__(
+        self, nets: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module], layers: Layers = activations.FEATURES
+    ):
         super().__init__()
         self.nets = nn.ModuleList()
         self._selection = Selection(layers)
         self._names: list[list[str] | None] = []
         self._checked = False
-        self._available: list[str] = []
+        self._available: list[Site] = []
         for prefix, net in _by_prefix(nets).items():
             self._add(net, prefix)
         super().train(False)
@@ -131,13 +137,15 @@ class MomentExtractor(nn.Module):
     def _check_names(self) -> None:
         watched = [net for net in self.nets if isinstance(net, RecordedNetwork)]
         if all(net.names is not None for net in watched):
-            passed = [name for net in watched for name in net.passed]
+            passed = [site for net in watched for site in net.passed]
             self._selection.check_all_found([*self._available, *passed])
             self._checked = True
 
 
 def _by_prefix(nets: Any) -> dict[str, nn.Module]:
     """Networks by the prefix of their names."""
+    if isinstance(nets, torch.jit.ScriptModule):
+        raise _scripted("nets")
     # A container that has a forward of its own is one network.
     if isinstance(nets, nn.Module) and type(nets).forward is not nn.Module.forward:
         return {"": nets}
@@ -152,7 +160,13 @@ def _by_prefix(nets: Any) -> dict[str, nn.Module]:
     for prefix, net in named.items():
         if not isinstance(net, nn.Module):
             raise TypeError(f"nets[{prefix.removesuffix('/')}]: got {type(net).__name__}, expected a Module")
+        if isinstance(net, torch.jit.ScriptModule):
+            raise _scripted(f"nets[{prefix.removesuffix('/')}]")
     return named
+
+
+def _scripted(name: str) -> TypeError:
+    return TypeError(f"{name}: got a ScriptModule, whose calls cannot be seen; pass the Module that it was made from")
 
 
 def _own_copy(net: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from moment_ops.taps.selection import has_hooks
+from moment_ops.taps.activations import has_hooks
 
 # Traced as functions, so that their weights can be changed where the call is the only one that uses them.
 CONVOLUTION_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

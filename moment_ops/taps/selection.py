@@ -1,45 +1,33 @@
 """Call sites of a network: their names, and which of them are tapped."""
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
-from torch.nn import functional
+
+from moment_ops.taps.activations import is_a
 
 Layers: TypeAlias = (
     type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool]
 )
 
-# What `nn.ReLU` is without a module. `torch.nn.functional.relu_` is `torch.relu_`.
-IN_PLACE_RELU_FUNCTIONS = frozenset({torch.relu_, torch.Tensor.relu_})
-RELU_FUNCTIONS = frozenset({torch.relu, functional.relu, torch.Tensor.relu}) | IN_PLACE_RELU_FUNCTIONS
-# Stands for the module where a function is called.
-RELU = nn.ReLU()
-
-
-def is_plain_relu(module: nn.Module) -> bool:
-    """Whether calling the module is calling `torch.relu`: no other forward, no hooks."""
-    return isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def function_path(caller: str) -> str:
-    """The path of a ReLU that is called as a function, in the forward of the module `caller`."""
-    return f"{caller}.relu" if caller else "relu"
+# Characters of an error that names what there is: a screen.
+_MOST_CHARACTERS = 1500
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call: of a module, or of a ReLU function within a module."""
+    """One call: of a module, or of an activation's function within a module."""
 
     name: str
     module: nn.Module
+
+    @property
+    def path(self) -> str:
+        return self.name.rpartition(":")[0]
 
 
 class Sites:
@@ -61,7 +49,7 @@ class Selection:
 
     Args:
         layers: a module type or several; names, of modules ("layer1.0.relu", all its calls) or calls
-            ("layer1.0.relu:1"); or a predicate (name, module) -> bool, given `nn.ReLU()` for a function.
+            ("layer1.0.relu:1"); or a predicate (name, module) -> bool, given `nn.ReLU()` for a call of `torch.relu`.
     """
 
     def __init__(self, layers: Any) -> None:
@@ -78,25 +66,58 @@ class Selection:
             self._predicate = layers
         else:
             raise TypeError(f"layers: got {layers!r}, expected module types, names, or a predicate (name, module)")
-        self._layers = layers
+        self._described = ", ".join(t.__name__ for t in self._types) or repr(layers)
 
     def __call__(self, site: Site, prefix: str) -> bool:
+        """Whether a call is tapped; a name that is chosen counts as found."""
+        matching = self._matching(site, prefix)
+        self._found |= matching
+        return bool(matching) or self._chooses(site)
+
+    def reaches_into(self, path: str, module: nn.Module, prefix: str) -> bool:
+        """Whether something that the module at `path` calls may be chosen."""
+        if self._names:
+            return any(name.removeprefix(prefix).startswith(f"{path}.") for name in self._names)
+        return any(
+            self._chooses(Site(f"{prefix}{path}.{inner}:0", called))
+            for inner, called in module.named_modules()
+            if called is not module
+        )
+
+    def _chooses(self, site: Site) -> bool:
+        """By type, or by the predicate."""
         if self._predicate is not None:
             return bool(self._predicate(site.name, site.module))
-        if self._types:
-            return isinstance(site.module, self._types)
-        path = site.name.rpartition(":")[0]
-        full = {site.name, path}
-        matching = (full | {name.removeprefix(prefix) for name in full}).intersection(self._names)
-        self._found |= matching
-        return bool(matching)
+        return bool(self._types) and is_a(site.module, self._types)
 
-    def no_tap(self, where: str, available: Sequence[str]) -> ValueError:
+    def _matching(self, site: Site, prefix: str) -> set[str]:
+        full = {site.name, site.path}
+        return (full | {name.removeprefix(prefix) for name in full}).intersection(self._names)
+
+    def no_tap(self, where: str, available: Sequence[Site]) -> ValueError:
         """The error for a network without taps."""
-        return ValueError(f"layers: nothing in {where} matches {self._layers!r}; available: {', '.join(available)}")
+        return ValueError(f"layers: nothing in {where} matches {self._described}; {_listed(available)}")
 
-    def check_all_found(self, available: Sequence[str]) -> None:
+    def check_all_found(self, available: Sequence[Site]) -> None:
         """Raise ValueError for names that no call site has."""
         missing = [name for name in self._names if name not in self._found]
         if missing:
-            raise ValueError(f"layers: there is no {', '.join(missing)}; available: {', '.join(available)}")
+            names = [name for site in available for name in (site.path, site.name)]
+            similar = dict.fromkeys(close for name in missing for close in difflib.get_close_matches(name, names))
+            hint = f" (similar: {', '.join(similar)})" if similar else ""
+            raise ValueError(f"layers: there is no {', '.join(missing)}{hint}; {_listed(available)}")
+
+
+def _listed(available: Iterable[Site]) -> str:
+    """What there is: types with their numbers, then names, as many as a screen takes."""
+    sites = list(available)
+    counts = Counter(type(site.module).__name__ for site in sites)
+    types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    names, room = [], _MOST_CHARACTERS - len(types)
+    for site in sites:
+        room -= len(site.name) + 2
+        if room < 0:
+            break
+        names.append(site.name)
+    more = f", and {len(sites) - len(names)} more" if len(names) < len(sites) else ""
+    return f"available: {types or 'nothing'}; by name: {', '.join(names)}{more}"

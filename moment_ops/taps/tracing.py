@@ -6,23 +6,22 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from moment_ops.taps import aliasing, functions
-from moment_ops.taps.folding import CONVOLUTION_MODULES, CONVOLUTIONS, argument, fold_batch_norms, set_argument
-from moment_ops.taps.selection import (
+from moment_ops.taps.activations import (
+    FUNCTIONS,
+    METHODS,
     RELU,
-    RELU_FUNCTIONS,
-    Selection,
-    Site,
-    Sites,
     function_path,
     has_hooks,
+    is_activation,
     is_plain_relu,
 )
-
-_RELU_METHODS = ("relu", "relu_")
+from moment_ops.taps.folding import CONVOLUTION_MODULES, CONVOLUTIONS, argument, fold_batch_norms, set_argument
+from moment_ops.taps.selection import Selection, Site, Sites
 
 
 class Untraceable(Exception):
-    """`torch.fx` cannot trace the network: its forward depends on values, or does what cannot be recorded."""
+    """`torch.fx` cannot trace the network: its forward depends on values, or does what cannot be recorded; or what is
+    chosen lies within a module that it records as one call."""
 
 
 class _Root(nn.Module):
@@ -69,7 +68,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, nn.ReLU):
+        if is_activation(m):
             return True
         if isinstance(m, CONVOLUTION_MODULES) and not has_hooks(m):
             return False
@@ -87,8 +86,10 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
-        if _is_relu_function(proxy.node):
-            self._record(function_path(self._callers[-1]), RELU, proxy)
+        activation = _activation(proxy.node)
+        if activation is not None:
+            name, module = activation
+            self._record(function_path(self._callers[-1], name), module, proxy)
         return proxy
 
     def _record(self, path: str, module: nn.Module, result: Any) -> None:
@@ -99,13 +100,32 @@ class _Tracer(fx.Tracer):
             self.found.append((site, proxy.node))
 
 
-def _is_relu_function(node: fx.Node) -> bool:
+def _activation(node: fx.Node) -> tuple[str, nn.Module] | None:
+    """The name of the activation that is called as a function, and the module that stands for it."""
     if node.op == "call_function":
-        return node.target in RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in _RELU_METHODS
+        return FUNCTIONS.get(node.target)
+    if node.op == "call_method" and node.target in METHODS:
+        return str(node.target).rstrip("_"), METHODS[str(node.target)]
+    return None
 
 
-def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphModule, list[str], list[str]]:
+def _check_within(root: _Root, graph: fx.Graph, selection: Selection, prefix: str) -> None:
+    """Raise Untraceable where something within a module that is one call may be chosen."""
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module, path = root.get_submodule(str(node.target)), str(node.target).removeprefix("net.")
+            if selection.reaches_into(path, module, prefix):
+                raise Untraceable(f"calls within {path}")
+            for inner, layer in module.named_modules():
+                # The layers of a transformer may have their activation as a function.
+                if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+                    known = FUNCTIONS.get(layer.activation)
+                    at = function_path(f"{path}.{inner}" if inner else path, known[0]) if known else ""
+                    if known and selection(Site(f"{prefix}{at}:0", known[1]), prefix):
+                        raise Untraceable(f"activations within {path}")
+
+
+def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphModule, list[str], list[Site]]:
     """A network as a graph that maps (images, wanted) to the statistics of its taps.
 
     Args:
@@ -113,7 +133,7 @@ def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphMo
         prefix: of the sites' names.
 
     Returns:
-        (graph module, names of the taps, names of all call sites).
+        (graph module, names of the taps, all call sites).
 
     Raises:
         Untraceable: where `torch.fx` cannot trace the network.
@@ -124,7 +144,8 @@ def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphMo
         graph = tracer.trace(root)
     except Exception as error:
         raise Untraceable(str(error)) from error
-    available = [site.name for site, _ in tracer.found]
+    _check_within(root, graph, selection, prefix)
+    available = [site for site, _ in tracer.found]
     chosen = [(site, node) for site, node in tracer.found if selection(site, prefix)]
     if not chosen:
         return fx.GraphModule(root, graph), [], available
@@ -159,7 +180,8 @@ class _Rewriter:
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return is_plain_relu(self.root.get_submodule(str(node.target)))
-        return _is_relu_function(node)
+        activation = _activation(node)
+        return activation is not None and activation[1] is RELU
 
     def _tap_relu(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         x = argument(node, 0, "input")
