@@ -125,8 +125,8 @@ def test_activations_in_place_are_fine():
 @pytest.mark.parametrize(
     ("hidden", "error", "message"),
     [
-        (nn.GELU, ValueError, r"hidden: nothing in f matches .*available: 0:0, 1:0"),
-        ("7", ValueError, r"hidden: there is no 7; available: 0:0, 1:0"),
+        (nn.GELU, ValueError, r"hidden: nothing in f matches GELU; available: 2 Linear, .*by name: 0:0, 1:0"),
+        ("7", ValueError, r"hidden: there is no 7; available: 2 Linear, .*by name: 0:0, 1:0"),
         (3, TypeError, "hidden: got 3"),
         ("", ValueError, "hidden: there is no ; available"),
     ],
