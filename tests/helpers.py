@@ -1,8 +1,10 @@
 """What the tests share: data, the formulas of the library written naively in float64, and tolerances."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -154,3 +156,13 @@ def assert_same_bits(first: Any, second: Any) -> None:
 def state_of(loss: mo.MomentLoss) -> dict[str, Tensor]:
     """A copy of the average's state."""
     return {k: v.clone() for k, v in loss.state_dict().items() if not k.startswith("target")}
+
+
+def assert_raises(call: Callable[[], Any], error: type[BaseException], *fragments: str) -> None:
+    """An exception of just this type, whose text has what these regular expressions match."""
+    with pytest.raises(error) as raised:
+        call()
+    # A subclass such as UnicodeError or a bare AttributeError would not tell the user what was wrong.
+    assert raised.type is error
+    for fragment in fragments:
+        assert re.search(fragment, str(raised.value)), f"{fragment!r} is not in {raised.value}"

@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from moment_ops.taps.hooks import RecordedNetwork
+
 IMAGE = (3, 8, 8)
 RELUS = (torch.relu, torch.relu_, functional.relu, torch.Tensor.relu, torch.Tensor.relu_)
 
@@ -207,3 +209,7 @@ def plain_features(net, images):
         net.eval()(images)
     net.train(training)
     return recording.outputs
+
+
+def is_watched(extractor):
+    return [isinstance(net, RecordedNetwork) for net in extractor.nets]

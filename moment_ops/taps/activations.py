@@ -43,8 +43,6 @@ def _functions() -> dict[Any, tuple[str, nn.Module]]:
 
 
 FUNCTIONS = _functions()
-METHODS = {name: _STAND_INS[name.rstrip("_")] for name in vars(torch.Tensor) | vars(torch._C.TensorBase)
-           if name.rstrip("_") in _STAND_INS}  # fmt: skip
 RELU_FUNCTIONS = frozenset(function for function, (name, _) in FUNCTIONS.items() if name == "relu")
 # `torch.nn.functional.relu_` is `torch.relu_`.
 IN_PLACE_RELU_FUNCTIONS = frozenset({torch.relu_, torch.Tensor.relu_})

@@ -74,15 +74,13 @@ class Selection:
         self._found |= matching
         return bool(matching) or self._chooses(site)
 
-    def reaches_into(self, path: str, module: nn.Module, prefix: str) -> bool:
-        """Whether something that the module at `path` calls may be chosen."""
+    def reaches_into(self, path: str, inner: Iterable[Site], prefix: str) -> bool:
+        """Whether one of the calls within the module at `path` may be chosen: `inner`, or a later one of these."""
         if self._names:
-            return any(name.removeprefix(prefix).startswith(f"{path}.") for name in self._names)
-        return any(
-            self._chooses(Site(f"{prefix}{path}.{inner}:0", called))
-            for inner, called in module.named_modules()
-            if called is not module
-        )
+            within = f"{path}." if path else ""
+            names = [name.removeprefix(prefix) for name in self._names]
+            return any(inner) and any(name.startswith(within) for name in names)
+        return any(self._chooses(site) for site in inner)
 
     def _chooses(self, site: Site) -> bool:
         """By type, or by the predicate."""

@@ -1,6 +1,7 @@
 """Taps in a traced network: call sites are found, and replaced, in its graph."""
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -8,7 +9,6 @@ from torch import Tensor, fx, nn
 from moment_ops.taps import aliasing, functions
 from moment_ops.taps.activations import (
     FUNCTIONS,
-    METHODS,
     RELU,
     function_path,
     has_hooks,
@@ -33,6 +33,11 @@ class _Root(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.net(images)
+
+
+def _path(target: str) -> str:
+    """The path in the network of a module of the root."""
+    return target.removeprefix("net").removeprefix(".")
 
 
 class _Proxy(fx.Proxy):
@@ -75,7 +80,7 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        path = self.path_of_module(m).partition("net")[2].removeprefix(".")
+        path = _path(self.path_of_module(m))
         self._callers.append(path)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -104,25 +109,31 @@ def _activation(node: fx.Node) -> tuple[str, nn.Module] | None:
     """The name of the activation that is called as a function, and the module that stands for it."""
     if node.op == "call_function":
         return FUNCTIONS.get(node.target)
-    if node.op == "call_method" and node.target in METHODS:
-        return str(node.target).rstrip("_"), METHODS[str(node.target)]
+    if node.op == "call_method":
+        return FUNCTIONS.get(getattr(Tensor, str(node.target), None))
     return None
+
+
+def _inner_sites(path: str, module: nn.Module, prefix: str) -> Iterator[Site]:
+    """Calls within a module that is recorded as one, as far as they are known: the first of each."""
+    for inner, called in module.named_modules():
+        at = f"{path}.{inner}" if path and inner else path or inner
+        if inner:
+            yield Site(f"{prefix}{at}:0", called)
+        # The layers of a transformer may have their activation as a function.
+        if isinstance(called, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            name, stand_in = FUNCTIONS.get(called.activation, (None, None))
+            if name and stand_in:
+                yield Site(f"{prefix}{function_path(at, name)}:0", stand_in)
 
 
 def _check_within(root: _Root, graph: fx.Graph, selection: Selection, prefix: str) -> None:
     """Raise Untraceable where something within a module that is one call may be chosen."""
     for node in graph.nodes:
         if node.op == "call_module":
-            module, path = root.get_submodule(str(node.target)), str(node.target).removeprefix("net.")
-            if selection.reaches_into(path, module, prefix):
-                raise Untraceable(f"calls within {path}")
-            for inner, layer in module.named_modules():
-                # The layers of a transformer may have their activation as a function.
-                if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-                    known = FUNCTIONS.get(layer.activation)
-                    at = function_path(f"{path}.{inner}" if inner else path, known[0]) if known else ""
-                    if known and selection(Site(f"{prefix}{at}:0", known[1]), prefix):
-                        raise Untraceable(f"activations within {path}")
+            module, path = root.get_submodule(str(node.target)), _path(str(node.target))
+            if selection.reaches_into(path, _inner_sites(path, module, prefix), prefix):
+                raise Untraceable(f"calls within {path or 'the network'}")
 
 
 def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphModule, list[str], list[Site]]:
