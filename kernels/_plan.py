@@ -83,11 +83,6 @@ class Group:
         return max(1, _FOLD_ELEMENTS * 32 * self.tile.warps // self.tile.columns)
 
     @property
-    def registers(self) -> int:
-        """Registers per thread for kernels that reduce."""
-        return REGISTERS
-
-    @property
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments that every kernel over layers has."""
         return {

@@ -344,7 +344,7 @@ def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shift: Tensor, rest:
                 **reduction_arguments(group, layers, correction=0),
             },
             group.tile.warps,
-            _SHIFT_REGISTERS if group.itemsize == 2 else group.registers,
+            _SHIFT_REGISTERS if group.itemsize == 2 else _plan.REGISTERS,
         )
         for group in _plan.groups("reduce", layers)
     ]

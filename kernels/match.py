@@ -477,7 +477,7 @@ def match_features_launches(
             **shared,
             **matching,
         }
-        launch = _plan.Launch(match_features_kernel, group.programs, arguments, group.tile.warps, group.registers)
+        launch = _plan.Launch(match_features_kernel, group.programs, arguments, group.tile.warps, _plan.REGISTERS)
         launches.append(launch)
         first += group.programs
     return launches

@@ -55,9 +55,7 @@ def moments_kernel(
 
 
 @triton.jit
-def coefficients(
-    grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask
-):  # fmt: skip
+def coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask):
     """(a, b, center) of the gradient a + b * (x - center) at positions `packed`."""
     dtype = mean.dtype.element_ty
     # All loads before the first use.
@@ -189,7 +187,7 @@ def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, va
             group.programs,
             {"mean_out": mean, "var_out": var, **reduction_arguments(group, layers, correction)},
             group.tile.warps,
-            group.registers,
+            _plan.REGISTERS,
         )
         for group in _plan.groups("reduce", layers)
     ]

@@ -71,7 +71,7 @@ def relu_moments_launches(
         "mean_out": mean,
         "var_out": var,
     }
-    return [_plan.Launch(relu_moments_kernel, group.programs, arguments, group.tile.warps, group.registers)]
+    return [_plan.Launch(relu_moments_kernel, group.programs, arguments, group.tile.warps, _plan.REGISTERS)]
 
 
 def relu_moments(x: Tensor, bias: Tensor | None, correction: int, y: Tensor, mean: Tensor, var: Tensor) -> None:

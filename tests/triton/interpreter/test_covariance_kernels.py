@@ -36,9 +36,11 @@ def plan(monkeypatch):
 
     def change(**values):
         for name, value in values.items():
-            for module in (_product_tiles, _covariance_plan, covariance, covariance_match, covariance_backward):
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
+            modules = (_product_tiles, _covariance_plan, covariance, covariance_match, covariance_backward)
+            named = [module for module in modules if hasattr(module, name)]
+            assert named, f"no planner has {name}"
+            for module in named:
+                monkeypatch.setattr(module, name, value)
         _covariance_plan._groups.cache_clear()
 
     yield change
