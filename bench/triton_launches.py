@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.kernels import _launch, _plan, match, moments, relu_moments
+from moment_ops.ops.records import Match
 
 ADAM = [1e-3, 0.5, 0.999, 1e-8, 0.0]
 
@@ -35,11 +36,11 @@ def look_ups(layers: list[Tensor]) -> dict[str, Callable[[], None]]:
     state = [*_vectors(6, mean), torch.zeros((), dtype=torch.int64)]
     loss, count, out = torch.zeros(()), torch.ones(len(layers), dtype=torch.int64), [x.clone() for x in layers]
     x, y, tap_mean, tap_var, grad_mean = layers[0], out[0], *_vectors(3, layers[0][0].flatten())
-    matching = (target, target_var, 1.0, 1.0, None, None, 1.0, match.ADAM.value, ADAM, state, True)
+    matching = Match(target, target_var, average="adam", options=ADAM, state=state, update=True)
     return {
         "moments": _look_up(moments.moments, layers, 0, 1, mean, var),
         "moments_backward": _look_up(moments.moments_backward, [], mean, var, layers, target, count, 0, 1, None, out),
-        "match_, ADAM": _look_up(match.match_, None, None, layers, 1, *matching, loss, mean, *_vectors(2, mean)),
+        "match_, ADAM": _look_up(match.match_, None, None, layers, 1, matching, loss, mean, *_vectors(2, mean)),
         "relu_moments": _look_up(relu_moments.relu_moments, x, None, 1, y, tap_mean, tap_var),
         "relu_moments_backward": _look_up(
             relu_moments.relu_moments_backward, y, grad_mean, tap_var, x, tap_mean, 1, torch.empty_like(x)

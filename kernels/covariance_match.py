@@ -30,8 +30,9 @@ from moment_ops.kernels.match import (
     finish_loss,
     loss_arguments,
     match_quantity,
+    vectors_of,
 )
-from moment_ops.ops.match import AVERAGES
+from moment_ops.ops.records import CovarianceMatch
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def match_quarter(
     return share * tl.where(row // SIDE == column // SIDE, 1.0, 2.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction", *AVERAGE_SCALARS, *COUNTS])
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction", "reduction", *AVERAGE_SCALARS, *COUNTS])
 def covariance_match_kernel(
     inputs,  # LAYERS x (rows, D)
     starts,
@@ -185,13 +186,7 @@ def weight_bits(value: float) -> int:
 def covariance_match_launches(
     x: Sequence[Tensor],
     correction: int,
-    target: Sequence[Tensor],
-    weight: Sequence[float],
-    average: str,
-    options: Sequence[float],
-    state: Sequence[Tensor],
-    update: bool,
-    precision: str,
+    match: CovarianceMatch,
     loss: Tensor,
     mean: Tensor,
     grad: Tensor | None,
@@ -199,27 +194,27 @@ def covariance_match_launches(
 ) -> list[_plan.Launch]:
     """The launches of `covariance_match_`: those that come last complete the loss."""
     shift, rest = _launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1)
-    mode = product_mode(precision, x[0].dtype, True, architecture)
+    mode = product_mode(match.precision, x[0].dtype, True, architecture)
     tile = forward_tile(mode, architecture, len(x[0]), [layer.shape[1] for layer in x])
     groups = triangle_groups(x, tile, architecture)
-    kind = AVERAGES[average]
-    shared = loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss)
-    # Triton 3.6 does not pass on tuples with absent entries: the mean stands in for them.
-    vectors = [mean, mean, mean if grad is None else grad, *state[: (0, 1, 3)[kind]]]
-    vectors += [mean] * (6 - len(vectors))
+    vectors = [mean, mean, mean if grad is None else grad, *vectors_of(match.average, match.state, 0, mean)]
+    shared = {
+        **loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss),
+        "vectors": tuple(vectors),
+        "reduction": _plan.bits(1.0),
+        **average_arguments(match.average, match.options, match.state, match.update),
+        "KEEP": grad is not None,
+    }
     launches, first = shifts_launches(x, mean, shift, rest), 0
     for group in groups:
         arguments = {
             **product_arguments(group, x, shift, rest, correction, True, mode, tile),
             "packed": group.packed,
-            "targets": group.tensors(target),
-            "full": group.integers([int(t.dim() == 2) for t in target]),
-            "weights": tuple(map(weight_bits, _plan.padded([weight[i] for i in group.layers], 0.0))),
-            "vectors": tuple(vectors),
+            "targets": group.tensors(match.target),
+            "full": group.integers([int(t.dim() == 2) for t in match.target]),
+            "weights": tuple(map(weight_bits, _plan.padded([match.weight[i] for i in group.layers], 0.0))),
             "first_entry": first,
             **shared,
-            **average_arguments(1.0, kind, options, state, update),
-            "KEEP": grad is not None,
         }
         launches.append(_plan.Launch(covariance_match_kernel, group.programs, arguments, tile.warps, tile.registers))
         first += group.programs
@@ -227,22 +222,18 @@ def covariance_match_launches(
 
 
 def covariance_match_(
-    x: Sequence[Tensor],
-    correction: int,
-    target: Sequence[Tensor],
-    weight: Sequence[float],
-    average: str,
-    options: Sequence[float],
-    state: Sequence[Tensor],
-    update: bool,
-    precision: str,
-    loss: Tensor,
-    mean: Tensor,
-    grad: Tensor | None,
+    x: Sequence[Tensor], correction: int, match: CovarianceMatch, loss: Tensor, mean: Tensor, grad: Tensor | None
 ) -> None:
     """Fill the loss, the packed means and, where it is given, the packed derivative; advance the state."""
-    goals = [t.contiguous() for t in target]
+    match = match._replace(target=[t.contiguous() for t in match.target])
     _launch.run(
-        covariance_match_launches, mean.device, unit_columns(x), correction, goals, weight, average, options, state,
-        update, precision, loss, mean, grad, architecture_of(mean.device),
-    )  # fmt: skip
+        covariance_match_launches,
+        mean.device,
+        unit_columns(x),
+        correction,
+        match,
+        loss,
+        mean,
+        grad,
+        architecture_of(mean.device),
+    )

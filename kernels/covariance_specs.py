@@ -12,6 +12,8 @@ from moment_ops.kernels._plan import Launch
 from moment_ops.kernels._product_tiles import Architecture
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
 from moment_ops.ops import triangle
+from moment_ops.ops.averages import AVERAGES
+from moment_ops.ops.records import CovarianceMatch
 
 # The pooled features of a classifier; layers wide enough for one program a tile; a data set.
 CLASSIFIER = (1024, 2048)
@@ -40,18 +42,19 @@ def _match(
     rows, width = shape
     layers = [_empty(rows, width, dtype=dtype) for _ in range(2)]
     size = triangle.total_size([width, width])
-    step = _empty(dtype=torch.int64)
-    state = {
-        "none": [],
-        "moving": [_empty(size), _empty(size, dtype=torch.bool), step],
-        "adam": [*(_empty(size) for _ in range(3)), step],
-    }[average]
-    options = {"none": [], "moving": [0.9], "adam": [1e-5, 0.5, 0.999, 1e-8, 1e-6]}[average]
+    kind = AVERAGES[average]
+    state = [_empty(size) for _ in kind.vectors]
+    if kind.has_started:
+        state.append(_empty(size, dtype=torch.bool))
+    if state:
+        state.append(_empty(dtype=torch.int64))
     target = _empty(size // 2) if packed else _empty(width, width)
+    options = [0.5] * len(kind.options)
+    match = CovarianceMatch([target] * 2, [1.0, 1.0], average, options, state, bool(state), True, precision)
+    grad = _empty(size)
     return covariance_match.covariance_match_launches(
-        layers, 1, [target] * 2, [1.0, 1.0], average, options, state, True, precision, _empty(), _empty(2 * width),
-        _empty(size), architecture,
-    )[-1]  # fmt: skip
+        layers, 1, match, _empty(), _empty(2 * width), grad, architecture
+    )[-1]
 
 
 def _backward(

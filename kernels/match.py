@@ -16,14 +16,15 @@ from moment_ops.kernels._common import arrive, double, is_finite
 from moment_ops.kernels._order import is_native
 from moment_ops.kernels._reduce import reduce_columns
 from moment_ops.kernels.moments import moments, reduction_arguments
+from moment_ops.ops.averages import AVERAGES
+from moment_ops.ops.records import Match
 
-NONE = tl.constexpr(0)
-MOVING = tl.constexpr(1)
-ADAM = tl.constexpr(2)
+NONE = tl.constexpr(AVERAGES["none"].number)
+MOVING = tl.constexpr(AVERAGES["moving"].number)
+ADAM = tl.constexpr(AVERAGES["adam"].number)
 
-# What `options` holds, and the vectors of state per quantity.
-_OPTIONS = ((), ("decay",), ("lr", "beta1", "beta2", "eps", "gradient_scale"))
-_AVERAGE_VECTORS = (0, 1, 3)
+# Vectors of state per quantity.
+MOST_VECTORS = 3
 
 _FOLD_LOSSES = 1024
 _MATCH_TILE = {4: _plan.Tile(1, 512, 4), 8: _plan.Tile(1, 256, 4)}
@@ -265,8 +266,8 @@ def finish_loss(share, index, loss, losses, ticket, arrivals, entries, step, UPD
 
 COUNTS = ["arrivals", "entries", "first_entry"]
 _ROWS = ["rows", "chunk_rows", "chunks", "correction"]
-AVERAGE_SCALARS = ["reduction", "decay", "lr", "beta1", "beta2", "eps", "gradient_scale"]
-_SCALARS = ["mean_scale", "var_scale", *AVERAGE_SCALARS]
+AVERAGE_SCALARS = ["decay", "lr", "beta1", "beta2", "eps", "gradient_scale"]
+_SCALARS = ["mean_scale", "var_scale", "reduction", *AVERAGE_SCALARS]
 
 
 @triton.jit(do_not_specialize=[*_SCALARS, *COUNTS])
@@ -393,60 +394,53 @@ def loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
     }
 
 
-def average_arguments(
-    reduction: float, average: int, options: Sequence[float], state: Sequence[Tensor], update: bool
-) -> dict[str, Any]:
-    """The scalars of a match, as bits, and what its average keeps besides vectors."""
-    scalars = dict.fromkeys(AVERAGE_SCALARS, 0.0)
-    scalars.update(reduction=reduction)
-    scalars.update(zip(_OPTIONS[average], options, strict=True))
+def average_arguments(average: str, options: Sequence[float], state: Sequence[Tensor], update: bool) -> dict[str, Any]:
+    """The scalars of an average, as bits, and what it keeps besides vectors."""
+    kind = AVERAGES[average]
+    scalars = dict(zip(kind.options, options, strict=True))
     return {
-        **{name: _plan.bits(value) for name, value in scalars.items()},
+        **{name: _plan.bits(scalars.get(name, 0.0)) for name in AVERAGE_SCALARS},
         # Triton's booleans are single bits; torch's are bytes.
-        "started": state[-2].view(torch.uint8) if average == MOVING.value else None,
-        "step": state[-1] if average != NONE.value else None,
-        "AVERAGE": average,
-        "UPDATE": update and average != NONE.value,
+        "started": state[-2].view(torch.uint8) if kind.has_started else None,
+        "step": state[-1] if state else None,
+        "AVERAGE": kind.number,
+        "UPDATE": update and bool(state),
     }
 
 
-def match_arguments(
-    target_mean: Tensor,
-    target_var: Tensor | None,
-    mean_scale: float,
-    var_scale: float,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
-    reduction: float,
-    average: int,
-    options: Sequence[float],
-    state: Sequence[Tensor],
-    update: bool,
-    grad_mean: Tensor,
-    grad_var: Tensor | None,
-) -> dict[str, Any]:
+def vectors_of(average: str, state: Sequence[Tensor], quantity: int, stand_in: Tensor) -> list[Tensor]:
+    """(average, exp_avg, exp_avg_sq) of a quantity.
+
+    Triton 3.6 does not pass on tuples with absent entries: another tensor stands in for them.
+    """
+    count = len(AVERAGES[average].vectors)
+    return [*state[quantity * count : (quantity + 1) * count], *[stand_in] * (MOST_VECTORS - count)]
+
+
+def match_arguments(match: Match, grad_mean: Tensor, grad_var: Tensor | None) -> dict[str, Any]:
     """What the kernels that match have in common."""
     vectors: list[tuple[Tensor, ...] | None] = [None, None]
-    quantities = ((target_mean, mean_weight, grad_mean), (target_var, var_weight, grad_var))
-    averages = _AVERAGE_VECTORS[average]
+    quantities = ((match.target_mean, match.mean_weight, grad_mean), (match.target_var, match.var_weight, grad_var))
     for i, (target, weight, grad) in enumerate(quantities):
         if target is not None:
             assert grad is not None
-            # Triton 3.6 does not pass on tuples with absent entries: the target stands in for them.
-            average_vectors = [*state[i * averages : (i + 1) * averages], *[target] * (3 - averages)]
-            vectors[i] = (target, target if weight is None else weight, grad, *average_vectors)
+            averages = vectors_of(match.average, match.state, i, target)
+            vectors[i] = (target, target if weight is None else weight, grad, *averages)
     return {
         "mean_vectors": vectors[0],
         "var_vectors": vectors[1],
-        "mean_scale": _plan.bits(mean_scale),
-        "var_scale": _plan.bits(var_scale),
-        **average_arguments(reduction, average, options, state, update),
-        "MEAN_WEIGHT": mean_weight is not None,
-        "VAR_WEIGHT": var_weight is not None,
+        "mean_scale": _plan.bits(match.mean_scale),
+        "var_scale": _plan.bits(match.var_scale),
+        "reduction": _plan.bits(match.reduction),
+        **average_arguments(match.average, match.options, match.state, match.update),
+        "MEAN_WEIGHT": match.mean_weight is not None,
+        "VAR_WEIGHT": match.var_weight is not None,
     }
 
 
-def match_launches(mean: Tensor, var: Tensor | None, loss: Tensor, matching: dict[str, Any]) -> list[_plan.Launch]:
+def match_launches(
+    mean: Tensor, var: Tensor | None, match: Match, loss: Tensor, grad_mean: Tensor, grad_var: Tensor | None
+) -> list[_plan.Launch]:
     """The launch of `match_` from moments."""
     tile = _MATCH_TILE[mean.element_size()]
     programs = triton.cdiv(mean.numel(), tile.columns)
@@ -456,18 +450,25 @@ def match_launches(mean: Tensor, var: Tensor | None, loss: Tensor, matching: dic
         "columns": mean.numel(),
         "first_entry": 0,
         **loss_arguments(programs, programs, loss),
-        **matching,
+        **match_arguments(match, grad_mean, grad_var),
         "BLOCK_COLUMNS": tile.columns,
     }
     return [_plan.Launch(match_kernel, programs, arguments, tile.warps, _MATCH_REGISTERS)]
 
 
 def match_features_launches(
-    layers: Sequence[Tensor], correction: int, mean: Tensor, loss: Tensor, matching: dict[str, Any]
+    layers: Sequence[Tensor],
+    correction: int,
+    match: Match,
+    loss: Tensor,
+    mean: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor | None,
 ) -> list[_plan.Launch]:
     """The launches of `match_` from features: those that come last complete the loss."""
     groups = _plan.groups("reduce", layers)
     shared = loss_arguments(sum(g.programs for g in groups), sum(g.strips for g in groups), loss)
+    shared |= match_arguments(match, grad_mean, grad_var)
     launches, first = [], 0
     for group in groups:
         arguments = {
@@ -475,7 +476,6 @@ def match_features_launches(
             "first_entry": first,
             **reduction_arguments(group, layers, correction),
             **shared,
-            **matching,
         }
         launch = _plan.Launch(match_features_kernel, group.programs, arguments, group.tile.warps, _plan.REGISTERS)
         launches.append(launch)
@@ -483,47 +483,24 @@ def match_features_launches(
     return launches
 
 
-def _launches_of_moments(mean: Tensor, var: Tensor | None, loss: Tensor, *matching: Any) -> list[_plan.Launch]:
-    return match_launches(mean, var, loss, match_arguments(*matching))
-
-
-def _launches_of_features(
-    layers: Sequence[Tensor], correction: int, mean: Tensor, loss: Tensor, *matching: Any
-) -> list[_plan.Launch]:
-    return match_features_launches(layers, correction, mean, loss, match_arguments(*matching))
-
-
 def match_(
     mean: Tensor | None,
     var: Tensor | None,
     input: Sequence[Tensor],
     correction: int,
-    target_mean: Tensor,
-    target_var: Tensor | None,
-    mean_scale: float,
-    var_scale: float,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
-    reduction: float,
-    average: int,
-    options: Sequence[float],
-    state: Sequence[Tensor],
-    update: bool,
+    match: Match,
     loss: Tensor,
     batch_mean: Tensor | None,
     grad_mean: Tensor,
     grad_var: Tensor | None,
 ) -> None:
     """Fill loss, derivatives and, from features, their mean; advance the state."""
-    matching = (
-        target_mean, target_var, mean_scale, var_scale, mean_weight, var_weight, reduction, average, options, state,
-        update, grad_mean, grad_var,
-    )  # fmt: skip
     if mean is None and not all(map(is_native, input)):
         assert batch_mean is not None
-        mean, var = batch_mean, None if target_var is None else torch.empty_like(batch_mean)
+        mean, var = batch_mean, None if grad_var is None else torch.empty_like(batch_mean)
         moments(input, 0, correction, mean, var)
     if mean is not None:
-        _launch.run(_launches_of_moments, loss.device, mean, var, loss, *matching)
+        _launch.run(match_launches, loss.device, mean, var, match, loss, grad_mean, grad_var)
     else:
-        _launch.run(_launches_of_features, loss.device, input, correction, batch_mean, loss, *matching)
+        arguments = (input, correction, match, loss, batch_mean, grad_mean, grad_var)
+        _launch.run(match_features_launches, loss.device, *arguments)

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from moment_ops.kernels._plan import Launch
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec, compile_launch, recorded, resources, table
 from moment_ops.kernels.covariance_specs import COVARIANCE_SPECS
 from moment_ops.kernels.gram_specs import GRAM_SPECS
+from moment_ops.ops.averages import AVERAGES
+from moment_ops.ops.records import Match
 
 # A network of 32 layers, as GFMN's; a tall matrix of many strips; tokens of a few features.
 NETWORK = ((64, 65536),) * 12 + ((64, 512, 8, 8),) * 10 + ((64, 2048),) * 10
@@ -71,42 +72,36 @@ def _tap_backward(shape: tuple[int, ...], dtype: torch.dtype) -> Launch:
     return relu_moments.relu_moments_backward_launches(grad, grad_mean, grad_var, y, mean, 1, out)[0]
 
 
-def _matching(packed: Tensor, average: int) -> dict[str, Any]:
-    """Arguments of a match with variances and an average, without weights."""
-    vectors = 2 * (0, 1, 3)[average]
-    state = [torch.empty_like(packed) for _ in range(vectors)]
-    if average == match.MOVING.value:
+def _options(average: str) -> list[float]:
+    return [0.5] * len(AVERAGES[average].options)
+
+
+def _matching(packed: Tensor, average: str) -> tuple[Match, Tensor, Tensor]:
+    """A match with variances and an average, without weights, and its gradients."""
+    kind = AVERAGES[average]
+    state = [torch.empty_like(packed) for _ in range(2 * len(kind.vectors))]
+    if kind.has_started:
         state.append(torch.empty_like(packed, dtype=torch.bool))
-    state.append(torch.empty((), dtype=torch.int64, device="meta"))
-    options = ([], [0.9], [1e-5, 0.5, 0.999, 1e-8, 1e-6])[average]
-    return match.match_arguments(
-        torch.empty_like(packed),
-        torch.empty_like(packed),
-        1.0,
-        1.0,
-        None,
-        None,
-        1.0,
-        average,
-        options,
-        state,
-        True,
-        torch.empty_like(packed),
-        torch.empty_like(packed),
+    if state:
+        state.append(torch.empty((), dtype=torch.int64, device="meta"))
+    target_mean, target_var, grad_mean, grad_var = (torch.empty_like(packed) for _ in range(4))
+    matching = Match(
+        target_mean, target_var, average=average, options=_options(average), state=state, update=bool(state)
     )
+    return matching, grad_mean, grad_var
 
 
-def _match_features(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, average: int) -> Launch:
+def _match_features(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, average: str) -> Launch:
     layers = _empty(shapes, dtype)
     packed = _vector(layers)
-    matching = _matching(packed, average)
-    return match.match_features_launches(layers, 1, packed, packed.new_empty(()), matching)[0]
+    matching, *grads = _matching(packed, average)
+    return match.match_features_launches(layers, 1, matching, packed.new_empty(()), packed, *grads)[0]
 
 
-def _match(dtype: torch.dtype, average: int) -> Launch:
+def _match(dtype: torch.dtype, average: str) -> Launch:
     packed = torch.empty(851_968, dtype=dtype, device="meta")
-    matching = _matching(packed, average)
-    return match.match_launches(packed, torch.empty_like(packed), packed.new_empty(()), matching)[0]
+    matching, *grads = _matching(packed, average)
+    return match.match_launches(packed, torch.empty_like(packed), matching, packed.new_empty(()), *grads)[0]
 
 
 # Little's law: bytes in flight on a processor are bandwidth times latency, over the number of processors. With 0.65
@@ -205,7 +200,6 @@ def matches(launch: Launch) -> Budget:
 
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-NONE, MOVING, ADAM = match.NONE.value, match.MOVING.value, match.ADAM.value
 
 # What a training step of GFMN launches is compiled for all architectures, the rest for one.
 SPECS = (
@@ -234,13 +228,13 @@ SPECS = (
             ((90,), "moments_backward fp32, grad added", _backward, (NETWORK, F32, True), applies),
             ((90,), "moments_backward bf16, grad added", _backward, (NETWORK, BF16, True), applies),
             ((90,), "moments_backward fp16, tokens", _backward, (TOKENS, F16), applies),
-            ((90,), "match_ ADAM fp32", _match, (F32, ADAM), matches),
-            ((90,), "match_ moving fp64", _match, (F64, MOVING), matches),
-            (ARCHITECTURES, "match_ of features, ADAM fp32", _match_features, (NETWORK, F32, ADAM), reduces()),
-            (ARCHITECTURES, "match_ of features, ADAM bf16", _match_features, (NETWORK, BF16, ADAM), reduces()),
-            ((90,), "match_ of features, ADAM bf16, tall", _match_features, (TALL, BF16, ADAM), reduces()),
-            ((90,), "match_ of features, moving fp32", _match_features, (NETWORK, F32, MOVING), reduces()),
-            ((90,), "match_ of features, none fp16", _match_features, (NETWORK, F16, NONE), reduces()),
+            ((90,), "match_ ADAM fp32", _match, (F32, "adam"), matches),
+            ((90,), "match_ moving fp64", _match, (F64, "moving"), matches),
+            (ARCHITECTURES, "match_ of features, ADAM fp32", _match_features, (NETWORK, F32, "adam"), reduces()),
+            (ARCHITECTURES, "match_ of features, ADAM bf16", _match_features, (NETWORK, BF16, "adam"), reduces()),
+            ((90,), "match_ of features, ADAM bf16, tall", _match_features, (TALL, BF16, "adam"), reduces()),
+            ((90,), "match_ of features, moving fp32", _match_features, (NETWORK, F32, "moving"), reduces()),
+            ((90,), "match_ of features, none fp16", _match_features, (NETWORK, F16, "none"), reduces()),
         )
     )
     + COVARIANCE_SPECS

@@ -8,12 +8,28 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import checks
+from moment_ops.ops.averages import AVERAGES
 
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, expected a number")
     return value
+
+
+def _zeros(kind: str, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
+    """The state of an average before its first step, by name, in the order that the operators want."""
+    description = AVERAGES[kind]
+    state = {
+        f"{quantity}_{vector}": torch.zeros_like(target_mean)
+        for quantity in (("mean", "var") if has_var else ("mean",))
+        for vector in description.vectors
+    }
+    if description.has_started:
+        # A column whose first batches were not finite starts from its first finite one.
+        state["started"] = torch.zeros_like(target_mean, dtype=torch.bool)
+    state["step"] = torch.zeros((), dtype=torch.int64, device=target_mean.device)
+    return state
 
 
 @dataclass(frozen=True)
@@ -40,18 +56,7 @@ class MovingAverage:
 
     def new_state(self, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
         """Fresh state by name, in the order that the operator wants."""
-        state = {"mean_average": torch.zeros_like(target_mean)}
-        if has_var:
-            state["var_average"] = torch.zeros_like(target_mean)
-        # A column whose first batches were not finite starts from its first finite one.
-        state["started"] = torch.zeros_like(target_mean, dtype=torch.bool)
-        state["step"] = torch.zeros((), dtype=torch.int64, device=target_mean.device)
-        return state
-
-    @property
-    def curvature(self) -> float:
-        """Square of the derivative of the estimate with respect to the batch's moments."""
-        return (1 - self.decay) ** 2
+        return _zeros(self.kind, target_mean, has_var)
 
 
 @dataclass(frozen=True)
@@ -99,22 +104,13 @@ class AdamMovingAverage:
 
     def new_state(self, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
         """Fresh state by name, in the order that the operator wants."""
-        state = {}
-        for quantity in ("mean", "var") if has_var else ("mean",):
-            average = torch.zeros_like(target_mean)
-            if self.init == "uniform":
-                bound = 1 / math.sqrt(target_mean.numel())
-                average.uniform_(-bound, bound)
-            state[f"{quantity}_average"] = average
-            state[f"{quantity}_exp_avg"] = torch.zeros_like(target_mean)
-            state[f"{quantity}_exp_avg_sq"] = torch.zeros_like(target_mean)
-        state["step"] = torch.zeros((), dtype=torch.int64, device=target_mean.device)
+        state = _zeros(self.kind, target_mean, has_var)
+        if self.init == "uniform":
+            bound = 1 / math.sqrt(target_mean.numel())
+            for name, vector in state.items():
+                if name.endswith("_average"):
+                    vector.uniform_(-bound, bound)
         return state
-
-    @property
-    def curvature(self) -> float:
-        """Zero: the average is a constant for the gradient."""
-        return 0.0
 
 
 @dataclass(frozen=True)

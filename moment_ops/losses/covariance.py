@@ -36,6 +36,7 @@ from moment_ops.ops import checks, triangle
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.layout import columns_of, is_channels_last
 from moment_ops.ops.match import advance
+from moment_ops.ops.records import CovarianceMatch
 from moment_ops.statistics import Moments, moments
 
 
@@ -157,9 +158,8 @@ def covariance_loss(
     check_rows(layers, correction)
     check_memory(layers)
     weights = layer_weights(cov_weight, "cov_weight", len(layers))
-    value, mean = match_covariances(
-        layers, matrices, correction=correction, weight=scales(weights, widths, reduction), precision=precision
-    )
+    match = CovarianceMatch(matrices, scales(weights, widths, reduction), precision=precision)
+    value, mean = match_covariances(layers, match, correction)
     if mean_target is not None:
         value = value + moment_loss(_means(mean, widths), mean_target, mean_weight=mean_weight, reduction=reduction)
     return value
@@ -273,17 +273,20 @@ class CovarianceLoss(BufferedLoss):
         weights = layer_weights(self.cov_weight, "cov_weight", len(layers))
         average = self.average if isinstance(self.average, Average) else None
         adam = isinstance(average, AdamMovingAverage)
-        value, mean = match_covariances(
-            layers,
+        match = CovarianceMatch(
             triangle.split(self.target_cov, self.widths),
-            correction=self.correction,
-            weight=weights if adam else scales(weights, self.widths, self.reduction),
+            weights if adam else scales(weights, self.widths, self.reduction),
             precision=self.precision,
-            average=average,
-            state=[getattr(self, name) for name in self._state_names],
-            update=self.training and average is not None,
-            merge=None if alone else self._merge,
         )
+        if average is not None:
+            match = match._replace(
+                average=average.kind,
+                # Averages count the entries of full matrices.
+                options=average.options(sum(width * width for width in self.widths)),
+                state=[getattr(self, name) for name in self._state_names],
+                update=self.training,
+            )
+        value, mean = match_covariances(layers, match, self.correction, None if alone else self._merge)
         if self.mean_loss is not None:
             value = value + self.mean_loss(_means(mean, self.widths))
         return value

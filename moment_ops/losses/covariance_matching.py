@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moment_ops.averages import Average
-from moment_ops.losses.matching import Matcher
+from moment_ops.losses.matching import match_moments
 from moment_ops.ops import triangle
+from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.covariance import covariance_match_backward
 from moment_ops.ops.layout import columns_of, statistics_dtype
+from moment_ops.ops.records import CovarianceMatch, Match
 
 # From packed means, packed covariances over N and N to those over all processes.
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -21,32 +22,11 @@ class _MatchCovariance(torch.autograd.Function):
     """(loss, means) of features: the operator `covariance_match_`; backward reads the features once more."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        correction: int,
-        weight: list[float],
-        average: tuple[str, list[float], float],
-        update: bool,
-        keep: bool,
-        precision: str,
-        layers: int,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        features, target, state = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
-        kind, options, ctx.curvature = average
-        loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(
-            list(features),
-            correction,
-            list(target),
-            weight,
-            kind,
-            options,
-            list(state),
-            update,
-            keep,
-            precision,
-        )
-        ctx.correction, ctx.weight, ctx.precision = correction, weight, precision
+    def forward(ctx: Any, correction: int, match: CovarianceMatch, *features: Tensor) -> tuple[Tensor, Tensor]:
+        loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(list(features), correction, *match)
+        ctx.correction, ctx.precision = correction, match.precision
+        second = 2 * AVERAGES[match.average].second_derivative(match.options)
+        ctx.second_derivatives = [second * weight for weight in match.weight]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, grad, *features)
         return loss, mean
@@ -68,8 +48,7 @@ class _MatchCovariance(torch.autograd.Function):
                 correction=ctx.correction,
                 precision=ctx.precision,
             )
-        others = len(ctx.needs_input_grad) - 7 - len(features)
-        return *([None] * 7), *d_features, *([None] * others)
+        return None, None, *d_features
 
 
 def _differentiable_backward(
@@ -80,9 +59,9 @@ def _differentiable_backward(
     grad_means = [None] * len(features) if grad_mean is None else list(grad_mean.split(widths))
     saved = triangle.split(derivative, widths)
     results = []
-    for x, width, packed, weight, g in zip(features, widths, saved, ctx.weight, grad_means, strict=True):
+    for x, width, packed, second, g in zip(features, widths, saved, ctx.second_derivatives, grad_means, strict=True):
         cov, mean = covariance_op(x, ctx.correction, True, ctx.precision)
-        full = triangle.unpack(packed, width) + 2 * weight * ctx.curvature * (cov - cov.detach())
+        full = triangle.unpack(packed, width) + second * (cov - cov.detach())
         results.append(
             torch.ops.moment_ops.covariance_backward.default(
                 grad * full, g, x, mean, ctx.correction, True, ctx.precision
@@ -92,54 +71,36 @@ def _differentiable_backward(
 
 
 def match_covariances(
-    layers: Sequence[Tensor],
-    target: Sequence[Tensor],
-    *,
-    correction: int,
-    weight: Sequence[float],
-    precision: str,
-    average: Average | None = None,
-    state: Sequence[Tensor] = (),
-    update: bool = False,
-    merge: Merge | None = None,
+    layers: Sequence[Tensor], match: CovarianceMatch, correction: int, merge: Merge | None = None
 ) -> tuple[Tensor, Tensor]:
     """The sum of weighted squared Frobenius distances, and the packed means; both differentiable.
 
     Args:
         layers: (N, ...) features.
-        target: per layer a symmetric (D, D) matrix or its packed triangle.
-        state: of the average, on packed triangles.
+        match: the targets and their average; whether the derivative is kept is set here.
         merge: over processes.
     """
-    widths = [columns_of(x) for x in layers]
-    configuration: tuple[str, list[float], float] = ("none", [], 1.0)
-    if average is not None:
-        configuration = average.kind, average.options(sum(width * width for width in widths)), average.curvature
     dtype = statistics_dtype(layers[0].dtype)
-    wants_target = any(t.requires_grad for t in target) and torch.is_grad_enabled()
-    if merge is None and not wants_target and all(t.dtype == dtype for t in target):
+    wants_target = any(t.requires_grad for t in match.target) and torch.is_grad_enabled()
+    if merge is None and not wants_target and all(t.dtype == dtype for t in match.target):
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in layers)
-        return _MatchCovariance.apply(
-            correction, list(weight), configuration, update, keep, precision, len(layers), *layers, *target, *state
-        )
+        return _MatchCovariance.apply(correction, match._replace(keep=keep), *layers)
 
-    results = [covariance_op(x, correction if merge is None else 0, True, precision) for x in layers]
+    results = [covariance_op(x, correction if merge is None else 0, True, match.precision) for x in layers]
     mean = torch.cat([m for _, m in results])
-    packed = torch.cat([triangle.pack(cov) for cov, _ in results])
+    packed = triangle.pack_all([cov for cov, _ in results])
     if merge is not None:
         mean, packed = merge(mean, packed, layers[0].shape[0])
-    goal = torch.cat([t if t.dim() == 1 else triangle.pack(t) for t in target])
-    entry_weight = torch.cat([w * triangle.counts([width], goal) for width, w in zip(widths, weight, strict=True)])
-    matcher = Matcher(
-        (goal, None),
-        (tuple(goal.shape),),
-        correction,
-        ((1.0, entry_weight), (1.0, None)),
-        "sum",
-        average,
-        state,
-        update,
+    target = triangle.pack_all(match.target)
+    widths = [columns_of(x) for x in layers]
+    weight = torch.cat([w * triangle.counts([width], target) for width, w in zip(widths, match.weight, strict=True)])
+    entries = Match(
+        target,
+        None,
+        mean_weight=weight,
+        average=match.average,
+        options=match.options,
+        state=match.state,
+        update=match.update,
     )
-    # Averages count the entries of full matrices.
-    matcher.average = configuration
-    return matcher.from_moments(packed, None, None, correction), mean
+    return match_moments(packed, None, entries), mean

@@ -9,8 +9,10 @@ from torch import Tensor
 from moment_ops.averages import Average
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
 from moment_ops.losses.buffers import BufferedLoss
-from moment_ops.losses.matching import Matcher, Weight, unpack_weight
+from moment_ops.losses.matching import Layers, match_input
+from moment_ops.losses.weights import Weight, unpack_weight
 from moment_ops.ops import checks
+from moment_ops.ops.records import Match
 from moment_ops.statistics import Moments
 
 
@@ -49,14 +51,11 @@ def moment_loss(
     """
     target = _check_target(target)
     checks.option(reduction, "reduction", ("mean", "sum"))
-    weights = (
-        unpack_weight(mean_weight, "mean_weight", target.sizes, target.mean),
-        unpack_weight(var_weight, "var_weight", target.sizes, target.mean),
-    )
-    matcher = Matcher(
-        (target.mean, target.var), target.shapes, target.correction, weights, reduction, names=target.names
-    )
-    return matcher(input)
+    mean_scale, mean_vector = unpack_weight(mean_weight, "mean_weight", target.sizes, target.mean)
+    var_scale, var_vector = unpack_weight(var_weight, "var_weight", target.sizes, target.mean)
+    factor = 1 / target.mean.shape[0] if reduction == "mean" else 1.0
+    match = Match(target.mean, target.var, mean_scale, var_scale, mean_vector, var_vector, factor)
+    return match_input(input, match, Layers(target.shapes, target.names, target.correction))
 
 
 class MomentLoss(BufferedLoss):
@@ -100,6 +99,7 @@ class MomentLoss(BufferedLoss):
         self.process_group = process_group
         self._weights = {"mean": mean_weight, "var": var_weight}
         self._state_names: tuple[str, ...] = ()
+        self._averaging: tuple[str, Sequence[float]] = ("none", ())
         self.reset(_check_target(target))
 
     def reset(self, target: Moments | None = None) -> None:
@@ -113,19 +113,19 @@ class MomentLoss(BufferedLoss):
         """The loss of one batch."""
         # Attributes of modules that are buffers take ten times as long to look up.
         buffers = self._buffers
-        matcher = Matcher(
-            (buffers["target_mean"], buffers["target_var"]),
-            self.shapes,
-            self.correction,
-            ((self._mean_scale, buffers["mean_weight"]), (self._var_scale, buffers["var_weight"])),
-            self.reduction,
-            self.average,
+        match = Match(
+            buffers["target_mean"],
+            buffers["target_var"],
+            self._mean_scale,
+            self._var_scale,
+            buffers["mean_weight"],
+            buffers["var_weight"],
+            self._factor,
+            *self._averaging,
             [buffers[name] for name in self._state_names],
             self.training and self.average is not None,
-            self._merge if group_size(self.process_group) > 1 else None,
-            self.names,
         )
-        return matcher(input)
+        return match_input(input, match, self._layers, self._merge if group_size(self.process_group) > 1 else None)
 
     def extra_repr(self) -> str:
         columns = self.target_mean.shape[0]
@@ -153,9 +153,13 @@ class MomentLoss(BufferedLoss):
         var = None if target.var is None else target.var.detach().to(dtype, copy=True).contiguous()
         mean_scale, mean_weight = unpack_weight(self._weights["mean"], "mean_weight", target.sizes, mean)
         var_scale, var_weight = unpack_weight(self._weights["var"], "var_weight", target.sizes, mean)
-        self.shapes, self.names, self.correction = target.shapes, target.names, target.correction
+        self.shapes, self.correction = target.shapes, target.correction
+        self._layers = Layers(target.shapes, target.names, target.correction)
         self._sizes = target.sizes
         self._mean_scale, self._var_scale = mean_scale, var_scale
+        self._factor = 1 / mean.shape[0] if self.reduction == "mean" else 1.0
+        if self.average is not None:
+            self._averaging = self.average.kind, self.average.options(mean.shape[0])
         self._set_buffer("target_mean", mean)
         self._set_buffer("target_var", var)
         self._set_buffer("mean_weight", mean_weight, persistent=False)

@@ -4,12 +4,12 @@ Backends fill the outputs they are given, from rows (N, D_l) of any strides:
 
     covariance(x, correction, centered, precision, cov, mean)
     covariance_backward(grad, grad_mean, x, mean, correction, centered, precision, out)
-    covariance_match_(x, correction, target, weight, average, options, state, update, precision, loss, mean, grad)
+    covariance_match_(x, correction, match, loss, mean, grad)
     covariance_match_backward(grad, grad_mean, x, mean, scale, correction, precision, out)
 
-`average` is the name; `grad` of `covariance_match_` is None where it is not kept. An entry of `target` is a symmetric
-(D_l, D_l) matrix or its packed triangle (`triangle.py`). Columns have to be centred before they are multiplied: a shift
-off by one standard deviation in every column costs sqrt(D) in digits, so that the first row alone will not do.
+`match` is the record `CovarianceMatch`; `grad` of `covariance_match_` is None where it is not kept. Columns have to be
+centred before they are multiplied: a shift off by one standard deviation in every column costs sqrt(D) in digits, so
+that the first row alone will not do.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from moment_ops.ops import backends, reference_covariance, triangle
 from moment_ops.ops.layout import columns_of, statistics_dtype
 from moment_ops.ops.library import LIBRARY, define
 from moment_ops.ops.match import advance
-from moment_ops.ops.packed_match import match_packed
+from moment_ops.ops.records import CovarianceMatch, parameters
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -150,62 +150,23 @@ def _covariance_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None,
     return d_grad, d_grad_mean, d_x, d_mean, None, None, None
 
 
-def _covariance_match(
-    x: list[Tensor],
-    correction: int,
-    target: list[Tensor],
-    weight: list[float],
-    average: str,
-    options: list[float],
-    state: list[Tensor],
-    update: bool,
-    keep: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    advance(state, update)
+def _covariance_match(x: list[Tensor], correction: int, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    match = CovarianceMatch(*fields)
+    advance(match.state, match.update)
     name = backends.select("covariance_match_", x[0])
     with _full_precision(x[0]):
         if name == "reference":
-
-            def match(value: Tensor, goal: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-                return match_packed(name, value, goal, widths, weight, average, options, state, update)
-
-            loss, mean, grad = reference_covariance.covariance_match(x, correction, target, precision, match)
-            return loss, mean, grad if keep else grad.new_empty(0)
-        loss, mean, grad = _covariance_match_fake(
-            x, correction, target, weight, average, options, state, update, keep, precision
-        )
+            return reference_covariance.covariance_match_(x, correction, match)
+        loss, mean, grad = _covariance_match_fake(x, correction, *match)
         backends.implementation(name, "covariance_match_")(
-            [_flat(layer) for layer in x],
-            correction,
-            target,
-            weight,
-            average,
-            options,
-            state,
-            update,
-            precision,
-            loss,
-            mean,
-            grad if keep else None,
+            [_flat(layer) for layer in x], correction, match, loss, mean, grad if match.keep else None
         )
     return loss, mean, grad
 
 
-def _covariance_match_fake(
-    x: list[Tensor],
-    correction: int,
-    target: list[Tensor],
-    weight: list[float],
-    average: str,
-    options: list[float],
-    state: list[Tensor],
-    update: bool,
-    keep: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _covariance_match_fake(x: list[Tensor], correction: int, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(x[0].dtype)
-    packed = triangle.total_size([columns_of(layer) for layer in x]) if keep else 0
+    packed = triangle.total_size([columns_of(layer) for layer in x]) if CovarianceMatch(*fields).keep else 0
     return (
         x[0].new_empty((), dtype=dtype),
         x[0].new_empty(_columns(x), dtype=dtype),
@@ -272,8 +233,8 @@ define(
     _covariance_backward_fake,
 )
 define(
-    "covariance_match_(Tensor[] x, int correction, Tensor[] target, float[] weight, str average, float[] options,"
-    " Tensor(a!)[] state, bool update, bool keep, str precision) -> (Tensor loss, Tensor mean, Tensor grad)",
+    f"covariance_match_(Tensor[] x, int correction, {parameters(CovarianceMatch)})"
+    " -> (Tensor loss, Tensor mean, Tensor grad)",
     _covariance_match,
     _covariance_match_fake,
 )

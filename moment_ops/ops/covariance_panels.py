@@ -15,6 +15,7 @@ from torch import Tensor
 from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.packed_match import match_packed
+from moment_ops.ops.records import CovarianceMatch
 
 # Rows of a panel. Products of more rows are faster, and compute more below the diagonal.
 _PANEL = 256
@@ -183,27 +184,16 @@ def covariance(x: Tensor, correction: int, centered: bool, precision: str, cov: 
 
 
 def covariance_match_(
-    x: Sequence[Tensor],
-    correction: int,
-    target: Sequence[Tensor],
-    weight: Sequence[float],
-    average: str,
-    options: Sequence[float],
-    state: Sequence[Tensor],
-    update: bool,
-    precision: str,
-    loss: Tensor,
-    mean: Tensor,
-    grad: Tensor | None,
+    x: Sequence[Tensor], correction: int, match: CovarianceMatch, loss: Tensor, mean: Tensor, grad: Tensor | None
 ) -> None:
     """Fill the loss, the packed means and, where it is given, the packed derivative; advance the state."""
     widths = [rows.shape[1] for rows in x]
     means = mean.split(widths)
-    if average == "none":
+    if match.average == "none":
         grads = [None] * len(x) if grad is None else triangle.split(grad, widths)
         total = torch.zeros((), dtype=torch.float64)
-        for rows, goal, w, m, g in zip(x, target, weight, means, grads, strict=True):
-            total += w * _squared_distance(rows, correction, goal, 2 * w, m, g)
+        for rows, target, w, m, g in zip(x, match.target, match.weight, means, grads, strict=True):
+            total += w * _squared_distance(rows, correction, target, 2 * w, m, g)
         loss.copy_(total)
         return
     packed = torch.empty(triangle.total_size(widths), dtype=mean.dtype)
@@ -212,9 +202,7 @@ def covariance_match_(
         m.copy_(source.mean)
         for start, _, panel in _panels(source, correction):
             triangle.store(panel, p, start)
-    goal = torch.cat([t if t.dim() == 1 else triangle.pack(t) for t in target]) if len(target) > 1 else target[0]
-    goal = triangle.pack(goal) if goal.dim() == 2 else goal
-    value, derivative = match_packed("cpu", packed, goal, widths, weight, average, options, state, update)
+    value, derivative = match_packed("cpu", packed, triangle.pack_all(match.target), widths, match)
     loss.copy_(value)
     if grad is not None:
         grad.copy_(derivative)

@@ -1,5 +1,6 @@
 """`match_`: the running average's step in place, the loss, and its derivatives with respect to mean and variance."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,21 +8,16 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import backends, plans, reference
+from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.layout import with_dense_columns
 from moment_ops.ops.library import define, define_native
+from moment_ops.ops.records import Match, parameters
 
-# As `Average` in csrc/device/match.h.
-AVERAGES = {"none": 0, "moving": 1, "adam": 2}
-
-_PARAMETERS = (
-    "Tensor target_mean, Tensor? target_var, float mean_scale, float var_scale, Tensor? mean_weight,"
-    " Tensor? var_weight, float reduction, {kind} average, float[] options, Tensor(a!)[] state, bool update"
-)
+_AVERAGE = Match._fields.index("average")
 
 define_native(
-    "match_.native(Tensor? mean, Tensor? var, Tensor[] input, int correction, "
-    + _PARAMETERS.format(kind="int")
-    + ", Tensor(b!) loss, Tensor(c!)? batch_mean, Tensor(d!) grad_mean, Tensor(e!)? grad_var) -> ()"
+    f"match_.native(Tensor? mean, Tensor? var, Tensor[] input, int correction, {parameters(Match, average='int')},"
+    " Tensor(b!) loss, Tensor(c!)? batch_mean, Tensor(d!) grad_mean, Tensor(e!)? grad_var) -> ()"
 )
 
 
@@ -38,10 +34,26 @@ def advance(state: Sequence[Tensor], update: bool) -> None:
     torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
 
 
+@functools.cache
+def kernel(name: str) -> Callable[..., None]:
+    """What fills (loss, batch_mean, grad_mean, grad_var) from (mean, var, input, correction, match) on a backend."""
+    implementation = backends.implementation(name, "match_")
+    if name == "triton":
+        return implementation
+
+    def native(
+        mean: Tensor | None, var: Tensor | None, input: Sequence[Tensor], correction: int, match: Match, *out: Any
+    ) -> None:
+        fields = (*match[:_AVERAGE], AVERAGES[match.average].number, *match[_AVERAGE + 1 :])
+        implementation(mean, var, input, correction, *fields, *out)
+
+    return native
+
+
 class _Plan(NamedTuple):
     """Of `match_` from features."""
 
-    fill: Callable[..., None] | None  # the backend's kernel; None: the reference
+    backend: str
     dense: bool  # layers are read as they are
 
 
@@ -49,120 +61,98 @@ _PLANS: plans.Plans[_Plan] = plans.Plans()
 
 
 def _plan(input: Sequence[Tensor]) -> _Plan:
-    return _Plan(backends.fill("match_", input[0]), all(with_dense_columns(x, 0) is x for x in input))
+    return _Plan(backends.select("match_", input[0]), all(with_dense_columns(x, 0) is x for x in input))
+
+
+def _dense(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _fill(
-    fill: Callable[..., None],
+    backend: str,
     mean: Tensor | None,
     var: Tensor | None,
     input: Sequence[Tensor],
     correction: int,
+    match: Match,
     batch_mean: Tensor | None,
-    target_mean: Tensor,
-    target_var: Tensor | None,
-    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    mean_scale, var_scale, mean_weight, var_weight, reduction, average, options, state, update = rest
-
-    def dense(vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else vector.contiguous()
-
-    loss = target_mean.new_empty(())
-    grad_mean = target_mean.new_empty(target_mean.shape)
-    grad_var = None if target_var is None else torch.empty_like(grad_mean)
-    fill(
-        dense(mean),
-        dense(var),
-        input,
-        correction,
-        dense(target_mean),
-        dense(target_var),
-        mean_scale,
-        var_scale,
-        dense(mean_weight),
-        dense(var_weight),
-        reduction,
-        AVERAGES[average],
-        options,
-        state,
-        update,
-        loss,
-        batch_mean,
-        grad_mean,
-        grad_var,
-    )
+    """(loss, grad_mean, grad_var) by a kernel, which takes dense vectors."""
+    match = Match(*map(_dense, match))
+    loss = match.target_mean.new_empty(())
+    grad_mean = match.target_mean.new_empty(match.target_mean.shape)
+    grad_var = None if match.target_var is None else torch.empty_like(grad_mean)
+    kernel(backend)(mean, var, input, correction, match, loss, batch_mean, grad_mean, grad_var)
     return loss, grad_mean, grad_var
 
 
-# `arguments` are those of `_PARAMETERS`, in its order.
-def _match(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    advance(*arguments[-2:])
-    fill = backends.fill("match_", mean)
-    if fill is None:
-        loss, grad_mean, grad_var = reference.match_(mean, var, *arguments)
+def _match(mean: Tensor, var: Tensor | None, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    match = Match(*fields)
+    advance(match.state, match.update)
+    backend = backends.select("match_", mean)
+    if backend == "reference":
+        loss, grad_mean, grad_var = reference.match_(mean, var, match)
     else:
-        loss, grad_mean, grad_var = _fill(fill, mean, var, (), 0, None, *arguments)
+        loss, grad_mean, grad_var = _fill(backend, _dense(mean), _dense(var), (), 0, match, None)
     return loss, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 
-def _match_fake(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    target_mean, target_var = arguments[:2]
-    grad_var = mean.new_empty(0) if target_var is None else torch.empty_like(target_mean)
-    return mean.new_empty(()), torch.empty_like(target_mean), grad_var
+def _match_fake(mean: Tensor, var: Tensor | None, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    match = Match(*fields)
+    grad_var = mean.new_empty(0) if match.target_var is None else torch.empty_like(match.target_mean)
+    return mean.new_empty(()), torch.empty_like(match.target_mean), grad_var
 
 
 def _match_features(
-    input: Sequence[Tensor], correction: int, *arguments: Any, signature: plans.Signature | None = None
+    input: Sequence[Tensor], correction: int, *fields: Any, signature: plans.Signature | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advance(*arguments[-2:])
-    target_mean, target_var = arguments[:2]
-    fill, dense = _PLANS.find(signature or plans.signature(input), backends.requested(), _plan, input)
-    if fill is None:
-        mean, var = reference.moments(input, 0, correction, target_var is not None)
-        loss, grad_mean, grad_var = reference.match_(mean, var, *arguments)
+    match = Match(*fields)
+    advance(match.state, match.update)
+    backend, dense = _PLANS.find(signature or plans.signature(input), backends.requested(), _plan, input)
+    if backend == "reference":
+        mean, var = reference.moments(input, 0, correction, match.target_var is not None)
+        loss, grad_mean, grad_var = reference.match_(mean, var, match)
     else:
-        mean = target_mean.new_empty(target_mean.shape)
+        mean = match.target_mean.new_empty(match.target_mean.shape)
         layers = input if dense else [with_dense_columns(x, 0) for x in input]
-        loss, grad_mean, grad_var = _fill(fill, None, None, layers, correction, mean, *arguments)
+        loss, grad_mean, grad_var = _fill(backend, None, None, layers, correction, match, mean)
     return loss, mean, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 
-def _match_features_fake(input: list[Tensor], correction: int, *arguments: Any) -> tuple[Tensor, ...]:
-    target_mean, target_var = arguments[:2]
-    loss, grad_mean, grad_var = _match_fake(target_mean, None, target_mean, target_var)
-    return loss, torch.empty_like(target_mean), grad_mean, grad_var
+def _match_features_fake(input: list[Tensor], correction: int, *fields: Any) -> tuple[Tensor, ...]:
+    match = Match(*fields)
+    loss, grad_mean, grad_var = _match_fake(match.target_mean, None, *match)
+    return loss, torch.empty_like(match.target_mean), grad_mean, grad_var
 
 
 define(
-    f"match_(Tensor mean, Tensor? var, {_PARAMETERS.format(kind='str')})"
-    " -> (Tensor loss, Tensor grad_mean, Tensor grad_var)",
+    f"match_(Tensor mean, Tensor? var, {parameters(Match)}) -> (Tensor loss, Tensor grad_mean, Tensor grad_var)",
     _match,
     _match_fake,
 )
 define(
-    f"match_.features(Tensor[] input, int correction, {_PARAMETERS.format(kind='str')})"
+    f"match_.features(Tensor[] input, int correction, {parameters(Match)})"
     " -> (Tensor loss, Tensor mean, Tensor grad_mean, Tensor grad_var)",
     _match_features,
     _match_features_fake,
 )
 
 
-def match_(mean: Tensor, var: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, grad_mean, grad_var) of moments; the state advances. `arguments` are those of the operator."""
+def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, grad_mean, grad_var) of moments; the state advances."""
     if plans.signature((mean, var)) is None:
-        return torch.ops.moment_ops.match_.default(mean, var, *arguments)
-    return _match(mean, var, *arguments)
+        return torch.ops.moment_ops.match_.default(mean, var, *match)
+    return _match(mean, var, *match)
 
 
 def match_features(
-    input: Sequence[Tensor], correction: int, *arguments: Any, signature: plans.Signature | None
+    input: Sequence[Tensor], correction: int, match: Match, *, signature: plans.Signature | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, mean, grad_mean, grad_var) of features; the state advances. `arguments` are those of the operator.
+    """(loss, mean, grad_mean, grad_var) of features; the state advances.
 
     Args:
         signature: of the features.
     """
     if signature is None:
-        return torch.ops.moment_ops.match_.features(list(input), correction, *arguments)
-    return _match_features(input, correction, *arguments, signature=signature)
+        return torch.ops.moment_ops.match_.features(list(input), correction, *match)
+    return _match_features(input, correction, *match, signature=signature)

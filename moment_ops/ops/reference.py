@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moment_ops.ops.averages import AVERAGES, Past, Quantity
 from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.records import Match
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
@@ -121,73 +123,30 @@ def _finite(mean: Tensor, var: Tensor | None) -> Tensor:
     return mean.isfinite() if var is None else mean.isfinite() & var.isfinite()
 
 
-def _adam(value: Tensor, state: Sequence[Tensor], step: Tensor, options: Sequence[float]) -> list[Tensor]:
-    """One step of torch.optim.Adam on the mean squared error between the average and `value`."""
-    lr, beta1, beta2, eps, gradient_scale = options
-    average, exp_avg, exp_avg_sq = state
-    grad = gradient_scale * (average - value)
-    exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-    exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-    step = step.to(torch.float64)
-    step_size = (lr / (1 - beta1**step)).to(average.dtype)
-    root_bias_correction2 = (1 - beta2**step).sqrt().to(average.dtype)
-    average = average - step_size * (exp_avg / (exp_avg_sq.sqrt() / root_bias_correction2 + eps))
-    return [average, exp_avg, exp_avg_sq]
+def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss and its derivatives with respect to mean and var; the state advances in place where it is to."""
+    kind = AVERAGES[match.average]
+    started = match.state[-2] if kind.has_started else None
+    step = match.state[-1].add_(1) if match.update and match.state else None
+    finite = _finite(mean, None if match.target_var is None else var)
 
-
-def match_(
-    mean: Tensor,
-    var: Tensor | None,
-    target_mean: Tensor,
-    target_var: Tensor | None,
-    mean_scale: float,
-    var_scale: float,
-    mean_weight: Tensor | None,
-    var_weight: Tensor | None,
-    reduction: float,
-    average: str,
-    options: Sequence[float],
-    state: Sequence[Tensor],
-    update: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss and its derivatives with respect to mean and var; `state` advances in place where `update` says so.
-
-    Args:
-        options: (decay,) of a moving average; (lr, beta1, beta2, eps, gradient scale) of ADAM.
-        state: per quantity (average,) or (average, exp_avg, exp_avg_sq); then `started`, one bool per column, of a
-            moving average; then the step.
-    """
-    finite = _finite(mean, var if target_var is not None else None)
-    quantities = [(mean, target_mean, mean_scale, mean_weight)]
-    if target_var is not None:
+    quantities = [(mean, match.target_mean, match.mean_scale, match.mean_weight)]
+    if match.target_var is not None:
         assert var is not None
-        quantities.append((var, target_var, var_scale, var_weight))
-    update = update and average != "none"
-    if update:
-        state[-1].add_(1)
-
+        quantities.append((var, match.target_var, match.var_scale, match.var_weight))
     loss = torch.zeros((), dtype=torch.float64, device=mean.device)
     grads: list[Tensor] = []
     for i, (value, target, scale, column_weight) in enumerate(quantities):
         weight = scale if column_weight is None else scale * column_weight
-        if average == "adam":
-            vectors = list(state[3 * i : 3 * i + 3])
-            if update:
-                for old, new in zip(vectors, _adam(target - value, vectors, state[-1], options), strict=True):
-                    old.copy_(torch.where(finite, new, old))
-            terms = weight * vectors[0] * (target - value)
-            grad = -weight * vectors[0]
-        else:
-            estimate, slope = value, 1.0
-            if average == "moving":
-                slope = 1 - options[0]
-                estimate = torch.where(state[-2], options[0] * state[i] + slope * value, value)
-                if update:
-                    state[i].copy_(torch.where(finite, estimate, state[i]))
-            terms = reduction * weight * (estimate - target) ** 2
-            grad = slope * (2 * reduction) * weight * (estimate - target)
-        loss = loss + terms.sum(dtype=torch.float64)
-        grads.append(grad.expand_as(value).clone())
-    if update and average == "moving":
-        state[-2].logical_or_(finite)
+        vectors = match.state[i * len(kind.vectors) : (i + 1) * len(kind.vectors)]
+        matched = kind.match(
+            Quantity(value, target, weight, match.reduction), Past(vectors, started, step, match.options)
+        )
+        if step is not None:
+            for old, new in zip(vectors, matched.vectors, strict=True):
+                old.copy_(torch.where(finite, new, old))
+        loss = loss + matched.terms.sum(dtype=torch.float64)
+        grads.append(matched.grad.expand_as(value).clone())
+    if step is not None and started is not None:
+        started.logical_or_(finite)
     return loss.to(mean.dtype), grads[0], grads[1] if len(grads) > 1 else None

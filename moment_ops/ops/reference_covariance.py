@@ -1,12 +1,14 @@
 """The covariance operators in plain PyTorch: any dtype, device and layout; the definition of every precision."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.packed_match import match_packed
+from moment_ops.ops.records import CovarianceMatch
 
 PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 
@@ -94,20 +96,13 @@ def covariance_backward(
     return dx.reshape(x.shape).to(x.dtype)
 
 
-# The operator `match_` on packed covariances: (covariance, target, widths) to (loss, gradient).
-MatchPacked = Callable[[Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor]]
-
-
-def covariance_match(
-    x: Sequence[Tensor], correction: int, target: Sequence[Tensor], precision: str, match: MatchPacked
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the packed means and the packed derivative with respect to the covariances."""
-    results = [covariance(layer, correction, True, precision) for layer in x]
+def covariance_match_(x: Sequence[Tensor], correction: int, match: CovarianceMatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the packed means and, where it is kept, the packed derivative with respect to the covariances."""
+    results = [covariance(layer, correction, True, match.precision) for layer in x]
     widths = [len(mean) for _, mean in results]
-    packed = torch.cat([triangle.pack(cov) for cov, _ in results])
-    goal = torch.cat([t if t.dim() == 1 else triangle.pack(t) for t in target])
-    loss, grad = match(packed, goal, widths)
-    return loss, torch.cat([mean for _, mean in results]), grad
+    packed = triangle.pack_all([cov for cov, _ in results])
+    loss, grad = match_packed("reference", packed, triangle.pack_all(match.target), widths, match)
+    return loss, torch.cat([mean for _, mean in results]), grad if match.keep else grad.new_empty(0)
 
 
 def covariance_match_backward(

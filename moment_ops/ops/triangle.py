@@ -180,6 +180,12 @@ def pack(full: Tensor) -> Tensor:
     return _Pack.apply(full)
 
 
+def pack_all(matrices: Sequence[Tensor]) -> Tensor:
+    """Symmetric (D_l, D_l) matrices, or those packed already, as one packed vector; differentiable."""
+    packed = [matrix if matrix.dim() == 1 else pack(matrix) for matrix in matrices]
+    return packed[0] if len(packed) == 1 else torch.cat(packed)
+
+
 def unpack(packed: Tensor, width: int) -> Tensor:
     """The full (D, D) matrix, its parts B mirrored exactly."""
     full = packed.new_empty(width, width)

@@ -12,6 +12,7 @@ import torch
 from helpers import DTYPES, epsilon, exact_moments, mean_bound, mean_error, statistics_dtype, var_bound, var_error
 
 from moment_ops.ops import reference
+from moment_ops.ops.records import Match
 
 
 def features(shapes, dtype, shift=3.0):
@@ -167,18 +168,10 @@ def test_match(module, shapes, dtype, average, source):
         loss, batch_mean, grad_mean, grad_var = host_kernels.match_(
             module, *given, targets, *arguments, state, update, order=step
         )
-        exact_loss, exact_grad_mean, exact_grad_var = reference.match_(
-            mean,
-            var if has_var else None,
-            *(None if t is None else t.double() for t in targets),
-            *scales,
-            *(None if w is None else w.double() for w in weights),
-            0.25,
-            average,
-            options_of(average, columns),
-            exact_state,
-            update,
-        )
+        target_mean, target_var, *exact_weights = (None if v is None else v.double() for v in (*targets, *weights))
+        averaging = average, options_of(average, columns), exact_state, update
+        match = Match(target_mean, target_var, *scales, *exact_weights, 0.25, *averaging)
+        exact_loss, exact_grad_mean, exact_grad_var = reference.match_(mean, var if has_var else None, match)
         tolerance = 2e-5 if wide == torch.float32 else 1e-12
 
         def close(a, b, tolerance=tolerance):

@@ -1,6 +1,6 @@
 """Cases of the operators over columns: moments, taps, matches, and their backward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from helpers import (
@@ -20,12 +20,11 @@ import moment_ops as mo
 from emulated.cases import LAYOUTS, Case, empty_like
 from moment_ops.kernels import covariance, match, moments, relu_moments
 from moment_ops.kernels._plan import Launch
-from moment_ops.ops import reference
+from moment_ops.ops import records, reference
+from moment_ops.ops.averages import AVERAGES
 
 Shapes = Sequence[Sequence[int]]
 OPTIONS = {"none": [], "moving": [0.9], "adam": [1e-2, 0.5, 0.999, 1e-8, 0.05]}
-_VECTORS = {"none": 0, "moving": 1, "adam": 3}
-_KINDS = {"none": match.NONE.value, "moving": match.MOVING.value, "adam": match.ADAM.value}
 
 
 def features(rows: int, shapes: Shapes, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> list[Tensor]:
@@ -211,48 +210,29 @@ class Matching:
         self.weights = [vector() if weighted else None, vector() if weighted and var else None]
         self.scales = (0.7, 1.3) if weighted else (1.0, 1.0)
         self.reduction = 1 / columns
-        self.state = [vector() * 1e-2 for _ in range((1 + var) * _VECTORS[average])]
-        if average == "moving":
+        self.state = [vector() * 1e-2 for _ in range((1 + var) * len(AVERAGES[average].vectors))]
+        if AVERAGES[average].has_started:
             self.state.append(torch.rand(columns, generator=generator) > 0.3)
         if average != "none":
             self.state.append(torch.tensor(5))
 
-    def arguments(self) -> dict[str, object]:
-        """Of the kernels, with gradients to be filled."""
+    def arguments(self) -> tuple[records.Match, Tensor, Tensor | None]:
+        """The match, with gradients to be filled."""
         self.grad_mean = torch.empty_like(self.target_mean)
         self.grad_var = None if self.target_var is None else torch.empty_like(self.target_mean)
         self.before = [s.clone() for s in self.state]
-        return match.match_arguments(
-            self.target_mean,
-            self.target_var,
-            *self.scales,
-            *self.weights,
-            self.reduction,
-            _KINDS[self.average],
-            OPTIONS[self.average],
-            self.state,
-            self.update,
-            self.grad_mean,
-            self.grad_var,
-        )
+        return self._match(self.state, lambda x: x), self.grad_mean, self.grad_var
+
+    def _match(self, state: list[Tensor], cast: Callable[[Tensor], Tensor]) -> records.Match:
+        vectors = (self.target_mean, self.target_var, *self.weights)
+        target_mean, target_var, *weights = (None if v is None else cast(v) for v in vectors)
+        averaging = self.average, OPTIONS[self.average], state, self.update
+        return records.Match(target_mean, target_var, *self.scales, *weights, self.reduction, *averaging)
 
     def check(self, mean: Tensor, var: Tensor, loss: Tensor, rows: int) -> None:
         """mean, var: float64."""
         state = [s.double() if s.is_floating_point() else s for s in self.before]
-        wide = [None if w is None else w.double() for w in self.weights]
-        expected, grad_mean, grad_var = reference.match_(
-            mean,
-            var,
-            self.target_mean.double(),
-            None if self.target_var is None else self.target_var.double(),
-            *self.scales,
-            *wide,
-            self.reduction,
-            self.average,
-            OPTIONS[self.average],
-            state,
-            self.update,
-        )
+        expected, grad_mean, grad_var = reference.match_(mean, var, self._match(state, Tensor.double))
         assert_close(loss, expected, rows=mean.numel())
         assert_close(self.grad_mean, grad_mean, rows=rows)
         if grad_var is not None:
@@ -285,7 +265,8 @@ class Match(Case):
 
     def launches(self, architecture: int) -> list[Launch]:
         self.loss = torch.empty((), dtype=self.mean.dtype)
-        return match.match_launches(self.mean, self.var, self.loss, self.matching.arguments())
+        matching, *grads = self.matching.arguments()
+        return match.match_launches(self.mean, self.var, matching, self.loss, *grads)
 
     def check(self) -> None:
         var = self.mean if self.var is None else self.var
@@ -315,7 +296,8 @@ class MatchFeatures(Case):
     def launches(self, architecture: int) -> list[Launch]:
         self.mean = torch.empty_like(self.matching.target_mean)
         self.loss = torch.empty((), dtype=self.mean.dtype)
-        return match.match_features_launches(self.layers, 1, self.mean, self.loss, self.matching.arguments())
+        matching, *grads = self.matching.arguments()
+        return match.match_features_launches(self.layers, 1, matching, self.loss, self.mean, *grads)
 
     def check(self) -> None:
         mean, var = exact_moments(self.layers)

@@ -10,7 +10,8 @@ from emulated.cases import LAYOUTS, Case, empty_like
 from emulated.columns import OPTIONS
 from moment_ops.kernels import covariance, covariance_backward, covariance_match, gram
 from moment_ops.kernels._plan import Launch
-from moment_ops.ops import reference, reference_covariance, reference_gram, triangle
+from moment_ops.ops import reference_covariance, reference_gram, triangle
+from moment_ops.ops.records import CovarianceMatch
 
 # Relative Frobenius error of a precision.
 BOUNDS = {"ieee": 1e-6, "bf16x3": 2e-5, "tf32": 1e-3, "bf16": 4e-3}
@@ -94,38 +95,20 @@ class CovarianceMatch(Case):
         self.loss, self.mean = torch.empty(()), torch.empty(sum(widths))
         self.grad = torch.empty(triangle.total_size(widths)) if self.keep else None
         self.before = [s.clone() for s in self.state]
+        match = self._match(self.targets, self.state)
         return covariance_match.covariance_match_launches(
-            self.layers,
-            1,
-            self.targets,
-            self.weights,
-            self.average,
-            OPTIONS[self.average],
-            self.state,
-            self.update,
-            self.precision,
-            self.loss,
-            self.mean,
-            self.grad,
-            architecture,
+            self.layers, 1, match, self.loss, self.mean, self.grad, architecture
         )
+
+    def _match(self, targets: list[Tensor], state: list[Tensor], precision: str | None = None) -> CovarianceMatch:
+        averaging = self.average, OPTIONS[self.average], state, self.update
+        return CovarianceMatch(targets, self.weights, *averaging, True, precision or self.precision)
 
     def check(self) -> None:
         state = [s.double() if s.is_floating_point() else s for s in self.before]
-
-        def match(cov: Tensor, goal: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-            sizes = [triangle.size(width) for width in widths]
-            weight = torch.cat([torch.full((n,), w) for n, w in zip(sizes, self.weights, strict=True)]).double()
-            arguments = (cov, None, goal.double(), None, 1.0, 1.0)
-            options = (1.0, self.average, OPTIONS[self.average])
-            _, grad, _ = reference.match_(*arguments, weight, None, *options, [s.clone() for s in state], self.update)
-            # An entry beside the diagonal blocks stands for two.
-            weight = weight * triangle.counts(widths, weight)
-            loss, _, _ = reference.match_(*arguments, weight, None, *options, state, self.update)
-            return loss, grad
-
         wide = [x.double() for x in self.layers]
-        loss, _, grad = reference_covariance.covariance_match(wide, 1, self.targets, "ieee", match)
+        exact = self._match([t.double() for t in self.targets], state, "ieee")
+        loss, _, grad = reference_covariance.covariance_match_(wide, 1, exact)
         self._check(self.loss, loss)
         if self.grad is not None:
             self._check(self.grad, grad)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from emulated import columns, products
 from emulated.cases import Case, Plan, always, planned
-from moment_ops.kernels import match
 from moment_ops.kernels._plan import Launch, Tile
 from moment_ops.kernels._resources import Spec
+from moment_ops.ops.averages import AVERAGES
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _relu_moments(launch: Launch, rows: int, shapes: list[tuple[int, ...]], layo
     return columns.ReluMoments(rows, shapes[-1], _dtype(launch), layout, *_present(launch, "bias"))
 
 
-_AVERAGES = {match.NONE.value: "none", match.MOVING.value: "moving", match.ADAM.value: "adam"}
+_AVERAGES = {kind.number: name for name, kind in AVERAGES.items()}
 
 
 def _average(launch: Launch) -> str:
