@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.losses.matching import match_moments
-from moment_ops.ops import triangle
+from moment_ops.ops import checks, triangle
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.covariance import covariance_match_backward
@@ -80,6 +80,7 @@ def match_covariances(
         match: the targets and their average; whether the derivative is kept is set here.
         merge: over processes.
     """
+    checks.no_forward_mode(match.target, "target")
     dtype = statistics_dtype(layers[0].dtype)
     wants_target = any(t.requires_grad for t in match.target) and torch.is_grad_enabled()
     if merge is None and not wants_target and all(t.dtype == dtype for t in match.target):

@@ -142,6 +142,7 @@ def match_input(
     input: Moments | Tensor | Sequence[Tensor], match: Match, target: Layers, merge: Merge | None = None
 ) -> Tensor:
     """The loss of features, fused with their reduction where nothing is merged, or of moments."""
+    checks.no_forward_mode((match.target_mean, match.target_var), "target")
     if isinstance(input, Moments):
         return _match_given(input, match, target, merge)
     layers, signature, shapes, requires_grad = checks.batch_of(input)

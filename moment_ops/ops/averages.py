@@ -21,7 +21,8 @@ class Past(NamedTuple):
 
     vectors: Sequence[Tensor]  # (F,) each
     started: Tensor | None  # (F,)
-    step: Tensor | None  # the one that is made; None where the state does not advance
+    finite: Tensor  # (F,) whether a column advances
+    step: Tensor | None  # the one that is made; None where no column does
     options: Sequence[float]
 
 
@@ -61,7 +62,7 @@ def _match_moving(quantity: Quantity, past: Past) -> Matched:
     assert past.started is not None
     (decay,), (average,) = past.options, past.vectors
     estimate = torch.where(past.started, decay * average + (1 - decay) * quantity.value, quantity.value)
-    return _squared(quantity, estimate, 1 - decay, (estimate,))
+    return _squared(quantity, estimate, 1 - decay, _advanced(past, (estimate,)))
 
 
 def _match_adam(quantity: Quantity, past: Past) -> Matched:
@@ -83,7 +84,12 @@ def _adam(difference: Tensor, past: Past, step: Tensor) -> Sequence[Tensor]:
     step_size = (lr / (1 - beta1**step)).to(average.dtype)
     root_bias_correction2 = (1 - beta2**step).sqrt().to(average.dtype)
     average = average - step_size * (exp_avg / (exp_avg_sq.sqrt() / root_bias_correction2 + eps))
-    return average, exp_avg, exp_avg_sq
+    return _advanced(past, (average, exp_avg, exp_avg_sq))
+
+
+def _advanced(past: Past, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The next vectors, in columns that are not finite the old ones."""
+    return [torch.where(past.finite, new, old) for old, new in zip(past.vectors, vectors, strict=True)]
 
 
 AVERAGES = {

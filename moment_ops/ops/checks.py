@@ -32,7 +32,7 @@ def features(input: Any, name: str = "input") -> list[Tensor]:
             raise TypeError(f"{label}: got dtype {x.dtype}, expected {layers[0].dtype} as in {name}[0]")
         if x.device != layers[0].device:
             raise ValueError(f"{label}: got device {x.device}, expected {layers[0].device} as in {name}[0]")
-    _no_forward_mode(layers, name)
+    no_forward_mode(layers, name)
     return list(layers)
 
 
@@ -115,7 +115,7 @@ def channel_bias(bias: Any, x: Tensor) -> None:
         raise ValueError(f"bias: x has shape {tuple(x.shape)}, without channels on dimension 1")
     if bias.dim() != 1 or bias.shape[0] != x.shape[1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({x.shape[1]},)")
-    _no_forward_mode([bias], "bias")
+    no_forward_mode([bias], "bias")
 
 
 def option(value: Any, name: str, options: Sequence[str]) -> str:
@@ -125,11 +125,11 @@ def option(value: Any, name: str, options: Sequence[str]) -> str:
     return value
 
 
-def _no_forward_mode(layers: Sequence[Tensor], name: str) -> None:
+def no_forward_mode(tensors: Sequence[Tensor | None], name: str) -> None:
     """Forward-mode differentiation would silently give zero tangents."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
-    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in layers):
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None):
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported, use reverse mode")
 
 

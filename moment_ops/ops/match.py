@@ -35,17 +35,16 @@ def advance(state: Sequence[Tensor], update: bool) -> None:
 
 
 @functools.cache
-def kernel(name: str) -> Callable[..., None]:
-    """What fills (loss, batch_mean, grad_mean, grad_var) from (mean, var, input, correction, match) on a backend."""
-    implementation = backends.implementation(name, "match_")
-    if name == "triton":
-        return implementation
+def with_record(fill: Callable[..., None] | None) -> Callable[..., None] | None:
+    """A backend's kernel, as taking a `Match` in place of its fields; the extension's overload takes those."""
+    if not isinstance(fill, torch._ops.OpOverload):
+        return fill
 
     def native(
         mean: Tensor | None, var: Tensor | None, input: Sequence[Tensor], correction: int, match: Match, *out: Any
     ) -> None:
-        fields = (*match[:_AVERAGE], AVERAGES[match.average].number, *match[_AVERAGE + 1 :])
-        implementation(mean, var, input, correction, *fields, *out)
+        number = AVERAGES[match.average].number
+        fill(mean, var, input, correction, *match[:_AVERAGE], number, *match[_AVERAGE + 1 :], *out)
 
     return native
 
@@ -53,7 +52,7 @@ def kernel(name: str) -> Callable[..., None]:
 class _Plan(NamedTuple):
     """Of `match_` from features."""
 
-    backend: str
+    fill: Callable[..., None] | None  # the backend's kernel; None: the reference
     dense: bool  # layers are read as they are
 
 
@@ -61,7 +60,8 @@ _PLANS: plans.Plans[_Plan] = plans.Plans()
 
 
 def _plan(input: Sequence[Tensor]) -> _Plan:
-    return _Plan(backends.select("match_", input[0]), all(with_dense_columns(x, 0) is x for x in input))
+    fill = with_record(backends.fill("match_", input[0]))
+    return _Plan(fill, all(with_dense_columns(x, 0) is x for x in input))
 
 
 def _dense(value: Any) -> Any:
@@ -69,7 +69,7 @@ def _dense(value: Any) -> Any:
 
 
 def _fill(
-    backend: str,
+    fill: Callable[..., None],
     mean: Tensor | None,
     var: Tensor | None,
     input: Sequence[Tensor],
@@ -82,18 +82,18 @@ def _fill(
     loss = match.target_mean.new_empty(())
     grad_mean = match.target_mean.new_empty(match.target_mean.shape)
     grad_var = None if match.target_var is None else torch.empty_like(grad_mean)
-    kernel(backend)(mean, var, input, correction, match, loss, batch_mean, grad_mean, grad_var)
+    fill(mean, var, input, correction, match, loss, batch_mean, grad_mean, grad_var)
     return loss, grad_mean, grad_var
 
 
 def _match(mean: Tensor, var: Tensor | None, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     match = Match(*fields)
     advance(match.state, match.update)
-    backend = backends.select("match_", mean)
-    if backend == "reference":
+    fill = with_record(backends.fill("match_", mean))
+    if fill is None:
         loss, grad_mean, grad_var = reference.match_(mean, var, match)
     else:
-        loss, grad_mean, grad_var = _fill(backend, _dense(mean), _dense(var), (), 0, match, None)
+        loss, grad_mean, grad_var = _fill(fill, _dense(mean), _dense(var), (), 0, match, None)
     return loss, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 
@@ -108,14 +108,14 @@ def _match_features(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     match = Match(*fields)
     advance(match.state, match.update)
-    backend, dense = _PLANS.find(signature or plans.signature(input), backends.requested(), _plan, input)
-    if backend == "reference":
+    fill, dense = _PLANS.find(signature or plans.signature(input), backends.requested(), _plan, input)
+    if fill is None:
         mean, var = reference.moments(input, 0, correction, match.target_var is not None)
         loss, grad_mean, grad_var = reference.match_(mean, var, match)
     else:
         mean = match.target_mean.new_empty(match.target_mean.shape)
         layers = input if dense else [with_dense_columns(x, 0) for x in input]
-        loss, grad_mean, grad_var = _fill(backend, None, None, layers, correction, match, mean)
+        loss, grad_mean, grad_var = _fill(fill, None, None, layers, correction, match, mean)
     return loss, mean, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moment_ops.ops import extension, reference, triangle
-from moment_ops.ops.match import kernel
+from moment_ops.ops import backends, extension, reference, triangle
+from moment_ops.ops.match import with_record
 from moment_ops.ops.records import CovarianceMatch, Match
 
 
@@ -57,5 +57,7 @@ def _match(name: str, value: Tensor, match: Match, grad: Tensor) -> Tensor:
         grad.copy_(derivative)
         return loss
     loss = value.new_empty(())
-    kernel(name)(value, None, [], 0, match, loss, None, grad, None)
+    fill = with_record(backends.implementation(name, "match_"))
+    assert fill is not None
+    fill(value, None, [], 0, match, loss, None, grad, None)
     return loss

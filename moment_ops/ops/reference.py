@@ -139,12 +139,11 @@ def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tens
     for i, (value, target, scale, column_weight) in enumerate(quantities):
         weight = scale if column_weight is None else scale * column_weight
         vectors = match.state[i * len(kind.vectors) : (i + 1) * len(kind.vectors)]
-        matched = kind.match(
-            Quantity(value, target, weight, match.reduction), Past(vectors, started, step, match.options)
-        )
+        past = Past(vectors, started, finite, step, match.options)
+        matched = kind.match(Quantity(value, target, weight, match.reduction), past)
         if step is not None:
             for old, new in zip(vectors, matched.vectors, strict=True):
-                old.copy_(torch.where(finite, new, old))
+                old.copy_(new)
         loss = loss + matched.terms.sum(dtype=torch.float64)
         grads.append(matched.grad.expand_as(value).clone())
     if step is not None and started is not None:
