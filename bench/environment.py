@@ -52,7 +52,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moment_ops": moment_ops.__version__,
-        "backend": backends.chosen(torch.device(device).type),
+        "backend": backends.chosen("moments", torch.device(device).type),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,

@@ -29,6 +29,10 @@ from moment_ops.kernels._reduce import reduce_columns, variance
 from moment_ops.kernels._triangle import BLOCK, block_pair
 from moment_ops.kernels.moments import reduction_arguments
 
+OPERATORS = {
+    "covariance": ("float32", "bfloat16", "float16"),
+}
+
 # Eight 16-bit columns per thread, their mean in float64 besides; as where moments are folded.
 _SHIFT_REGISTERS = 168
 

@@ -20,6 +20,11 @@ from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import unit_columns
 
+OPERATORS = {
+    "covariance_backward": ("float32", "bfloat16", "float16"),
+    "covariance_match_backward": ("float32", "bfloat16", "float16"),
+}
+
 
 @triton.jit
 def symmetric_rows(matrix, width, begin, lane, first_column, mask, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):

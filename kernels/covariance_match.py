@@ -34,6 +34,10 @@ from moment_ops.kernels.match import (
 )
 from moment_ops.ops.records import CovarianceMatch
 
+OPERATORS = {
+    "covariance_match_": ("float32", "bfloat16", "float16"),
+}
+
 
 @triton.jit
 def weight_of(bits):

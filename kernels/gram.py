@@ -26,6 +26,11 @@ from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
 
+OPERATORS = {
+    "gram": ("float32", "bfloat16", "float16"),
+    "gram_backward": ("float32", "bfloat16", "float16"),
+}
+
 # Sides of the parts of a tile that are folded, and chunks that are loaded at a time.
 _FOLD_SIDE = 32
 _FOLD_CHUNKS = 8

@@ -19,6 +19,10 @@ from moment_ops.kernels.moments import moments, reduction_arguments
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.records import Match
 
+OPERATORS = {
+    "match_": ("float32", "bfloat16", "float16", "float64"),
+}
+
 NONE = tl.constexpr(AVERAGES["none"].number)
 MOVING = tl.constexpr(AVERAGES["moving"].number)
 ADAM = tl.constexpr(AVERAGES["adam"].number)

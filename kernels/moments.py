@@ -18,6 +18,11 @@ from moment_ops.kernels._order import (
 )
 from moment_ops.kernels._reduce import reduce_columns
 
+OPERATORS = {
+    "moments": ("float32", "bfloat16", "float16", "float64"),
+    "moments_backward": ("float32", "bfloat16", "float16", "float64"),
+}
+
 
 @triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction"])
 def moments_kernel(

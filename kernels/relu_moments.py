@@ -9,6 +9,11 @@ from moment_ops.kernels._order import in_memory_order, is_native, restore_logica
 from moment_ops.kernels._reduce import reduce_columns
 from moment_ops.kernels.moments import backward_launches, reduction_arguments
 
+OPERATORS = {
+    "relu_moments": ("float32", "bfloat16", "float16", "float64"),
+    "relu_moments_backward": ("float32", "bfloat16", "float16", "float64"),
+}
+
 
 @triton.jit(do_not_specialize=["channel_columns", "rows", "chunk_rows", "chunks", "correction"])
 def relu_moments_kernel(

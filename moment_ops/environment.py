@@ -7,6 +7,8 @@ import torch
 
 import moment_ops
 from moment_ops.ops import backends
+from moment_ops.ops.checks import FEATURE_DTYPES
+from moment_ops.ops.library import OPERATORS
 
 
 def report() -> str:
@@ -29,6 +31,16 @@ def report() -> str:
         if name == "triton" and torch.version.hip is not None:
             state += f"; {backends.UNPROVEN_ON_AMD}"
         lines.append(f"  {name:<9} {state}")
-    for device in ("cpu", "cuda"):
-        lines.append(f"auto uses {backends.chosen(device)} for {device} tensors")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    table = [("auto uses", *(f"{device} tensors" for device in devices))]
+    table += [(f"  {operator}", *(_choice(operator, device) for device in devices)) for operator in OPERATORS]
+    lines += ["".join(f"{cell:<28}" for cell in row).rstrip() for row in table]
     return "\n".join(lines)
+
+
+def _choice(operator: str, device: str) -> str:
+    """The backend for float32, and those of other dtypes where they differ."""
+    usual = backends.chosen(operator, device)
+    others = {str(dtype).removeprefix("torch."): backends.chosen(operator, device, dtype) for dtype in FEATURE_DTYPES}
+    others = {dtype: name for dtype, name in others.items() if name != usual}
+    return usual + "".join(f" ({dtype}: {name})" for dtype, name in others.items())

@@ -13,7 +13,9 @@ from helpers import assert_close, make_features, make_target
 
 import moment_ops as mo
 from moment_ops import environment
-from moment_ops.ops import backends
+from moment_ops.ops import backends, registry
+from moment_ops.ops.checks import FEATURE_DTYPES
+from moment_ops.ops.library import OPERATORS
 
 PACKAGE = Path(mo.__file__).parent
 NUMBERS = """
@@ -55,7 +57,7 @@ def test_auto_takes_the_kernels_where_they_are(monkeypatch):
     names = spied(monkeypatch)
     mo.moments(torch.randn(4, 3))
     assert names == ["cpu"]
-    assert backends.chosen("cpu") == "cpu"
+    assert backends.chosen("moments", "cpu") == "cpu"
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -167,13 +169,47 @@ def test_the_report_names_versions_and_every_backend():
         assert fragment in report
     for name in backends.NAMES[1:]:
         assert re.search(rf"^  {name}\s+(available|not available: .+)$", report, re.MULTILINE)
-    assert "auto uses cpu for cpu tensors" in report
+    for operator in OPERATORS:
+        assert re.search(rf"^  {operator} +cpu$", report, re.MULTILINE)
 
 
 def test_the_report_says_why_a_backend_is_missing(without_extension):
     result = python("from moment_ops import environment; print(environment.report())", without_extension)
     assert re.search(r"  cpu +not available: the C\+\+ extension is not built; build it with", result.stdout)
-    assert "auto uses reference for cpu tensors" in result.stdout
+    assert re.search(r"^  moments +reference$", result.stdout, re.MULTILINE)
+    # Around the BLAS of torch: they need no extension.
+    assert re.search(r"^  covariance +cpu$", result.stdout, re.MULTILINE)
+
+
+def test_the_report_tells_of_gpus_where_a_dtype_has_no_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    assert re.search(r"^  gram +cpu +triton \(float64: reference\)$", environment.report(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", FEATURE_DTYPES, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_the_report_says_is_what_auto_takes(operator, dtype):
+    x = torch.ones(2, 2, dtype=dtype)
+    assert backends.chosen(operator, "cpu", dtype) == backends.select(operator, x)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_every_kernel_that_is_registered_is_there(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    kernels = [kernel for operator in OPERATORS if (kernel := registry.find(backend, operator))]
+    assert kernels
+    assert all(callable(kernel.load()) for kernel in kernels)
+
+
+def test_reading_the_registry_does_not_import_triton():
+    code = (
+        "import sys; from moment_ops.ops import registry; assert registry.find('triton', 'moments');"
+        "print('triton' in sys.modules)"
+    )
+    assert python(code).stdout.strip() == "False"
 
 
 def test_features_of_another_device_type_run_on_the_reference():

@@ -26,7 +26,7 @@ def main() -> None:
         "import_torch_s": round(imported - start, 2),
         "import_moment_ops_s": round(loaded - imported, 2),
         "unavailable": {name: reason for name in BACKENDS if (reason := device.unavailable(name)) is not None},
-        "environment": environment.describe() | {"backend": backends.chosen(device.device)},
+        "environment": environment.describe() | {"backend": backends.chosen("moments", device.device)},
         "torch_cuda": torch.version.cuda,
         "computes": device.alive(),
     }

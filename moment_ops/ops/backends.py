@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moment_ops.ops import extension
+from moment_ops.ops import extension, registry
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -20,42 +20,6 @@ NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The device type that a backend's kernels are for; the reference runs everywhere.
 _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
-# The operators with Triton kernels, and where: the function of that name takes the arguments of the overload `native`.
-_TRITON = {
-    "moments": "moment_ops.kernels.moments",
-    "moments_backward": "moment_ops.kernels.moments",
-    "match_": "moment_ops.kernels.match",
-    "relu_moments": "moment_ops.kernels.relu_moments",
-    "relu_moments_backward": "moment_ops.kernels.relu_moments",
-    "covariance": "moment_ops.kernels.covariance",
-    "covariance_backward": "moment_ops.kernels.covariance_backward",
-    "covariance_match_": "moment_ops.kernels.covariance_match",
-    "covariance_match_backward": "moment_ops.kernels.covariance_backward",
-    "gram": "moment_ops.kernels.gram",
-    "gram_backward": "moment_ops.kernels.gram",
-}
-# The operators whose CPU kernels are Python around the BLAS of PyTorch, and where; they need no extension.
-_BLAS = {
-    "covariance": "moment_ops.ops.covariance_panels",
-    "covariance_backward": "moment_ops.ops.covariance_panels",
-    "covariance_match_": "moment_ops.ops.covariance_panels",
-    "covariance_match_backward": "moment_ops.ops.covariance_panels",
-    "gram": "moment_ops.ops.gram_panels",
-    "gram_backward": "moment_ops.ops.gram_panels",
-}
-# Dtypes that Triton's kernels of an operator take, where not all: the others run on the reference.
-_TRITON_DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
-    (
-        "covariance",
-        "covariance_backward",
-        "covariance_match_",
-        "covariance_match_backward",
-        "gram",
-        "gram_backward",
-    ),
-    (torch.float32, torch.bfloat16, torch.float16),
-)
-
 # What is known about a backend on a kind of GPU, beyond that it can run.
 UNPROVEN_ON_AMD = "compiled for AMD GPUs, never run on one"
 
@@ -113,13 +77,17 @@ def _has_compiler() -> bool:
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
+def _gpu_unavailable() -> str | None:
+    return None if torch.cuda.is_available() else "there is no GPU that torch can use"
+
+
 def _triton_unavailable() -> str | None:
     if not _triton_installed():
         return "triton is not installed; `pip install triton`"
     if interpreted():
         return None
-    if not torch.cuda.is_available():
-        return "there is no GPU that torch can use; TRITON_INTERPRET=1 runs the kernels slowly, on CPU tensors"
+    if _gpu_unavailable() is not None:
+        return f"{_gpu_unavailable()}; TRITON_INTERPRET=1 runs the kernels slowly, on CPU tensors"
     if not _has_compiler():
         return "triton needs a C compiler for its launcher: gcc or clang on the PATH, or one in the variable CC"
     return None
@@ -128,32 +96,31 @@ def _triton_unavailable() -> str | None:
 _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "reference": lambda: None,
     "cpu": lambda: extension.missing("CPU"),
-    "cuda": lambda: extension.missing("CUDA"),
+    "cuda": lambda: extension.missing("CUDA") or _gpu_unavailable(),
     "triton": _triton_unavailable,
 }
 
 
 def _cannot_run(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
-    if name == "triton" and operator not in _TRITON:
-        return "it has no kernel for it"
-    if name == "triton" and dtype not in _TRITON_DTYPES.get(operator, (dtype,)):
-        return f"its kernel does not take {dtype}"
-    if name != "reference" and _DEVICE[name] != device_type and not (name == "triton" and interpreted()):
-        return f"it runs on {_DEVICE[name]} tensors, got {device_type}"
-    if name == "cpu" and operator in _BLAS:
+    if name == "reference":
         return None
-    if name in ("cpu", "cuda"):
-        return extension.missing(name.upper(), operator)
-    return unavailable(name)
+    kernel = registry.find(name, operator)
+    if name == "triton" and kernel is None:
+        return "it has no kernel for it"
+    if kernel is not None and dtype not in kernel.dtypes:
+        return f"its kernel does not take {dtype}"
+    if _DEVICE[name] != device_type and not (name == "triton" and interpreted()):
+        return f"it runs on {_DEVICE[name]} tensors, got {device_type}"
+    if name == "triton":
+        return unavailable(name)
+    # A kernel in Python, around the BLAS of torch, needs no extension.
+    return None if kernel is not None else extension.missing(name.upper(), operator)
 
 
 def implementation(name: str, operator: str) -> Callable[..., Any]:
-    """What fills the outputs of an operator: the extension's overload `native`, or the function with its arguments."""
-    if name == "triton":
-        return getattr(importlib.import_module(_TRITON[operator]), operator)
-    if name == "cpu" and operator in _BLAS:
-        return getattr(importlib.import_module(_BLAS[operator]), operator)
-    return getattr(torch.ops.moment_ops, operator).native
+    """What fills the outputs of an operator: a kernel in Python, or the extension's overload `native`."""
+    kernel = registry.find(name, operator)
+    return getattr(torch.ops.moment_ops, operator).native if kernel is None else kernel.load()
 
 
 def requested() -> str:
@@ -176,25 +143,30 @@ def select(operator: str, tensor: torch.Tensor) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run {operator}: {reason}")
         return _forced
-    reasons = []
+    name, reasons = _first(operator, device_type, tensor.dtype)
+    if name == "reference" and reasons:
+        reason = "; ".join(reasons)
+        _warn_once(name, f"moment_ops runs on plain PyTorch, slower: {reason}. `moment-ops env` tells more.")
+    if name == "triton" and torch.version.hip is not None:
+        _warn_once(
+            name,
+            f"the Triton kernels of moment_ops are {UNPROVEN_ON_AMD}: compare their results with those of"
+            ' `with moment_ops.backend("reference")`',
+        )
+    return name
+
+
+def _first(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, list[str]]:
+    """The backend that `auto` takes, and why not those before it."""
+    reasons: list[str] = []
     for name in _ORDER.get(device_type, ("reference",)):
-        reason = _cannot_run(name, operator, device_type, tensor.dtype)
-        if reason is not None:
-            reasons.append(f"{name}: {reason}")
-            continue
-        if name == "reference" and reasons:
-            reason = "; ".join(reasons)
-            _warn_once(name, f"moment_ops runs on plain PyTorch, slower: {reason}. `moment-ops env` tells more.")
-        if name == "triton" and torch.version.hip is not None:
-            _warn_once(
-                name,
-                f"the Triton kernels of moment_ops are {UNPROVEN_ON_AMD}: compare their results with those of"
-                ' `with moment_ops.backend("reference")`',
-            )
-        return name
-    return "reference"
+        reason = _cannot_run(name, operator, device_type, dtype)
+        if reason is None:
+            return name, reasons
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("the reference runs everywhere")
 
 
-def chosen(device_type: str) -> str:
-    """The backend that `auto` takes for tensors of a device type."""
-    return next((name for name in _ORDER.get(device_type, ()) if unavailable(name) is None), "reference")
+def chosen(operator: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that `auto` takes for an operator on tensors of a device type."""
+    return _first(operator, device_type, dtype)[0]

@@ -17,6 +17,12 @@ from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.packed_match import match_packed
 from moment_ops.ops.records import CovarianceMatch
 
+OPERATORS = {
+    "covariance": ("float32", "bfloat16", "float16", "float64"),
+    "covariance_backward": ("float32", "bfloat16", "float16", "float64"),
+    "covariance_match_": ("float32", "bfloat16", "float16", "float64"),
+    "covariance_match_backward": ("float32", "bfloat16", "float16", "float64"),
+}
 # Rows of a panel. Products of more rows are faster, and compute more below the diagonal.
 _PANEL = 256
 # Rows whose products are summed in float32; sums over more are in float64.

@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OPERATORS = {
+    "gram": ("float32", "bfloat16", "float16", "float64"),
+    "gram_backward": ("float32", "bfloat16", "float16", "float64"),
+}
 # Columns of one product: float32 sums of this length at most are folded into float64.
 _WIDTH = 1024
 # A panel should stay in the cache of one core.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("moment_ops", "DEF")
+# The public operators' names, in the order of their definition.
+OPERATORS: list[str] = []
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -19,6 +21,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     then fail.
     """
     name = schema.partition("(")[0]
+    if "." not in name:
+        OPERATORS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moment_ops::{name}", fake, lib=LIBRARY)
