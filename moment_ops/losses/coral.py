@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moment_ops.losses.dual import dual_covariance_loss
+from moment_ops.losses.gram_distance import gram_distance
 from moment_ops.ops import checks
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import statistics_dtype
@@ -40,7 +40,7 @@ def coral_loss(source: Tensor, target: Tensor) -> Tensor:
     _check(source, target)
     columns = source.shape[1]
     if source.shape[0] + target.shape[0] < columns:
-        return dual_covariance_loss([source], [target], weight=[1 / (4 * columns**2)])
+        return gram_distance([source], [target], weight=[1 / (4 * columns**2)])
     first, second = (covariance(x, 1, True, "ieee")[0] for x in (source, target))
     squares = (first - second).square().sum(dtype=torch.float64)
     return (squares / (4 * columns**2)).to(statistics_dtype(source.dtype))

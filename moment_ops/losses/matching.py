@@ -1,7 +1,7 @@
 """The matching loss as autograd nodes over the operator `match_`: from features, fused, or from moments."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
 from moment_ops.statistics import Moments
-
-Weight: TypeAlias = float | Sequence[float] | Tensor
 
 
 class _MatchMoments(torch.autograd.Function):
@@ -142,25 +140,6 @@ def _rebuilt(saved: Tensor, moving: Tensor, bend: float, weight: Tensor | None) 
     """
     step = bend * (moving - moving.detach())
     return saved + (step if weight is None else step * weight)
-
-
-def unpack_weight(weight: Weight, name: str, sizes: Sequence[int], like: Tensor) -> tuple[float, Tensor | None]:
-    """A weight as a scale and, where it differs between columns, a packed vector."""
-    if isinstance(weight, Tensor):
-        if weight.shape != like.shape:
-            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {tuple(like.shape)}, one per column")
-        if not weight.is_floating_point():
-            raise TypeError(f"{name}: got dtype {weight.dtype}, expected a floating-point Tensor")
-        if weight.requires_grad:
-            raise ValueError(f"{name}: got a Tensor that requires grad, expected a constant: weights get no gradients")
-        return 1.0, weight.to(device=like.device, dtype=like.dtype)
-    if isinstance(weight, (int, float)):
-        return float(weight), None
-    if not isinstance(weight, Sequence) or not all(isinstance(w, (int, float)) for w in weight):
-        raise TypeError(f"{name}: got {type(weight).__name__}, expected a float, one float per layer, or a Tensor")
-    if len(weight) != len(sizes):
-        raise ValueError(f"{name}: got {len(weight)} weights, expected one per layer, {len(sizes)}")
-    return 1.0, torch.cat([like.new_full((size,), float(w)) for w, size in zip(weight, sizes, strict=True)])
 
 
 def _with_correction(input: Moments, correction: int) -> Tensor:

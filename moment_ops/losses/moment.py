@@ -9,7 +9,8 @@ from torch import Tensor
 from moment_ops.averages import Average
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
 from moment_ops.losses.buffers import BufferedLoss
-from moment_ops.losses.matching import Matcher, Weight, unpack_weight
+from moment_ops.losses.matching import Matcher
+from moment_ops.losses.weights import Weight, column_weights, own_weight
 from moment_ops.ops import checks
 from moment_ops.statistics import Moments
 
@@ -50,8 +51,8 @@ def moment_loss(
     target = _check_target(target)
     checks.option(reduction, "reduction", ("mean", "sum"))
     weights = (
-        unpack_weight(mean_weight, "mean_weight", target.sizes, target.mean),
-        unpack_weight(var_weight, "var_weight", target.sizes, target.mean),
+        column_weights(mean_weight, "mean_weight", target.sizes, target.mean),
+        column_weights(var_weight, "var_weight", target.sizes, target.mean),
     )
     matcher = Matcher(
         (target.mean, target.var), target.shapes, target.correction, weights, reduction, names=target.names
@@ -98,7 +99,7 @@ class MomentLoss(BufferedLoss):
         self.average = average
         self.reduction = checks.option(reduction, "reduction", ("mean", "sum"))
         self.process_group = process_group
-        self._weights = {"mean": mean_weight, "var": var_weight}
+        self._weights = {"mean": own_weight(mean_weight), "var": own_weight(var_weight)}
         self._state_names: tuple[str, ...] = ()
         self.reset(_check_target(target))
 
@@ -151,8 +152,8 @@ class MomentLoss(BufferedLoss):
         dtype = torch.float64 if target.mean.dtype == torch.float64 else torch.float32
         mean = target.mean.detach().to(dtype, copy=True).contiguous()
         var = None if target.var is None else target.var.detach().to(dtype, copy=True).contiguous()
-        mean_scale, mean_weight = unpack_weight(self._weights["mean"], "mean_weight", target.sizes, mean)
-        var_scale, var_weight = unpack_weight(self._weights["var"], "var_weight", target.sizes, mean)
+        mean_scale, mean_weight = column_weights(self._weights["mean"], "mean_weight", target.sizes, mean, kept=True)
+        var_scale, var_weight = column_weights(self._weights["var"], "var_weight", target.sizes, mean, kept=True)
         self.shapes, self.names, self.correction = target.shapes, target.names, target.correction
         self._sizes = target.sizes
         self._mean_scale, self._var_scale = mean_scale, var_scale

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moment_ops.losses.dual import dual_covariance_squared_norm
+from moment_ops.losses.gram_distance import gram_squared_norm
 from moment_ops.ops import checks
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import statistics_dtype
@@ -59,7 +59,7 @@ def vicreg_covariance(x: Tensor) -> Tensor:
         wide = x.to(statistics_dtype(x.dtype))
         variances = moments(wide).var
         assert variances is not None
-        squares = dual_covariance_squared_norm(wide) - variances.double().square().sum()
+        squares = gram_squared_norm(wide) - variances.double().square().sum()
     else:
         # Without its last entry and in rows of D + 1, a square matrix has its diagonal in the first column.
         shifted = covariance(x, 1, True, "ieee")[0].flatten()[:-1].view(columns - 1, columns + 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import moment_ops as mo
-from moment_ops.losses.matching import Weight
+from moment_ops.losses.weights import Weight
 from moment_ops.training import feature_networks
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
