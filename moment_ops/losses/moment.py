@@ -36,7 +36,8 @@ def moment_loss(
     Args:
         input: features, one (N, ...) Tensor per layer as in the target, or Moments.
         target: Moments; means alone are matched where it has no variances. It gets gradients where it wants them.
-        mean_weight, var_weight: a float, one float per layer, or an (F,) Tensor.
+        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative. The values of a
+            Tensor are checked on the CPU alone: elsewhere the host would wait for them.
         reduction: "mean" or "sum".
 
     Returns:
@@ -67,7 +68,7 @@ class MomentLoss(BufferedLoss):
         target: Moments of the data; means alone are matched where it has no variances.
         average: None, MovingAverage or AdamMovingAverage. Its state advances in `train()` mode, once per call; in
             `eval()` mode the loss is computed with the state as it is.
-        mean_weight, var_weight: a float, one float per layer, or an (F,) Tensor.
+        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative; copies are kept.
         reduction: "mean" divides by F, the columns over all layers; "sum" does not. An AdamMovingAverage has its own,
             and its loss is a sum.
         process_group: moments are merged over this group before matching. None is the default group wherever

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moment_ops.losses.weights import LayerWeight, layer_weights
 from moment_ops.ops import checks
 from moment_ops.ops.gram import gram
 from moment_ops.ops.layout import statistics_dtype
@@ -78,7 +79,7 @@ def style_loss(
     target: Tensor | Sequence[Tensor],
     *,
     normalize: str = "sum",
-    weight: Sequence[float] | None = None,
+    weight: LayerWeight | None = None,
 ) -> Tensor:
     """`sum_l weight_l sum_ij (G_ij - A_ij)^2 / (4 C^2 (H W)^2)`, the style loss, averaged over the batch.
 
@@ -91,7 +92,8 @@ def style_loss(
             image of another size needs "mean".
         normalize: "sum" is the published form. "mean" is that of PyTorch's tutorial, whose matrices are divided by
             C H W, and whose loss is their `mse_loss`: 4 / C^2 times the published one, where the sizes are equal.
-        weight: one float per layer; by default 1 / L as published for "sum", and 1 for "mean", as in the tutorial.
+        weight: a number, or one per layer, finite and not negative; by default 1 / L as published for "sum", and 1 for
+            "mean", as in the tutorial.
 
     Returns:
         Scalar, float32 (float64 for float64), computed in float64. Gradients to features and target; twice
@@ -106,11 +108,10 @@ def style_loss(
     targets = _check_target(target, layers)
     checks.option(normalize, "normalize", NORMALIZATIONS)
     if weight is None:
-        weight = [1 / len(layers) if normalize == "sum" else 1.0] * len(layers)
-    if len(weight) != len(layers):
-        raise ValueError(f"weight: got {len(weight)} weights, expected one per layer, {len(layers)}")
+        weight = 1 / len(layers) if normalize == "sum" else 1.0
+    weights = layer_weights(weight, "weight", len(layers))
     total: Tensor | float = 0.0
-    for x, goal, w in zip(layers, targets, weight, strict=True):
+    for x, goal, w in zip(layers, targets, weights, strict=True):
         channels, size = x.shape[1], x[0].numel()
         difference = _gram_matrices(x) / (1 if normalize == "sum" else size) - goal.double()
         squares = difference.square().sum((1, 2)).mean()

@@ -1,6 +1,7 @@
 """The weights of losses: one parser for numbers, one number per layer, and one per column."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ def weight_number(value: Any, name: str) -> float:
     """A finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name}: got {value}, expected a finite number that is not negative")
     return float(value)
 
