@@ -204,6 +204,14 @@ def merged_covariances(
     return triangle.split(packed, widths), mean
 
 
+def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> list[Tensor]:
+    """Means of vectors over the entries of all processes, whose numbers may differ; gradients as of `merge_ranks`."""
+    sums = torch.stack([value.sum() for value in values])
+    counts = torch.cat([sums.new_full((1,), value.shape[0]) for value in values])
+    total, count = _SumOverRanks.apply(torch.cat([sums, counts]), process_group).chunk(2)
+    return list((total / count.detach()).unbind())
+
+
 def _packed_outer(vector: Tensor, widths: Sequence[int]) -> Tensor:
     """Packed triangles of the outer products of every layer's part with itself."""
     return torch.cat([triangle.pack(torch.outer(part, part)) for part in vector.split(list(widths))])

@@ -106,8 +106,9 @@ def covariance_loss(
             all columns, and weights are single numbers.
         process_group: covariances are merged over this group before matching; None is the default group wherever
             torch.distributed is initialized, False this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. The
-            target must be the same on every process.
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
+            process whose batch has no rows takes part; too few rows of all give NaN. The target must be the same on
+            every process.
 
     Returns:
         Scalar, float32 (float64 for float64). Gradients to input and target, where they want them; twice differentiable
@@ -130,8 +131,8 @@ def covariance_loss(
     layer_weights(mean_weight, "mean_weight", len(widths))
     target_mean = _mean_of(target, mean_weight)
     layers = checks.features(input)
-    checks.batch(layers, 0)
     merge = merge_over(process_group, widths, None if target_mean is None else target_mean.detach(), correction)
+    checks.batch(layers, 0, empty=merge is not None)
     if merge is None:
         check_rows(layers[0].shape[0], correction)
     layers = joined(layers, joint)
@@ -166,7 +167,8 @@ class CovarianceLoss(BufferedLoss):
             state as it is. With AdamMovingAverage the loss is a sum, and the reduction has to be "sum".
         process_group: covariances are merged over this group before matching. None is the default group wherever
             torch.distributed is initialized; False is this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
+            process whose batch has no rows takes part; too few rows of all give NaN.
 
     Call it with features, one (N, ...) Tensor per layer. Returns a scalar, float32 (float64 for float64),
     differentiable twice in eager mode.
@@ -217,8 +219,9 @@ class CovarianceLoss(BufferedLoss):
     def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
         """The loss of one batch."""
         layers = checks.features(input)
-        checks.batch(layers, 0)
-        if group_size(self.process_group) == 1:
+        alone = group_size(self.process_group) == 1
+        checks.batch(layers, 0, empty=not alone)
+        if alone:
             check_rows(layers[0].shape[0], self.correction)
         layers = joined(layers, self.joint)
         check_layers(layers, self.widths, "target")

@@ -123,7 +123,7 @@ def covariance_distance(
         process_group: rows of both sets are those of all processes of this group, each giving its own; None is the
             default group wherever torch.distributed is initialized, False this process alone. The loss is the same on
             every process, and parameters under DistributedDataParallel get the gradient of one process on the
-            concatenated rows.
+            concatenated rows. A process without rows takes part; too few rows of all give NaN.
 
     Returns:
         Scalar, float32 (float64 for float64). Gradients to input and other; twice differentiable in eager mode. Through
@@ -146,15 +146,15 @@ def covariance_distance(
     check_options(reduction, precision, correction, joint)
     method = _check_method(method, precision, estimator, correction)
     layers, others = checks.features(input), checks.features(other, "other")
-    checks.batch(layers, 0)
-    checks.batch(others, 0, "other")
+    alone = group_size(process_group) == 1
+    checks.batch(layers, 0, empty=not alone)
+    checks.batch(others, 0, "other", empty=not alone)
     check_layers(layers, widths_of(others, False), "other")
     check_device(layers, others, "other")
     widths = widths_of(others, joint)
     weight = scales(layer_weights(cov_weight, "cov_weight", len(widths)), widths, reduction)
     layer_weights(mean_weight, "mean_weight", len(widths))
     rows, other_rows = layers[0].shape[0], others[0].shape[0]
-    alone = group_size(process_group) == 1
     if alone:
         check_rows(rows, correction)
         check_rows(other_rows, correction, "other")
@@ -215,7 +215,8 @@ class CovarianceDistance(BufferedLoss):
         process_group: the batch's rows, and those of the queue, are those of all processes of this group. None is the
             default group wherever torch.distributed is initialized; False is this process alone. The loss is the same
             on every process, and parameters under DistributedDataParallel get the gradient of one process on the
-            concatenated batch. The other features must be the same on every process; past batches are each process's
+            concatenated batch. A process whose batch has no rows takes part; too few rows of all give NaN. The other
+            features must be the same on every process; past batches are each process's
             own, in the buffers and in `state_dict()`.
 
     A running average against samples is
@@ -277,11 +278,12 @@ class CovarianceDistance(BufferedLoss):
     def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
         """The loss of one batch."""
         layers = checks.features(input)
-        checks.batch(layers, 0)
+        alone = group_size(self.process_group) == 1
+        checks.batch(layers, 0, empty=not alone)
         check_layers(layers, self._columns, "other")
         check_device(layers, [self._kept()[0]], "other")
         rows = layers[0].shape[0]
-        if group_size(self.process_group) == 1:
+        if alone:
             check_rows(rows, self.correction)
             _check_unbiased(rows + sum(self._slots), self.estimator)
         if self.covariance_loss is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.averages import Average
+from moment_ops.distributed import covariance_of_rank
 from moment_ops.losses.matching import Matcher
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance as covariance_op
@@ -123,7 +124,10 @@ def match_covariances(
             correction, list(weight), configuration, update, keep, precision, len(layers), *layers, *target, *state
         )
 
-    results = [covariance_op(x, correction if merge is None else 0, True, precision) for x in layers]
+    if merge is None:
+        results = [covariance_op(x, correction, True, precision) for x in layers]
+    else:
+        results = [covariance_of_rank(x, precision) for x in layers]
     mean = torch.cat([m for _, m in results])
     packed = torch.cat([triangle.pack(cov) for cov, _ in results])
     if merge is not None:

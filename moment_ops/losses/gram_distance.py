@@ -144,6 +144,7 @@ def gram_distance(
     dtype = statistics_dtype(input[0].dtype)
     if min(n, m) < fewest_rows(correction, estimator):
         return (float("nan") * sum(x.sum(dtype=dtype) for part in [*x_rows, *y_rows] for x in part)).to(dtype)
+    empty = [x for part in [*x_rows, *y_rows] if not part[0].shape[0] for x in part]
     x_rows, y_rows = ([part for part in rows if part[0].shape[0]] for rows in (x_rows, y_rows))
     # Sides that are centred apart have a shift each: theirs may be far from the mean of ours.
     of_x, of_y = ([x[0] for x in rows[0]] for rows in (x_rows, y_rows))
@@ -151,7 +152,9 @@ def gram_distance(
     if joint:
         products = products.sum(0, keepdim=True)
     distances = _Distances.apply(products, n, correction, estimator)
-    return (_per_layer(weight, distances) * distances).sum().to(dtype)
+    total = (_per_layer(weight, distances) * distances).sum()
+    # Zero, with a gradient: what has no rows takes part in backward.
+    return sum((x.sum(dtype=total.dtype) for x in empty), start=total).to(dtype)
 
 
 def gram_squared_norm(x: Tensor, process_group: ProcessGroup = False) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.averages import Average
+from moment_ops.distributed import moments_of_rank
 from moment_ops.ops import checks, plans
 from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
@@ -200,7 +201,7 @@ class Matcher:
     def __call__(self, input: Moments | Tensor | Sequence[Tensor]) -> Tensor:
         if isinstance(input, Moments):
             return self._from_input_moments(input)
-        layers, signature, shapes, requires_grad = checks.batch_of(input)
+        layers, signature, shapes, requires_grad = checks.batch_of(input, empty=self.merge is not None)
         _check_shapes(shapes, self.shapes)
         self._check_device(layers[0].device)
         same_dtype = self.mean.dtype == statistics_dtype(layers[0].dtype)
@@ -222,10 +223,10 @@ class Matcher:
                 *layers,
                 *self.state,
             )
-        # Merging takes variances over N: those over N - c do not exist for a single row.
-        correction = self.correction if self.merge is None else 0
-        mean, var, count = moments_op(layers, 0, correction, self.var is not None, signature=signature)
-        return self.from_moments(mean, var, count, correction)
+        if self.merge is not None:
+            return self.from_moments(*moments_of_rank(layers, self.var is not None, signature), 0)
+        mean, var, count = moments_op(layers, 0, self.correction, self.var is not None, signature=signature)
+        return self.from_moments(mean, var, count, self.correction)
 
     def _of_constants(self, layers: Sequence[Tensor], signature: plans.Signature) -> Tensor:
         """The loss of features that want no gradients."""

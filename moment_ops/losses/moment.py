@@ -1,6 +1,7 @@
 """The moment matching loss: means and variances of many layers against targets, with or without a running average."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ def _check_target(target: Any) -> Moments:
     return target
 
 
+def _merge_over(
+    process_group: ProcessGroup, pivot: Tensor, sizes: Sequence[int], correction: int
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]] | None:
+    """What a Matcher wants to merge over processes; None for one alone."""
+    if group_size(process_group) == 1:
+        return None
+    return partial(
+        merge_ranks, sizes=sizes, pivot=pivot.detach(), new_correction=correction, process_group=process_group
+    )
+
+
 def moment_loss(
     input: Moments | Tensor | Sequence[Tensor],
     target: Moments,
@@ -28,6 +40,7 @@ def moment_loss(
     mean_weight: Weight = 1.0,
     var_weight: Weight = 1.0,
     reduction: str = "mean",
+    process_group: ProcessGroup = False,
 ) -> Tensor:
     """Squared distance between the moments of features and target moments.
 
@@ -39,10 +52,13 @@ def moment_loss(
         mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative. The values of a
             Tensor are checked on the CPU alone: elsewhere the host would wait for them.
         reduction: "mean" or "sum".
+        process_group: moments are merged over this group before matching; None is the default group wherever
+            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
+            process whose batch has no rows takes part. The target must be the same on every process.
 
     Returns:
-        Scalar, float32 (float64 for float64); twice differentiable in eager mode. Of this process alone: MomentLoss
-        merges over processes.
+        Scalar, float32 (float64 for float64); twice differentiable in eager mode.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices, shapes or names, with the argument's name.
@@ -56,7 +72,13 @@ def moment_loss(
         column_weights(var_weight, "var_weight", target.sizes, target.mean),
     )
     matcher = Matcher(
-        (target.mean, target.var), target.shapes, target.correction, weights, reduction, names=target.names
+        (target.mean, target.var),
+        target.shapes,
+        target.correction,
+        weights,
+        reduction,
+        merge=_merge_over(process_group, target.mean, target.sizes, target.correction),
+        names=target.names,
     )
     return matcher(input)
 
@@ -73,7 +95,8 @@ class MomentLoss(BufferedLoss):
             and its loss is a sum.
         process_group: moments are merged over this group before matching. None is the default group wherever
             torch.distributed is initialized; False is this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
+            process whose batch has no rows takes part; where no process has rows the loss is NaN.
 
     Call it with features (one (N, ...) Tensor per layer, as in the target) or with Moments. Returns a scalar, float32
     (float64 for float64), differentiable twice in eager mode.
@@ -124,7 +147,7 @@ class MomentLoss(BufferedLoss):
             self.average,
             [buffers[name] for name in self._state_names],
             self.training and self.average is not None,
-            self._merge if group_size(self.process_group) > 1 else None,
+            _merge_over(self.process_group, buffers["target_mean"], self._sizes, self.correction),
             self.names,
         )
         return matcher(input)
@@ -132,20 +155,6 @@ class MomentLoss(BufferedLoss):
     def extra_repr(self) -> str:
         columns = self.target_mean.shape[0]
         return f"columns={columns}, layers={len(self.shapes)}, average={self.average}, reduction={self.reduction!r}"
-
-    def _merge(
-        self, mean: Tensor, var: Tensor | None, count: Tensor, correction: int
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        return merge_ranks(
-            mean,
-            var,
-            count,
-            correction,
-            sizes=self._sizes,
-            pivot=self.target_mean,
-            new_correction=self.correction,
-            process_group=self.process_group,
-        )
 
     def _set_target(self, target: Moments) -> None:
         """Everything is checked before anything is changed."""

@@ -55,7 +55,7 @@ def has_same_columns(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:
 
 def columns_of(x: torch.Tensor) -> int:
     """Columns of features with the batch on dimension 0."""
-    return x.numel() // x.shape[0]
+    return x.shape[1:].numel()
 
 
 def per_column(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
