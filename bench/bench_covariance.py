@@ -84,7 +84,7 @@ class CovarianceBench(Bench):
 
     def _loss(self, contestant: str) -> Callable[[Sequence[Tensor]], Tensor]:
         if contestant == OURS:
-            return lambda input: mo.covariance_loss(input, target=self.target)
+            return lambda input: mo.covariance_loss(input, self.target)
         function = by_torch_cov if contestant.endswith("torch.cov") else obvious
         if contestant.startswith(COMPILED):
             function = torch.compile(function, fullgraph=True, dynamic=False)

@@ -11,7 +11,7 @@ from bench import agreement
 from bench.harness import BOTH, COMPILED, FORWARD, OURS, Bench, Entry
 from bench.machine import Traffic
 from bench.workloads import make_features
-from moment_ops.losses.dual import dual_covariance_loss
+from moment_ops.losses.gram_distance import gram_distance
 
 # The widest layer for which (D, D) matrices are tried.
 WIDEST = 8192
@@ -22,10 +22,10 @@ def _centred(x: Tensor) -> Tensor:
     return rows - rows.mean(0)
 
 
-def through_rows(input: Sequence[Tensor], samples: Sequence[Tensor]) -> Tensor:
+def through_rows(input: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """Centred rows, their products, the products' norms."""
     total = input[0].new_zeros((), dtype=torch.float32)
-    for x, y in zip(input, samples, strict=True):
+    for x, y in zip(input, other, strict=True):
         x, y = _centred(x), _centred(y)
         n, m = len(x) - 1, len(y) - 1
         total = total + (x @ x.T).square().sum() / n**2
@@ -33,17 +33,17 @@ def through_rows(input: Sequence[Tensor], samples: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def through_covariances(input: Sequence[Tensor], samples: Sequence[Tensor]) -> Tensor:
+def through_covariances(input: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """Two (D, D) covariances per layer and the norm of their difference."""
     total = input[0].new_zeros((), dtype=torch.float32)
-    for x, y in zip(input, samples, strict=True):
+    for x, y in zip(input, other, strict=True):
         x, y = _centred(x), _centred(y)
         total = total + (x.T @ x / (len(x) - 1) - y.T @ y / (len(y) - 1)).square().sum()
     return total
 
 
 class GramBench(Bench):
-    """From features and as many samples to the loss; backward to the gradients of the features."""
+    """From features and as many others to the loss; backward to the gradients of the features."""
 
     operator = "gram"
     contestants = (
@@ -61,15 +61,15 @@ class GramBench(Bench):
         return make_features(self.workload, self.dtype, self.device)
 
     @cached_property
-    def samples(self) -> list[Tensor]:
+    def other(self) -> list[Tensor]:
         return [y.detach() for y in make_features(self.workload, self.dtype, self.device, seed=1)]
 
     @cached_property
     def exact_gradients(self) -> list[Tensor]:
         """`4/(n-1) (Xc Xc' Xc/(n-1) - Xc Yc' Yc/(m-1))` in float64, kept in float32."""
         gradients = []
-        for features, samples in zip(self.features, self.samples, strict=True):
-            x, y = features.detach().flatten(1).double(), samples.flatten(1).double()
+        for features, other in zip(self.features, self.other, strict=True):
+            x, y = features.detach().flatten(1).double(), other.flatten(1).double()
             x -= x.mean(0)
             y -= y.mean(0)
             n, m = len(x) - 1, len(y) - 1
@@ -83,7 +83,7 @@ class GramBench(Bench):
 
     @property
     def traffic(self) -> dict[str, Traffic]:
-        """Features and samples are read; backward reads both again and writes the features' gradients."""
+        """Both sets of features are read; backward reads both again and writes the gradients of one."""
         features = self.workload.bytes(self.dtype)
         return {FORWARD: Traffic(2 * features), BOTH: Traffic(3 * features, 2 * features)}
 
@@ -93,15 +93,15 @@ class GramBench(Bench):
             if width > WIDEST:
                 raise ValueError(f"a covariance of {width:,} columns would take {4e-9 * width**2:.0f} GB")
             if contestant == "eager: covariances":
-                return lambda: through_covariances(self.features, self.samples)
-            return lambda: mo.covariance_loss(self.features, samples=self.samples, method="primal")
+                return lambda: through_covariances(self.features, self.other)
+            return lambda: mo.covariance_distance(self.features, self.other, method="covariance")
         if contestant == OURS:
             weight = [1.0] * len(self.features)
-            return lambda: dual_covariance_loss(self.features, self.samples, weight=weight)
+            return lambda: gram_distance(self.features, self.other, weight=weight)
         function = through_rows
         if contestant.startswith(COMPILED):
             function = torch.compile(through_rows, fullgraph=True, dynamic=False)
-        return lambda: function(self.features, self.samples)
+        return lambda: function(self.features, self.other)
 
     def entry(self, contestant: str) -> Entry:
         forward = self._loss(contestant)

@@ -1,9 +1,10 @@
 """Fused moment ops for PyTorch: means, variances and their matching losses over many layers, in one pass."""
 
-from moment_ops.averages import AdamMovingAverage, MovingAverage, QueueAverage
+from moment_ops.averages import AdamMovingAverage, MovingAverage
 from moment_ops.covariances import covariance
 from moment_ops.losses.coral import coral_loss
 from moment_ops.losses.covariance import CovarianceLoss, covariance_loss
+from moment_ops.losses.covariance_distance import CovarianceDistance, covariance_distance
 from moment_ops.losses.frechet import frechet_distance
 from moment_ops.losses.moment import MomentLoss, moment_loss
 from moment_ops.losses.style import gram_matrix, style_loss
@@ -18,16 +19,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamMovingAverage",
+    "CovarianceDistance",
     "CovarianceLoss",
     "MomentExtractor",
     "MomentLoss",
     "MomentNetwork",
     "Moments",
     "MovingAverage",
-    "QueueAverage",
     "backend",
     "coral_loss",
     "covariance",
+    "covariance_distance",
     "covariance_loss",
     "dataset_moments",
     "frechet_distance",

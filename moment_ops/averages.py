@@ -113,26 +113,4 @@ class AdamMovingAverage:
         return state
 
 
-@dataclass(frozen=True)
-class QueueAverage:
-    """The rows of past batches, joined to the current one as constants; for CovarianceLoss with `method="dual"` alone.
-
-    Args:
-        batches: how many past batches are kept. All batches must have the same number of rows. Before the queue is
-            full, those that it has count.
-
-    The rows are stored in the loss's buffers, after its value is computed, so that the gradient flows through the
-    current batch only. They need `batches` times the memory of a batch of features, and twice that during a step.
-    """
-
-    batches: int
-    kind: ClassVar[str] = "queue"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.batches, bool) or not isinstance(self.batches, int):
-            raise TypeError(f"batches: got {self.batches!r}, expected an int")
-        if self.batches < 1:
-            raise ValueError(f"batches: got {self.batches}, expected at least 1")
-
-
 Average = MovingAverage | AdamMovingAverage

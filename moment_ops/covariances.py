@@ -49,8 +49,8 @@ def check_memory(layers: Sequence[Tensor], name: str = "input") -> None:
         if reason is not None:
             label = name if len(layers) == 1 else f"{name}[{i}]"
             raise ValueError(
-                f"{label}: {reason}. covariance_loss(samples=..., method='dual') needs no such matrix; or pool the"
-                " features first"
+                f"{label}: {reason}. covariance_distance(..., method='gram') needs no such matrix; or pool the features"
+                " first"
             )
 
 

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moment_ops.ops import triangle
-from moment_ops.ops.layout import per_column
+from moment_ops.ops import plans, triangle
+from moment_ops.ops.covariance import covariance
+from moment_ops.ops.layout import as_rows, columns_of, per_column, statistics_dtype
+from moment_ops.ops.moments import moments
 
 ProcessGroup = Any
 """A torch.distributed group; None for the default group where one is initialized; False for this process alone."""
@@ -56,6 +58,27 @@ class _SumOverRanks(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _AllReduce.apply(grad, ctx.process_group), None
         return grad * dist.get_world_size(ctx.process_group), None
+
+
+def moments_of_rank(
+    layers: Sequence[Tensor], var: bool, signature: plans.Signature | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(mean, var, count) of this process, as `merge_ranks` takes them, with correction 0.
+
+    Variances over N - c do not exist for a single row. Zeros where there are no rows, which get a gradient of zeros.
+    """
+    if layers[0].shape[0]:
+        return moments(layers, 0, 0, var, signature=signature)
+    mean = torch.cat([x.sum(0, dtype=statistics_dtype(x.dtype)).flatten() for x in layers])
+    return mean, mean if var else None, mean.new_zeros(len(layers), dtype=torch.int64)
+
+
+def covariance_of_rank(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """(covariance, mean) of this process, as `merge_covariances` takes them; without rows as `moments_of_rank`."""
+    if x.shape[0]:
+        return covariance(x, 0, True, precision)
+    rows = as_rows(x).to(statistics_dtype(x.dtype))
+    return rows.mT @ rows, rows.sum(0)
 
 
 def merge_ranks(
@@ -138,6 +161,57 @@ def merge_covariances(
     return merged_mean.to(mean.dtype), merged.to(covariance.dtype)
 
 
+def merged_moments(
+    layers: Sequence[Tensor], correction: int, var: bool, process_group: ProcessGroup
+) -> tuple[Tensor, Tensor | None]:
+    """Packed means and variances over the rows of all processes; differentiable, as `merge_ranks`."""
+    if group_size(process_group) == 1:
+        return moments(layers, 0, correction, var)[:2]
+    mean, variance, count = moments_of_rank(layers, var)
+    return merge_ranks(
+        mean,
+        variance,
+        count,
+        0,
+        sizes=[columns_of(x) for x in layers],
+        pivot=torch.zeros_like(mean),
+        new_correction=correction,
+        process_group=process_group,
+    )[:2]
+
+
+def merged_covariances(
+    layers: Sequence[Tensor], correction: int, precision: str, process_group: ProcessGroup
+) -> tuple[list[Tensor], Tensor]:
+    """Covariances over the rows of all processes, and packed means; differentiable, as `merge_covariances`.
+
+    Per layer a (D, D) matrix, or its packed triangle where there is something to merge.
+    """
+    if group_size(process_group) == 1:
+        results = [covariance(x, correction, True, precision) for x in layers]
+        return [cov for cov, _ in results], torch.cat([mean for _, mean in results])
+    widths = [columns_of(x) for x in layers]
+    results = [covariance_of_rank(x, precision) for x in layers]
+    mean, packed = merge_covariances(
+        torch.cat([mean for _, mean in results]),
+        torch.cat([triangle.pack(cov) for cov, _ in results]),
+        layers[0].shape[0],
+        widths=widths,
+        pivot=None,
+        correction=correction,
+        process_group=process_group,
+    )
+    return triangle.split(packed, widths), mean
+
+
+def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> list[Tensor]:
+    """Means of vectors over the entries of all processes, whose numbers may differ; gradients as of `merge_ranks`."""
+    sums = torch.stack([value.sum() for value in values])
+    counts = torch.cat([sums.new_full((1,), value.shape[0]) for value in values])
+    total, count = _SumOverRanks.apply(torch.cat([sums, counts]), process_group).chunk(2)
+    return list((total / count.detach()).unbind())
+
+
 def _packed_outer(vector: Tensor, widths: Sequence[int]) -> Tensor:
     """Packed triangles of the outer products of every layer's part with itself."""
     return torch.cat([triangle.pack(torch.outer(part, part)) for part in vector.split(list(widths))])
@@ -156,9 +230,10 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], process_group: ProcessGroup) -> tuple[Tensor, ...]:
         ctx.sizes, ctx.process_group = sizes, process_group
-        # Not every backend gathers tensors of different shapes.
+        # Not every backend gathers tensors of different shapes, or without elements.
         gathered = [x.new_empty((max(sizes), *x.shape[1:])) for _ in sizes]
-        dist.all_gather(gathered, _padded(x, max(sizes)), group=process_group)
+        if max(sizes):
+            dist.all_gather(gathered, _padded(x, max(sizes)), group=process_group)
         return tuple(part[:size] for part, size in zip(gathered, sizes, strict=True))
 
     @staticmethod
@@ -174,7 +249,8 @@ class _SumOfOwnRows(torch.autograd.Function):
         ctx.sizes, ctx.process_group = sizes, process_group
         rank = dist.get_rank(process_group)
         packed = torch.stack([_padded(part, max(sizes)) for part in parts])
-        dist.all_reduce(packed, group=process_group)
+        if max(sizes):
+            dist.all_reduce(packed, group=process_group)
         return packed[rank, : sizes[rank]].clone()
 
     @staticmethod
@@ -192,23 +268,40 @@ class _GatherRows(_AllGather):
         return grads[dist.get_rank(ctx.process_group)] * len(ctx.sizes), None, None
 
 
-def gather_rows(layers: Sequence[Tensor], process_group: ProcessGroup) -> list[list[Tensor]]:
-    """The rows of all processes, for a loss that every process computes from all of them.
+def row_counts(rows: Sequence[int], like: Tensor, process_group: ProcessGroup) -> list[list[int]]:
+    """Numbers of rows of every process, in the order of the ranks, on the host: it waits for the device.
 
     Args:
-        layers: this process's (n, D_l) per layer; n may differ between processes.
-
-    Returns:
-        Per process its layers, in the order of the ranks, the same everywhere. Gradients are those that
-        DistributedDataParallel expects, as in `merge_ranks`.
-
-    Cost: one collective per layer and one for the numbers of rows, which waits for the device: shapes depend on them.
+        rows: this process's; as many numbers everywhere.
+        like: a tensor on the device.
     """
     world = group_size(process_group)
     if world == 1:
-        return [list(layers)]
-    count = layers[0].new_full((1,), layers[0].shape[0], dtype=torch.int64)
-    counts = [torch.empty_like(count) for _ in range(world)]
-    dist.all_gather(counts, count, group=process_group)
-    sizes = [int(c) for c in counts]
-    return [list(ranked) for ranked in zip(*(_GatherRows.apply(x, sizes, process_group) for x in layers), strict=True)]
+        return [list(rows)]
+    counts = torch.cat([like.new_full((1,), n, dtype=torch.int64) for n in rows])
+    gathered = [torch.empty_like(counts) for _ in range(world)]
+    dist.all_gather(gathered, counts, group=process_group)
+    return [c.tolist() for c in gathered]
+
+
+def gather_rows(groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup) -> list[list[Tensor]]:
+    """The rows of all processes, for a loss that every process computes from all of them.
+
+    Args:
+        groups: lists of this process's layers, (n, D_l) each; n may differ between groups and processes, and may be 0.
+
+    Returns:
+        The layers of every group of every process: all processes' of the first group, in the order of the ranks, then
+        those of the next; the same everywhere. Gradients are those that DistributedDataParallel expects, as in
+        `merge_ranks`.
+
+    Cost: one collective per layer and one for the numbers of rows, which waits for the device: shapes depend on them.
+    """
+    if group_size(process_group) == 1:
+        return [list(layers) for layers in groups]
+    counts = row_counts([layers[0].shape[0] for layers in groups], groups[0][0], process_group)
+    gathered: list[list[Tensor]] = []
+    for layers, *sizes in zip(groups, *counts, strict=True):
+        parts = [_GatherRows.apply(x, sizes, process_group) for x in layers]
+        gathered += [list(ranked) for ranked in zip(*parts, strict=True)]
+    return gathered

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moment_ops.losses.weights import weight_number
 from moment_ops.ops import checks
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.statistics import Moments, moments
@@ -391,10 +392,7 @@ def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
     for group, weight in given.items():
         if group not in GROUPS:
             raise ValueError(f"weights: got {group!r}, expected {', '.join(GROUPS)}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"weights[{group!r}]: got {weight!r}, expected a number")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weights[{group!r}]: got {weight}, expected a number that is not negative")
+        weight_number(weight, f"weights[{group!r}]")
     return {group: float(given.get(group, 1.0)) for group in GROUPS}
 
 

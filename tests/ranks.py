@@ -72,7 +72,7 @@ class Generator(nn.Module):
 
     def forward(self, z):
         y = self.net(z)
-        return [y[:, : self.first], y[:, self.first :].reshape(-1, 3, 2)]
+        return [y[:, : self.first], y[:, self.first :].reshape(len(y), 3, 2)]
 
 
 def rows_of(rank, sizes, seed=0):

@@ -14,7 +14,6 @@ AVERAGES = {
     "none": None,
     "moving": mo.MovingAverage(0.7),
     "adam": mo.AdamMovingAverage(lr=0.1),
-    "queue": mo.QueueAverage(2),
 }
 BATCHES = {"even": (6, 6), "uneven": (9, 3), "one row": (11, 1)}
 
@@ -23,7 +22,7 @@ def make_loss(average, mean_weight=0.5):
     if average == "queue":
         # The same on every process.
         samples = make_features(10, [(5,), (3, 2)], torch.float64, 9)
-        return mo.CovarianceLoss(samples=samples, average=AVERAGES[average], mean_weight=0.0)
+        return mo.CovarianceDistance(samples, queue=2)
     target = mo.Moments(
         torch.linspace(-1, 1, sum(WIDTHS)).double(),
         cov=tuple(torch.eye(width).double() + 0.1 for width in WIDTHS),
@@ -47,7 +46,7 @@ def train(rank, average, sizes):
     return results, state
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average", [*AVERAGES, "queue"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_two_processes_train_as_one(ranks, average, batch):
     results = ranks(train, average, BATCHES[batch])
@@ -98,7 +97,7 @@ def alone(rank):
     target = [torch.eye(width).double() for width in WIDTHS]
     return [
         mo.CovarianceLoss(target, process_group=False)(layers).detach(),
-        mo.covariance_loss(layers, target=target).detach(),
+        mo.covariance_loss(layers, target).detach(),
     ]
 
 

@@ -97,6 +97,33 @@ def test_variance_term_of_vicreg(shape, dtype):
     assert_value_and_gradients(mo.vicreg_variance, variance_term, [rows_of(shape)], dtype, rows=sum(shape))
 
 
+FLATTENED = {
+    "coral": lambda x: mo.coral_loss(x, 1.5 * x.flip(0)[:-1]),
+    "coral of maps and rows": lambda x: mo.coral_loss(x, 1.5 * x.flip(0)[:-1].reshape(len(x) - 1, -1)),
+    "vicreg variance": mo.vicreg_variance,
+    "vicreg covariance": mo.vicreg_covariance,
+}
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", [(20, 3, 2, 2), (4, 3, 2, 2), (9, 5, 3), (9,), (4, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
+@pytest.mark.parametrize("name", FLATTENED)
+def test_dimensions_after_the_batch_are_columns(name, layout, shape):
+    x = rows_of(shape)
+    if layout == "channels last" and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = x.repeat_interleave(2, 0)[::2]
+    x.requires_grad_()
+    rows = x.detach().reshape(len(x), -1).requires_grad_()
+    value, expected = FLATTENED[name](x), FLATTENED[name](rows)
+    assert_close(value, expected, rows=1000)
+    (gradient,), (wanted,) = torch.autograd.grad(value, x), torch.autograd.grad(expected, rows)
+    assert gradient.shape == x.shape
+    assert_close(gradient.reshape(len(x), -1), wanted, rows=1000)
+
+
 def test_variance_term_with_other_constants():
     x = rows_of(NARROW)
     expected = torch.relu(2.5 - torch.sqrt(x.var(0) + 0.1)).mean()
@@ -208,14 +235,14 @@ X, MAPS = torch.randn(4, 3), torch.randn(2, 3, 2, 2)
 MATRIX = mo.gram_matrix(MAPS)
 WRONG = {
     "coral of a list": (lambda: mo.coral_loss([X], X), TypeError, "source: got list"),
-    "coral of maps": (lambda: mo.coral_loss(MAPS, MAPS), ValueError, r"source: got shape \(2, 3, 2, 2\)"),
     "coral of integers": (lambda: mo.coral_loss(X, X.long()), TypeError, "target: got dtype torch.int64"),
     "coral of widths": (lambda: mo.coral_loss(X, X[:, :2]), ValueError, "target: got 2 columns, expected 3"),
+    "coral of maps": (lambda: mo.coral_loss(MAPS, MAPS[:, :2]), ValueError, "target: got 8 columns, expected 12"),
     "coral of dtypes": (lambda: mo.coral_loss(X, X.double()), TypeError, "target: got dtype torch.float64"),
     "coral of devices": (lambda: mo.coral_loss(X, X.to("meta")), ValueError, "target: got device meta"),
     "coral of one row": (lambda: mo.coral_loss(X, X[:1]), ValueError, "target.*at least two rows"),
     "vicreg of a list": (lambda: mo.vicreg_covariance([X]), TypeError, "x: got list"),
-    "vicreg of maps": (lambda: mo.vicreg_variance(MAPS), ValueError, r"x: got shape \(2, 3, 2, 2\)"),
+    "vicreg of no columns": (lambda: mo.vicreg_variance(X[:, :0]), ValueError, r"x: got shape \(4, 0\)"),
     "vicreg of one row": (lambda: mo.vicreg_covariance(X[:1]), ValueError, "x.*at least two rows"),
     "style of rows": (lambda: mo.gram_matrix(X), ValueError, r"features: got shape \(4, 3\), expected \(N, C, H, W\)"),
     "style normalized": (lambda: mo.gram_matrix(MAPS, "l2"), ValueError, "normalize: got 'l2'"),

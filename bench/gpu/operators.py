@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moment_ops as mo
 from bench.gpu.exactness import Close, Norm, Results
-from moment_ops.losses.dual import dual_covariance_loss
+from moment_ops.losses.gram_distance import gram_distance
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.moments import moments_backward
 from moment_ops.ops.relu_moments import identity_moments, relu_moments
@@ -286,14 +286,14 @@ def covariance_loss(draw: Draw, average: str, precision: str = "ieee") -> Call:
     return call
 
 
-def dual_loss(draw: Draw, joint: bool = False, estimator: str = "biased") -> Call:
-    layers, samples = draw.features(), draw.features(rows=draw.rows + 3)
+def distance_of_rows(draw: Draw, joint: bool = False, estimator: str = "biased") -> Call:
+    layers, other = draw.features(), draw.features(rows=draw.rows + 3)
     weight = [0.5] if joint else [0.5 + i for i in range(len(layers))]
     options: dict[str, Any] = {"joint": joint, "estimator": estimator, "weight": weight}
 
     def call() -> Results:
-        value = dual_covariance_loss(layers, samples, **options)
-        grads = torch.autograd.grad(value, [*layers, *samples])
+        value = gram_distance(layers, other, **options)
+        grads = torch.autograd.grad(value, [*layers, *other])
         results: Results = {f"grad {i}": Norm(dx, 1e-5) for i, dx in enumerate(grads)}
         return results | {"loss": Norm(value, 1e-5)}
 
@@ -394,9 +394,13 @@ def _operators() -> dict[str, Operator]:
         "covariance", partial(covariance_loss, average="none", precision="bf16x3"), ("matrices",)
     )
     table |= {
-        "covariance_loss, dual": Operator("gram", dual_loss, ("small", "wide"), ("contiguous", "batch innermost")),
-        "covariance_loss, dual, joint": Operator("gram", partial(dual_loss, joint=True), ("wide",)),
-        "covariance_loss, dual, unbiased": Operator("gram", partial(dual_loss, estimator="unbiased"), ("wide",)),
+        "covariance_distance, gram": Operator(
+            "gram", distance_of_rows, ("small", "wide"), ("contiguous", "batch innermost")
+        ),
+        "covariance_distance, gram, joint": Operator("gram", partial(distance_of_rows, joint=True), ("wide",)),
+        "covariance_distance, gram, unbiased": Operator(
+            "gram", partial(distance_of_rows, estimator="unbiased"), ("wide",)
+        ),
         "style_loss": Operator("gram", partial(published, name="style_loss"), ("odd",)),
         "coral_loss, wide": Operator("gram", partial(published, name="coral_loss, wide"), ("odd",)),
         "coral_loss, tall": Operator("covariance", partial(published, name="coral_loss, tall"), ("odd",)),

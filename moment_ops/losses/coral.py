@@ -3,29 +3,36 @@
 import torch
 from torch import Tensor
 
-from moment_ops.losses.dual import dual_covariance_loss
-from moment_ops.ops import checks
+from moment_ops.distributed import ProcessGroup, group_size, merged_covariances, row_counts
+from moment_ops.losses.embeddings import check_embeddings
+from moment_ops.losses.gram_distance import gram_distance
+from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance
-from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.layout import columns_of, statistics_dtype
 
 
-def _check(source: Tensor, target: Tensor) -> None:
+def _check(source: Tensor, target: Tensor, alone: bool) -> None:
     for name, x in (("source", source), ("target", target)):
-        checks.embeddings(x, name)
-    if target.shape[1] != source.shape[1]:
-        raise ValueError(f"target: got {target.shape[1]} columns, expected {source.shape[1]} as in source")
+        check_embeddings(x, name, alone)
+    if columns_of(target) != columns_of(source):
+        raise ValueError(f"target: got {columns_of(target)} columns, expected {columns_of(source)} as in source")
     if target.dtype != source.dtype:
         raise TypeError(f"target: got dtype {target.dtype}, expected {source.dtype} as in source")
     if target.device != source.device:
         raise ValueError(f"target: got device {target.device}, expected {source.device} as in source")
 
 
-def coral_loss(source: Tensor, target: Tensor) -> Tensor:
+def coral_loss(source: Tensor, target: Tensor, *, process_group: ProcessGroup = False) -> Tensor:
     """`||C_S - C_T||_F^2 / (4 D^2)`, the CORAL loss of B. Sun and K. Saenko, Deep CORAL (2016), equations 1 to 3.
 
     Args:
-        source: (N, D) features of one domain, float32, bfloat16, float16 or float64.
-        target: (M, D) features of the other, in the same dtype. M may differ from N.
+        source: (N, ...) features of one domain, float32, bfloat16, float16 or float64; dimensions after the batch are
+            flattened to D columns.
+        target: (M, ...) features of the other, of as many columns and in the same dtype. M may differ from N.
+        process_group: rows of both domains are those of all processes of this group; None is the default group wherever
+            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated rows. A process
+            without rows takes part; too few rows of all give NaN.
 
     Returns:
         Scalar, float32 (float64 for float64). Covariances are unbiased, over N - 1 and M - 1. Gradients to both
@@ -35,12 +42,20 @@ def coral_loss(source: Tensor, target: Tensor) -> Tensor:
         TypeError, ValueError: wrong types, dtypes, devices or shapes, fewer than two rows.
 
     Cost: with N + M < D through (N + M)^2 D inner products and no (D, D) matrix, else through the two covariances,
-    (N + M) D^2 products: whichever is less.
+    (N + M) D^2 products: whichever is less. Over processes it waits for the device, for the numbers of rows.
     """
-    _check(source, target)
-    columns = source.shape[1]
-    if source.shape[0] + target.shape[0] < columns:
-        return dual_covariance_loss([source], [target], weight=[1 / (4 * columns**2)])
-    first, second = (covariance(x, 1, True, "ieee")[0] for x in (source, target))
+    alone = group_size(process_group) == 1
+    _check(source, target, alone)
+    columns = columns_of(source)
+    rows = source.shape[0] + target.shape[0]
+    if not alone:
+        rows = sum(count for (count,) in row_counts([rows], source, process_group))
+    if rows < columns:
+        return gram_distance([source], [target], weight=[1 / (4 * columns**2)], process_group=process_group)
+    if alone:
+        first, second = (covariance(x, 1, True, "ieee")[0] for x in (source, target))
+    else:
+        packed = [merged_covariances([x], 1, "ieee", process_group)[0][0] for x in (source, target)]
+        first, second = (triangle.unpack(part, columns) for part in packed)
     squares = (first - second).square().sum(dtype=torch.float64)
     return (squares / (4 * columns**2)).to(statistics_dtype(source.dtype))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moment_ops.distributed import covariance_of_rank
 from moment_ops.losses.matching import match_moments
 from moment_ops.ops import checks, triangle
 from moment_ops.ops.averages import AVERAGES
@@ -87,7 +88,10 @@ def match_covariances(
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in layers)
         return _MatchCovariance.apply(correction, match._replace(keep=keep), *layers)
 
-    results = [covariance_op(x, correction if merge is None else 0, True, match.precision) for x in layers]
+    if merge is None:
+        results = [covariance_op(x, correction, True, match.precision) for x in layers]
+    else:
+        results = [covariance_of_rank(x, match.precision) for x in layers]
     mean = torch.cat([m for _, m in results])
     packed = triangle.pack_all([cov for cov, _ in results])
     if merge is not None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moment_ops.distributed import moments_of_rank
 from moment_ops.ops import checks, plans
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.layout import per_column, statistics_dtype
@@ -145,7 +146,7 @@ def match_input(
     checks.no_forward_mode((match.target_mean, match.target_var), "target")
     if isinstance(input, Moments):
         return _match_given(input, match, target, merge)
-    layers, signature, shapes, requires_grad = checks.batch_of(input)
+    layers, signature, shapes, requires_grad = checks.batch_of(input, empty=merge is not None)
     target.check_shapes(shapes)
     _check_device(layers[0].device, match)
     same_dtype = match.target_mean.dtype == statistics_dtype(layers[0].dtype)
@@ -154,10 +155,11 @@ def match_input(
         if signature is not None and not (requires_grad and torch.is_grad_enabled()):
             return match_features(layers, target.correction, match, signature=signature)[0]
         return _MatchFeatures.apply(target.correction, match, signature, *layers)
-    # Merging takes variances over N: those over N - c do not exist for a single row.
-    correction = target.correction if merge is None else 0
-    mean, var, count = moments_op(layers, 0, correction, match.target_var is not None, signature=signature)
-    return _match_moments(mean, var, count, correction, match, merge)
+    has_var = match.target_var is not None
+    if merge is not None:
+        return _match_moments(*moments_of_rank(layers, has_var, signature), 0, match, merge)
+    mean, var, _ = moments_op(layers, 0, target.correction, has_var, signature=signature)
+    return match_moments(mean, var, match)
 
 
 def _match_given(input: Moments, match: Match, target: Layers, merge: Merge | None) -> Tensor:

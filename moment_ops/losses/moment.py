@@ -1,6 +1,7 @@
 """The moment matching loss: means and variances of many layers against targets, with or without a running average."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from moment_ops.averages import Average
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
 from moment_ops.losses.buffers import BufferedLoss
-from moment_ops.losses.matching import Layers, match_input
-from moment_ops.losses.weights import Weight, unpack_weight
+from moment_ops.losses.matching import Layers, Merge, match_input
+from moment_ops.losses.weights import Weight, column_weights, own_weight
 from moment_ops.ops import checks
 from moment_ops.ops.records import Match
 from moment_ops.statistics import Moments
@@ -22,6 +23,15 @@ def _check_target(target: Any) -> Moments:
     return target
 
 
+def _merge_over(process_group: ProcessGroup, pivot: Tensor, sizes: Sequence[int], correction: int) -> Merge | None:
+    """What merges moments over processes; None for one alone."""
+    if group_size(process_group) == 1:
+        return None
+    return partial(
+        merge_ranks, sizes=sizes, pivot=pivot.detach(), new_correction=correction, process_group=process_group
+    )
+
+
 def moment_loss(
     input: Moments | Tensor | Sequence[Tensor],
     target: Moments,
@@ -29,6 +39,7 @@ def moment_loss(
     mean_weight: Weight = 1.0,
     var_weight: Weight = 1.0,
     reduction: str = "mean",
+    process_group: ProcessGroup = False,
 ) -> Tensor:
     """Squared distance between the moments of features and target moments.
 
@@ -37,12 +48,16 @@ def moment_loss(
     Args:
         input: features, one (N, ...) Tensor per layer as in the target, or Moments.
         target: Moments; means alone are matched where it has no variances. It gets gradients where it wants them.
-        mean_weight, var_weight: a float, one float per layer, or an (F,) Tensor.
+        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative. The values of a
+            Tensor are checked on the CPU alone: elsewhere the host would wait for them.
         reduction: "mean" or "sum".
+        process_group: moments are merged over this group before matching; None is the default group wherever
+            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
+            process whose batch has no rows takes part. The target must be the same on every process.
 
     Returns:
-        Scalar, float32 (float64 for float64); twice differentiable in eager mode. Of this process alone: MomentLoss
-        merges over processes.
+        Scalar, float32 (float64 for float64); twice differentiable in eager mode.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices, shapes or names, with the argument's name.
@@ -51,11 +66,12 @@ def moment_loss(
     """
     target = _check_target(target)
     checks.option(reduction, "reduction", ("mean", "sum"))
-    mean_scale, mean_vector = unpack_weight(mean_weight, "mean_weight", target.sizes, target.mean)
-    var_scale, var_vector = unpack_weight(var_weight, "var_weight", target.sizes, target.mean)
+    mean_scale, mean_vector = column_weights(mean_weight, "mean_weight", target.sizes, target.mean)
+    var_scale, var_vector = column_weights(var_weight, "var_weight", target.sizes, target.mean)
     factor = 1 / target.mean.shape[0] if reduction == "mean" else 1.0
     match = Match(target.mean, target.var, mean_scale, var_scale, mean_vector, var_vector, factor)
-    return match_input(input, match, Layers(target.shapes, target.names, target.correction))
+    layers = Layers(target.shapes, target.names, target.correction)
+    return match_input(input, match, layers, _merge_over(process_group, target.mean, target.sizes, target.correction))
 
 
 class MomentLoss(BufferedLoss):
@@ -65,12 +81,13 @@ class MomentLoss(BufferedLoss):
         target: Moments of the data; means alone are matched where it has no variances.
         average: None, MovingAverage or AdamMovingAverage. Its state advances in `train()` mode, once per call; in
             `eval()` mode the loss is computed with the state as it is.
-        mean_weight, var_weight: a float, one float per layer, or an (F,) Tensor.
+        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative; copies are kept.
         reduction: "mean" divides by F, the columns over all layers; "sum" does not. An AdamMovingAverage has its own,
             and its loss is a sum.
         process_group: moments are merged over this group before matching. None is the default group wherever
             torch.distributed is initialized; False is this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
+            process whose batch has no rows takes part; where no process has rows the loss is NaN.
 
     Call it with features (one (N, ...) Tensor per layer, as in the target) or with Moments. Returns a scalar, float32
     (float64 for float64), differentiable twice in eager mode.
@@ -97,7 +114,7 @@ class MomentLoss(BufferedLoss):
         self.average = average
         self.reduction = checks.option(reduction, "reduction", ("mean", "sum"))
         self.process_group = process_group
-        self._weights = {"mean": mean_weight, "var": var_weight}
+        self._weights = {"mean": own_weight(mean_weight), "var": own_weight(var_weight)}
         self._state_names: tuple[str, ...] = ()
         self._averaging: tuple[str, Sequence[float]] = ("none", ())
         self.reset(_check_target(target))
@@ -125,25 +142,12 @@ class MomentLoss(BufferedLoss):
             [buffers[name] for name in self._state_names],
             self.training and self.average is not None,
         )
-        return match_input(input, match, self._layers, self._merge if group_size(self.process_group) > 1 else None)
+        merge = _merge_over(self.process_group, match.target_mean, self._sizes, self.correction)
+        return match_input(input, match, self._layers, merge)
 
     def extra_repr(self) -> str:
         columns = self.target_mean.shape[0]
         return f"columns={columns}, layers={len(self.shapes)}, average={self.average}, reduction={self.reduction!r}"
-
-    def _merge(
-        self, mean: Tensor, var: Tensor | None, count: Tensor, correction: int
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        return merge_ranks(
-            mean,
-            var,
-            count,
-            correction,
-            sizes=self._sizes,
-            pivot=self.target_mean,
-            new_correction=self.correction,
-            process_group=self.process_group,
-        )
 
     def _set_target(self, target: Moments) -> None:
         """Everything is checked before anything is changed."""
@@ -151,8 +155,8 @@ class MomentLoss(BufferedLoss):
         dtype = torch.float64 if target.mean.dtype == torch.float64 else torch.float32
         mean = target.mean.detach().to(dtype, copy=True).contiguous()
         var = None if target.var is None else target.var.detach().to(dtype, copy=True).contiguous()
-        mean_scale, mean_weight = unpack_weight(self._weights["mean"], "mean_weight", target.sizes, mean)
-        var_scale, var_weight = unpack_weight(self._weights["var"], "var_weight", target.sizes, mean)
+        mean_scale, mean_weight = column_weights(self._weights["mean"], "mean_weight", target.sizes, mean, kept=True)
+        var_scale, var_weight = column_weights(self._weights["var"], "var_weight", target.sizes, mean, kept=True)
         self.shapes, self.correction = target.shapes, target.correction
         self._layers = Layers(target.shapes, target.names, target.correction)
         self._sizes = target.sizes

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from moment_ops.distributed import ProcessGroup, group_size, mean_over_ranks
+from moment_ops.losses.weights import LayerWeight, layer_weights
 from moment_ops.ops import checks
 from moment_ops.ops.gram import gram
 from moment_ops.ops.layout import statistics_dtype
@@ -12,19 +14,22 @@ from moment_ops.ops.layout import statistics_dtype
 NORMALIZATIONS = ("sum", "mean")
 
 
-def _check_maps(features: Any, name: str) -> list[Tensor]:
+def _check_maps(features: Any, name: str, *, empty: bool = False) -> list[Tensor]:
     layers = checks.features(features, name)
     for i, x in enumerate(layers):
         label = name if isinstance(features, Tensor) else f"{name}[{i}]"
         if x.dim() != 4:
             raise ValueError(f"{label}: got shape {tuple(x.shape)}, expected (N, C, H, W)")
-        if x.numel() == 0:
+        if x.numel() == 0 and not (empty and x.shape[1:].numel()):
             raise ValueError(f"{label}: got shape {tuple(x.shape)} without elements")
     return layers
 
 
 def _gram_matrices(x: Tensor) -> Tensor:
     """(N, C, C) float64 `F F'` of every sample, F its (C, H W) map."""
+    if x.shape[0] == 0:
+        maps = x.flatten(2).double()
+        return maps @ maps.mT
     # Every sample is a layer of the operator, and its channels are the rows.
     samples = list(x.flatten(2).unbind())
     zero = x.new_zeros(x.shape[2] * x.shape[3])
@@ -78,7 +83,8 @@ def style_loss(
     target: Tensor | Sequence[Tensor],
     *,
     normalize: str = "sum",
-    weight: Sequence[float] | None = None,
+    weight: LayerWeight | None = None,
+    process_group: ProcessGroup = False,
 ) -> Tensor:
     """`sum_l weight_l sum_ij (G_ij - A_ij)^2 / (4 C^2 (H W)^2)`, the style loss, averaged over the batch.
 
@@ -91,7 +97,12 @@ def style_loss(
             image of another size needs "mean".
         normalize: "sum" is the published form. "mean" is that of PyTorch's tutorial, whose matrices are divided by
             C H W, and whose loss is their `mse_loss`: 4 / C^2 times the published one, where the sizes are equal.
-        weight: one float per layer; by default 1 / L as published for "sum", and 1 for "mean", as in the tutorial.
+        weight: a number, or one per layer, finite and not negative; by default 1 / L as published for "sum", and 1 for
+            "mean", as in the tutorial.
+        process_group: the batch is that of all processes of this group; None is the default group wherever
+            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
+            process without images takes part; none at all give NaN.
 
     Returns:
         Scalar, float32 (float64 for float64), computed in float64. Gradients to features and target; twice
@@ -102,18 +113,21 @@ def style_loss(
 
     Cost: one read of the features; backward one read, one write.
     """
-    layers = _check_maps(features, "features")
+    alone = group_size(process_group) == 1
+    layers = _check_maps(features, "features", empty=not alone)
     targets = _check_target(target, layers)
     checks.option(normalize, "normalize", NORMALIZATIONS)
     if weight is None:
-        weight = [1 / len(layers) if normalize == "sum" else 1.0] * len(layers)
-    if len(weight) != len(layers):
-        raise ValueError(f"weight: got {len(weight)} weights, expected one per layer, {len(layers)}")
+        weight = 1 / len(layers) if normalize == "sum" else 1.0
+    weights = layer_weights(weight, "weight", len(layers))
+    squares = []
+    for x, matrices in zip(layers, targets, strict=True):
+        difference = _gram_matrices(x) / (1 if normalize == "sum" else x.shape[1:].numel()) - matrices.double()
+        squares.append(difference.square().sum((1, 2)))
+    means = [of_samples.mean() for of_samples in squares] if alone else mean_over_ranks(squares, process_group)
     total: Tensor | float = 0.0
-    for x, goal, w in zip(layers, targets, weight, strict=True):
-        channels, size = x.shape[1], x[0].numel()
-        difference = _gram_matrices(x) / (1 if normalize == "sum" else size) - goal.double()
-        squares = difference.square().sum((1, 2)).mean()
-        total = total + w * squares / (4 * size**2 if normalize == "sum" else channels**2)
+    for x, mean, w in zip(layers, means, weights, strict=True):
+        channels, size = x.shape[1], x.shape[1:].numel()
+        total = total + w * mean / (4 * size**2 if normalize == "sum" else channels**2)
     assert isinstance(total, Tensor)
     return total.to(statistics_dtype(layers[0].dtype))

@@ -1,16 +1,48 @@
-"""The weights of a loss: numbers, one number per layer, or a vector."""
+"""The weights of losses: one parser for numbers, one number per layer, and one per column."""
 
+import math
+import sys
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-Weight: TypeAlias = float | Sequence[float] | Tensor
+LayerWeight: TypeAlias = float | Sequence[float]
+Weight: TypeAlias = LayerWeight | Tensor
 
 
-def unpack_weight(weight: Weight, name: str, sizes: Sequence[int], like: Tensor) -> tuple[float, Tensor | None]:
-    """A weight as a scale and, where it differs between columns, a packed vector."""
+def weight_number(value: Any, name: str) -> float:
+    """A finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name}: got {value}, expected a finite number that is not negative")
+    return float(value)
+
+
+def layer_weights(weight: Any, name: str, layers: int) -> list[float]:
+    """A number, or one per layer, as one per layer."""
+    if isinstance(weight, (int, float)):
+        return [weight_number(weight, name)] * layers
+    if not isinstance(weight, Sequence) or isinstance(weight, str):
+        raise TypeError(f"{name}: got {type(weight).__name__}, expected a number or one number per layer")
+    numbers = [weight_number(w, f"{name}[{i}]") for i, w in enumerate(weight)]
+    if len(numbers) != layers:
+        raise ValueError(f"{name}: got {len(numbers)} weights, expected one per layer, {layers}")
+    return numbers
+
+
+def column_weights(
+    weight: Any, name: str, sizes: Sequence[int], like: Tensor, *, kept: bool = False
+) -> tuple[float, Tensor | None]:
+    """A weight as a scale and, where it differs between columns, a packed vector as `like`.
+
+    Args:
+        weight: a number, one number per layer, or an (F,) Tensor.
+        sizes: columns of every layer.
+        kept: the vector is a copy, and its values are checked on every device, not on the CPU alone.
+    """
     if isinstance(weight, Tensor):
         if weight.shape != like.shape:
             raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {tuple(like.shape)}, one per column")
@@ -18,11 +50,33 @@ def unpack_weight(weight: Weight, name: str, sizes: Sequence[int], like: Tensor)
             raise TypeError(f"{name}: got dtype {weight.dtype}, expected a floating-point Tensor")
         if weight.requires_grad:
             raise ValueError(f"{name}: got a Tensor that requires grad, expected a constant: weights get no gradients")
-        return 1.0, weight.to(device=like.device, dtype=like.dtype)
+        if kept or weight.device.type == "cpu":
+            _check_values(weight, name)
+        return 1.0, weight.to(device=like.device, dtype=like.dtype, copy=kept)
     if isinstance(weight, (int, float)):
-        return float(weight), None
-    if not isinstance(weight, Sequence) or not all(isinstance(w, (int, float)) for w in weight):
-        raise TypeError(f"{name}: got {type(weight).__name__}, expected a float, one float per layer, or a Tensor")
-    if len(weight) != len(sizes):
-        raise ValueError(f"{name}: got {len(weight)} weights, expected one per layer, {len(sizes)}")
-    return 1.0, torch.cat([like.new_full((size,), float(w)) for w, size in zip(weight, sizes, strict=True)])
+        return weight_number(weight, name), None
+    numbers = layer_weights(weight, name, len(sizes))
+    return 1.0, torch.cat([like.new_full((size,), w) for w, size in zip(numbers, sizes, strict=True)])
+
+
+def own_weight(weight: Any) -> Any:
+    """A copy for a module to keep: what the caller does to theirs does not reach it."""
+    if isinstance(weight, Tensor):
+        return weight.detach().clone()
+    return tuple(weight) if isinstance(weight, Sequence) and not isinstance(weight, str) else weight
+
+
+def is_zero(weight: LayerWeight) -> bool:
+    """Whether nothing is weighed in; for a weight that was checked."""
+    return not any(weight) if isinstance(weight, Sequence) else weight == 0
+
+
+def _check_values(weight: Tensor, name: str) -> None:
+    """Reads from the device. What is traced or batched has no values to read."""
+    if weight.is_meta or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(weight):
+        return
+    least, most = weight.aminmax()
+    # False for NaN, which both are where there is one.
+    if not (float(least) >= 0 and math.isfinite(float(most))):
+        span = f"{float(least):.3g} to {float(most):.3g}"
+        raise ValueError(f"{name}: got values from {span}, expected finite ones that are not negative")

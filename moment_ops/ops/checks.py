@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import plans
+from moment_ops.ops.layout import feature_shape
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -48,30 +49,30 @@ class Batch(NamedTuple):
 _BATCHES: plans.Plans[tuple[tuple[tuple[int, ...], ...], bool]] = plans.Plans()
 
 
-def batch_of(input: Any, name: str = "input") -> Batch:
-    """A tensor or a sequence of tensors with the batch on dimension 0, checked once per signature."""
+def batch_of(input: Any, name: str = "input", *, empty: bool = False) -> Batch:
+    """A tensor or a sequence of tensors with the batch on dimension 0, checked once per signature; as `batch`."""
     layers = [input] if isinstance(input, Tensor) else input
 
     signature = plans.signature(layers) if isinstance(layers, (list, tuple)) else None
-    return Batch(layers, signature, *_BATCHES.find(signature, None, _check_batch, input, name))
+    return Batch(layers, signature, *_BATCHES.find(signature, empty, _check_batch, input, name, empty))
 
 
-def _check_batch(input: Any, name: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
+def _check_batch(input: Any, name: str, empty: bool) -> tuple[tuple[tuple[int, ...], ...], bool]:
     layers = features(input, name)
-    batch(layers, 0, name)
+    batch(layers, 0, name, empty=empty)
     return tuple(tuple(x.shape[1:]) for x in layers), any(x.requires_grad for x in layers)
 
 
-def batch(layers: Sequence[Tensor], dim: int, name: str = "input") -> None:
-    """Every layer has the same number of rows, at least one, and at least one column."""
+def batch(layers: Sequence[Tensor], dim: int, name: str = "input", *, empty: bool = False) -> None:
+    """Every layer has the same number of rows, at least one unless they may be empty, and at least one column."""
     rows = layers[0].shape[dim]
     for i, x in enumerate(layers):
         label = name if len(layers) == 1 else f"{name}[{i}]"
-        if x.shape[dim] == 0:
+        if x.shape[dim] == 0 and not empty:
             raise ValueError(f"{label}: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
         if x.shape[dim] != rows:
             raise ValueError(f"{label}: got batch size {x.shape[dim]}, expected {rows} as in {name}[0]")
-        if x.numel() == 0:
+        if x.numel() == 0 and 0 in feature_shape(x, dim):
             raise ValueError(f"{label}: got shape {tuple(x.shape)} without elements")
 
 
@@ -131,14 +132,3 @@ def no_forward_mode(tensors: Sequence[Tensor | None], name: str) -> None:
         return
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None):
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported, use reverse mode")
-
-
-def embeddings(x: Any, name: str) -> None:
-    """(N, D) of features with at least two rows."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
-    features(x, name)
-    if x.dim() != 2:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (N, D)")
-    if x.shape[0] < 2 or x.shape[1] == 0:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected at least two rows and one column")

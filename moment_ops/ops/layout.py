@@ -55,7 +55,7 @@ def has_same_columns(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:
 
 def columns_of(x: torch.Tensor) -> int:
     """Columns of features with the batch on dimension 0."""
-    return x.numel() // x.shape[0]
+    return x.shape[1:].numel()
 
 
 def per_column(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -64,3 +64,8 @@ def per_column(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     `repeat_interleave` would want the sizes on the device, and copying them there waits for it.
     """
     return torch.cat([value.expand(size) for value, size in zip(values.unbind(), sizes, strict=True)])
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, D): the columns of features with the batch on dimension 0."""
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)

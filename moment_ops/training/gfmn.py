@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import moment_ops as mo
-from moment_ops.losses.weights import Weight
+from moment_ops.losses.weights import Weight, weight_number
 from moment_ops.training import feature_networks
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
@@ -60,6 +60,8 @@ class Settings(MatchingSettings):
             raise ValueError(f"extractor_iterations must be at least 1, got {self.extractor_iterations}")
         if self.covariance_pool < 0:
             raise ValueError(f"covariance_pool must not be negative, got {self.covariance_pool}")
+        for name in ("mean_weight", "var_weight", "covariance_weight"):
+            weight_number(getattr(self, name), name)
         for name, choices in (
             ("features", feature_networks.CHOICES),
             ("layer_scale", ("auto", "equal", "variance")),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moment_ops as mo
+from moment_ops.losses.weights import weight_number
 from moment_ops.moment_network import PENALTIES
 from moment_ops.training.data import Batches, ImageData, scale
 from moment_ops.training.errors import TrainingError
@@ -65,8 +66,7 @@ class Settings(MatchingSettings):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("penalty_weight", "hidden_weight", "gradient_weight", "input_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            weight_number(getattr(self, name), name)
         for name, choices in (("network", tuple(NETWORKS)), ("penalty", PENALTIES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {', '.join(choices)}, got {getattr(self, name)}")

@@ -170,7 +170,17 @@ def test_images_without_labels_train_an_extractor_by_their_orientation(pictures,
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 1}, {"steps": 0}, {"lr": 0.0}, {"average": "mean"}, {"weight_average": 1.0}]
+    "wrong",
+    [
+        {"batch_size": 1},
+        {"steps": 0},
+        {"lr": 0.0},
+        {"average": "mean"},
+        {"weight_average": 1.0},
+        {"mean_weight": float("nan")},
+        {"var_weight": -1.0},
+        {"covariance_weight": float("inf")},
+    ],
 )
 def test_settings_out_of_range_are_errors_that_name_them(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

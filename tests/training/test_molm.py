@@ -210,6 +210,8 @@ def test_the_published_network_and_loss_can_be_chosen(train):
         {"penalty": "none"},
         {"penalty_weight": -1.0},
         {"input_weight": -1.0},
+        {"hidden_weight": float("inf")},
+        {"gradient_weight": float("nan")},
         {"network": "linear"},
         {"average": "mean"},
     ],

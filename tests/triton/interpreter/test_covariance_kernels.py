@@ -340,11 +340,11 @@ def test_the_loss_and_its_gradients_through_the_public_surface():
     x = make_features(33, [(140,)])[0]
     target = torch.eye(140)
     layer = x.clone().requires_grad_()
-    loss = mo.covariance_loss(layer, target=target)
+    loss = mo.covariance_loss(layer, target)
     (dx,) = torch.autograd.grad(loss, layer)
     wide = x.double().requires_grad_()
     with mo.backend("reference"):
-        expected = mo.covariance_loss(wide, target=target.double())
+        expected = mo.covariance_loss(wide, target.double())
         (gradient,) = torch.autograd.grad(expected, wide)
     assert_close(loss, expected, rows=140)
     assert_close(dx, gradient, rows=140)
