@@ -10,7 +10,7 @@ from moment_ops.ops import backends, plans, reference
 from moment_ops.ops.layout import with_dense_columns
 from moment_ops.ops.library import define, define_native
 
-# As `Average` in csrc/device/match.h.
+# The numbers in csrc/device/averages.h.
 AVERAGES = {"none": 0, "moving": 1, "adam": 2}
 
 _PARAMETERS = (
