@@ -1,85 +1,61 @@
-// The arguments of `match_`, from tensors to pointers; the same for every backend.
+// The arguments of `match_`, for every backend.
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "data.h"
 #include "device/match.h"
 
 namespace moment_ops {
 
-using torch::stable::Tensor;
+// In the order of the schema, in moment_ops/ops/match.py. With features in `input`, their moments are reduced first, and
+// the batch's means go to `batch_mean`; without, `mean` and `var` hold the moments.
+template <class Tensor>
+struct MatchArguments {
+  static constexpr size_t kCount = 19;
 
-template <class A>
-inline A* data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<A*>(tensor->mutable_data_ptr()) : nullptr;
-}
-
-// The tensors and numbers as the schema has them.
-// options: (decay) of a moving average; (lr, beta1, beta2, eps, gradient scale) of ADAM.
-// state: the vectors per quantity, then `started` per column of a moving average, then the step.
-struct MatchTensors {
+  std::optional<Tensor> mean, var;
+  std::vector<Tensor> input;
+  int64_t correction;
   Tensor target_mean;
   std::optional<Tensor> target_var;
   double mean_scale, var_scale;
   std::optional<Tensor> mean_weight, var_weight;
   double reduction;
-  Average kind;
+  int64_t average;
   std::vector<double> options;
-  std::vector<Tensor> state;
+  std::vector<Tensor> state;  // per quantity what the average keeps; `started` where it starts; the step
   bool update;
+  Tensor loss;
+  std::optional<Tensor> batch_mean;
   Tensor grad_mean;
   std::optional<Tensor> grad_var;
 };
 
-template <class A>
-struct MatchState {
-  MatchVectors<A> mean, var;  // var.target is null where means alone are matched
-  uint8_t* started = nullptr;
-  int64_t* step = nullptr;
-  AdamSchedule adam{};
-  MatchParameters<A> parameters{};  // but for what depends on the step
-};
-
-template <class A>
-inline MatchState<A> unpack(const MatchTensors& t) {
-  MatchState<A> s;
-  s.mean.target = data<A>(t.target_mean);
-  s.mean.weight = data<A>(t.mean_weight);
-  s.mean.scale = A(t.mean_scale);
-  s.mean.grad = data<A>(t.grad_mean);
-  s.var.target = data<A>(t.target_var);
-  s.var.weight = data<A>(t.var_weight);
-  s.var.scale = A(t.var_scale);
-  s.var.grad = data<A>(t.grad_var);
-  s.parameters.reduction = A(t.reduction);
-  s.parameters.update = t.update && t.kind != Average::none;
-  const bool has_var = t.target_var.has_value();
-  if (t.kind == Average::moving) {
-    s.parameters.decay = A(t.options[0]);
-    s.parameters.one_minus_decay = A(1 - t.options[0]);
-    s.mean.average = data<A>(t.state[0]);
-    if (has_var) s.var.average = data<A>(t.state[1]);
-    s.started = data<uint8_t>(t.state[t.state.size() - 2]);
-  } else if (t.kind == Average::adam) {
-    s.adam = adam_schedule(t.options[0], t.options[1], t.options[2]);
-    s.parameters.beta1_complement = A(1 - t.options[1]);
-    s.parameters.beta2 = A(t.options[2]);
-    s.parameters.beta2_complement = A(1 - t.options[2]);
-    s.parameters.eps = A(t.options[3]);
-    s.parameters.gradient_scale = A(t.options[4]);
-    MatchVectors<A>* quantities[] = {&s.mean, &s.var};
-    for (int i = 0; i < (has_var ? 2 : 1); ++i) {
-      quantities[i]->average = data<A>(t.state[3 * i]);
-      quantities[i]->exp_avg = data<A>(t.state[3 * i + 1]);
-      quantities[i]->exp_avg_sq = data<A>(t.state[3 * i + 2]);
-    }
+template <class Average, class A, class Tensor>
+inline Matching<Average, A> make_matching(const MatchArguments<Tensor>& from) {
+  const auto vectors = [&](const auto& target, const auto& weight, double scale, const Tensor* state, const auto& grad) {
+    MatchVectors<Average, A> result{data<A>(target), data<A>(weight), A(scale), {}, data<A>(grad)};
+    for (int k = 0; k < Average::kKept; ++k) result.kept[k] = data<A>(state[k]);
+    return result;
+  };
+  Matching<Average, A> result{};
+  const Tensor* state = from.state.data();
+  result.mean = vectors(from.target_mean, from.mean_weight, from.mean_scale, state, from.grad_mean);
+  if (from.target_var) {
+    result.var = vectors(from.target_var, from.var_weight, from.var_scale, state + Average::kKept, from.grad_var);
   }
-  if (t.kind != Average::none) s.step = data<int64_t>(t.state.back());
-  return s;
+  result.parameters = typename Average::template Parameters<A>(from.options.data());
+  result.reduction = A(from.reduction);
+  result.update = from.update && Average::kKept > 0;
+  if (Average::kStarts) result.started = data<uint8_t>(from.state[from.state.size() - 2]);
+  if (Average::kKept > 0) result.step = data<int64_t>(from.state.back());
+  result.correction = from.correction;
+  result.batch_mean = data<A>(from.batch_mean);
+  result.loss = data<A>(from.loss);
+  return result;
 }
 
 }  // namespace moment_ops

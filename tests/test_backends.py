@@ -13,7 +13,7 @@ from helpers import assert_close, make_features, make_target
 
 import moment_ops as mo
 from moment_ops import environment
-from moment_ops.ops import backends, registry
+from moment_ops.ops import backends, extension, registry
 from moment_ops.ops.checks import FEATURE_DTYPES
 from moment_ops.ops.library import OPERATORS
 
@@ -149,6 +149,20 @@ def test_an_extension_that_does_not_load_says_why(without_extension, tmp_path):
     result = python(code, tmp_path / "broken")
     assert result.stdout.strip() == "[0.0, 0.0]", result.stderr
     assert "_C.abi3.so does not load" in result.stderr
+
+
+def test_libraries_of_other_builds_are_left_alone(without_extension, tmp_path):
+    """Before ours in the alphabet, and after it."""
+    package = tmp_path / "several" / "moment_ops"
+    shutil.copytree(without_extension / "moment_ops", package)
+    shutil.copy(extension.LIBRARY, package)
+    for other in ("_C.abi2.so", "_C.so", "_C.cpython-310-x86_64-linux-gnu.so"):
+        (package / other).write_bytes(b"not a library")
+    result = python("from moment_ops.ops import extension; print(extension.missing())", package.parent)
+    assert result.stdout.strip() == "None", result.stdout + result.stderr
+    (package / extension.LIBRARY.name).unlink()
+    result = python("from moment_ops.ops import extension; print(extension.missing())", package.parent)
+    assert "is not built" in result.stdout
 
 
 def test_importing_needs_torch_and_numpy_alone():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import SHAPES, assert_close, assert_same_bits, exact_moments, make_features, make_target
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import moment_ops as mo
 from moment_ops.ops.moments import moments
@@ -220,3 +221,18 @@ def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source,
     for got, old, healthy in zip(case.state[:-1], before[:-1], clean.state[:-1], strict=True):
         assert_same_bits(got[2], old[2])
         assert_same_bits(got[others], healthy[others])
+
+
+@pytest.mark.parametrize("source", ["from_moments", "from_features"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_no_argument_is_kept_or_freed_twice(source, weighted):
+    """Lists, optional tensors and tensors, each by every way that it can be given."""
+    case = Case("adam", weighted=weighted)
+    given = [*case.layers, case.mean, case.var, case.target.mean, case.target.var, *case.state]
+    given += [weight for weight in case.weights if weight is not None]
+    for _ in range(3):
+        given += [x for x in getattr(case, source)() if x.numel() > 0]
+    storages = [StorageWeakRef(x.untyped_storage()) for x in given]
+    assert not any(storage.expired() for storage in storages)
+    del case, given
+    assert all(storage.expired() for storage in storages)

@@ -1,7 +1,7 @@
 // relu_moments and its backward on the GPU. Outputs are allocated, and arguments checked, in Python.
 #include "cuda/layers_cuda.h"
 #include "cuda/operators_cuda.h"
-#include "match_arguments.h"
+#include "data.h"
 
 namespace moment_ops::cuda {
 

@@ -55,26 +55,12 @@ inline void launch_moments_backward(const Launches& launches, BackwardArguments<
   }
 }
 
-template <class T, class A>
-inline void launch_match_features(Average kind, const Launches& launches, Workspace workspace,
-                                  const MatchArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
+template <class T, class Average, class A>
+inline void launch_match_features(const Launches& launches, Workspace workspace, LossWorkspace losses,
+                                  const Matching<Average, A>& matching, MOMENT_OPS_STREAM stream) {
   for (size_t i = 0; i < launches.lists.size(); ++i) {
-    const ColumnLayers& list = launches.lists[i];
-    const int blocks = launches.blocks[i];
-    switch (kind) {
-      case Average::none:
-        MOMENT_OPS_LAUNCH((match_features_kernel<Average::none, T, A>), blocks, kThreads, stream, list, workspace,
-                          arguments);
-        break;
-      case Average::moving:
-        MOMENT_OPS_LAUNCH((match_features_kernel<Average::moving, T, A>), blocks, kThreads, stream, list, workspace,
-                          arguments);
-        break;
-      case Average::adam:
-        MOMENT_OPS_LAUNCH((match_features_kernel<Average::adam, T, A>), blocks, kThreads, stream, list, workspace,
-                          arguments);
-        break;
-    }
+    MOMENT_OPS_LAUNCH((match_features_kernel<T, Average, A>), launches.blocks[i], kThreads, stream, launches.lists[i],
+                      workspace, losses, matching);
   }
 }
 
@@ -95,24 +81,11 @@ inline int match_blocks(int64_t columns) {
   return static_cast<int>(ceil_div(columns, kMatchColumns<A> * kThreads));
 }
 
-template <class A>
-inline void launch_match_moments(Average kind, const A* mean, const A* var, int64_t columns,
-                                 const MatchArguments<A>& arguments, MOMENT_OPS_STREAM stream) {
-  const int blocks = match_blocks<A>(columns);
-  switch (kind) {
-    case Average::none:
-      MOMENT_OPS_LAUNCH((match_moments_kernel<Average::none, A>), blocks, kThreads, stream, mean, var, columns,
-                        arguments);
-      break;
-    case Average::moving:
-      MOMENT_OPS_LAUNCH((match_moments_kernel<Average::moving, A>), blocks, kThreads, stream, mean, var, columns,
-                        arguments);
-      break;
-    case Average::adam:
-      MOMENT_OPS_LAUNCH((match_moments_kernel<Average::adam, A>), blocks, kThreads, stream, mean, var, columns,
-                        arguments);
-      break;
-  }
+template <class Average, class A>
+inline void launch_match_moments(const A* mean, const A* var, int64_t columns, LossWorkspace losses,
+                                 const Matching<Average, A>& matching, MOMENT_OPS_STREAM stream) {
+  MOMENT_OPS_LAUNCH((match_moments_kernel<Average, A>), match_blocks<A>(columns), kThreads, stream, mean, var, columns,
+                    losses, matching);
 }
 
 }  // namespace moment_ops

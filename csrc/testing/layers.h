@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "device/column_moments.cuh"
+#include "device/match.cuh"
 
 namespace moment_ops {
 
@@ -58,6 +58,16 @@ struct HostWorkspace {
       : partial(shim::allocate(2 * plan.partial_columns, std::nan(""))),
         tickets(shim::allocate(plan.partial_columns > 0 ? plan.strips : 0, 0u)) {
     pointers = {partial.data(), tickets.data()};
+  }
+};
+
+struct HostLosses {
+  std::vector<double> losses;
+  std::vector<unsigned int> ticket;
+  LossWorkspace pointers;
+
+  explicit HostLosses(int strips) : losses(shim::allocate(strips, std::nan(""))), ticket(shim::allocate(1, 0u)) {
+    pointers = {losses.data(), ticket.data(), strips};
   }
 };
 

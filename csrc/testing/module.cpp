@@ -13,6 +13,8 @@
 #include "testing/recording_shim.h"
 
 #include "device/column_launch.h"
+#include "match_arguments.h"
+#include "record.h"
 #include "testing/layers.h"
 
 namespace py = pybind11;
@@ -91,59 +93,49 @@ void relu_moments_backward(const LayerDescription& description, const std::strin
   });
 }
 
-template <class A>
-MatchVectors<A> match_vectors(const py::dict& d) {
-  const auto get = [&](const char* name) -> A* {
-    return d.contains(name) ? static_cast<A*>(const_cast<void*>(py::array(d[name]).data())) : nullptr;
-  };
-  const A scale = d.contains("scale") ? d["scale"].cast<A>() : A(1);
-  return {get("target"), get("weight"), scale, get("average"), get("exp_avg"), get("exp_avg_sq"), get("grad")};
-}
+// NumPy's arrays, answering as tensors do.
+struct Array : py::array {
+  using py::array::array;
+  void* mutable_data_ptr() const { return const_cast<void*>(data()); }
+};
 
-// `options` as in the operator's schema; `layers` empty: from the moments in `mean` and `var`.
-void match(const std::vector<LayerDescription>& layers, const std::string& dtype, int64_t correction, py::array mean,
-           std::optional<py::array> var, py::dict mean_vectors, py::dict var_vectors, std::optional<py::array> started,
-           py::array step, int average, std::vector<double> options, double reduction, bool update, py::array loss,
+// An argument of an operator, which becomes what the member is that it initialises.
+struct Given {
+  py::handle value;
+
+  operator bool() { return value.cast<bool>(); }
+  operator int64_t() { return value.cast<int64_t>(); }
+  operator double() { return value.cast<double>(); }
+  operator Array() { return py::reinterpret_borrow<Array>(value); }
+  operator std::optional<Array>() { return value.is_none() ? std::nullopt : std::make_optional(Array(*this)); }
+  operator std::vector<Array>() {
+    std::vector<Array> result;
+    for (py::handle item : value) result.push_back(Given{item});
+    return result;
+  }
+  operator std::vector<double>() { return value.cast<std::vector<double>>(); }
+};
+
+// `arguments` as in the operator's schema, but that features are in `layers`.
+void match(const std::vector<LayerDescription>& layers, const std::string& dtype, py::tuple arguments,
            unsigned int block_order) {
   shim::block_order_seed = block_order;
+  const auto from = read_record<MatchArguments<Array>>([&](size_t i) { return Given{arguments[i]}; });
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    const auto kind = static_cast<Average>(average);
-    MatchArguments<A> arguments{};
-    arguments.mean = match_vectors<A>(mean_vectors);
-    if (var_vectors.size() != 0) arguments.var = match_vectors<A>(var_vectors);
-    arguments.started = pointer<uint8_t>(started);
-    arguments.parameters.reduction = A(reduction);
-    arguments.parameters.update = update && kind != Average::none;
-    if (kind == Average::moving) {
-      arguments.parameters.decay = A(options[0]);
-      arguments.parameters.one_minus_decay = A(1 - options[0]);
-    } else if (kind == Average::adam) {
-      arguments.adam = adam_schedule(options[0], options[1], options[2]);
-      arguments.parameters.beta1_complement = A(1 - options[1]);
-      arguments.parameters.beta2 = A(options[2]);
-      arguments.parameters.beta2_complement = A(1 - options[2]);
-      arguments.parameters.eps = A(options[3]);
-      arguments.parameters.gradient_scale = A(options[4]);
-    }
-    arguments.step = pointer<int64_t>(step);
-    arguments.correction = correction;
-    arguments.loss = pointer<A>(loss);
-    std::vector<unsigned int> ticket = shim::allocate(1, 0u);
-    arguments.ticket = ticket.data();
-    const int64_t columns = mean.size();
-    const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
-    arguments.strips = layers.empty() ? match_blocks<A>(columns) : launches.total.strips;
-    std::vector<double> losses = shim::allocate(arguments.strips, std::nan(""));
-    arguments.losses = losses.data();
-    if (layers.empty()) {
-      launch_match_moments<A>(kind, pointer<A>(mean), pointer<A>(var), columns, arguments, 0);
-    } else {
-      arguments.batch_mean = pointer<A>(mean);
-      HostWorkspace workspace(launches.total);
-      launch_match_features<T, A>(kind, launches, workspace.pointers, arguments, 0);
-    }
+    dispatch_average(from.average, [&](auto average) {
+      const auto matching = make_matching<decltype(average), A>(from);
+      const int64_t columns = from.target_mean.size();
+      const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);
+      HostLosses losses(layers.empty() ? match_blocks<A>(columns) : launches.total.strips);
+      if (layers.empty()) {
+        launch_match_moments(data<A>(from.mean), data<A>(from.var), columns, losses.pointers, matching, 0);
+      } else {
+        HostWorkspace workspace(launches.total);
+        launch_match_features<T>(launches, workspace.pointers, losses.pointers, matching, 0);
+      }
+    });
   });
 }
 
@@ -164,8 +156,9 @@ py::dict plan(int rows, int64_t columns, int element_size, bool vectors, bool el
 
 // (step size, root of the second bias correction) of Adam.
 std::pair<double, double> adam_step(double lr, double beta1, double beta2, int64_t step) {
-  MatchParameters<double> parameters{};
-  set_step(parameters, adam_schedule(lr, beta1, beta2), static_cast<double>(step));
+  const double options[] = {lr, beta1, beta2, 0, 0};
+  AdamAverage::Parameters<double> parameters(options);
+  parameters.set_step(static_cast<double>(step));
   return {parameters.step_size, parameters.root_bias_correction2};
 }
 

@@ -110,102 +110,103 @@ void run_moments(const Features<T>& features) {
   expect("var", var, exact.var);
 }
 
-// The vectors of a mean or a variance in match_.
-template <class A>
+// As many as any average takes, and values that suit them all.
+constexpr double kOptions[] = {0.125, 0.5, 0.75, 1e-8, 2};
+
+// The vectors of a mean or a variance in match_. What an average keeps may be a square.
+template <class Average, class A>
 struct Quantity {
-  std::vector<A> target, weight, average, exp_avg, exp_avg_sq, grad;
+  std::vector<A> target, weight, grad;
+  std::vector<std::vector<A>> kept;
 
   Quantity(int64_t columns, uint32_t seed)
-      : target(numbers<A>(columns, seed)),
-        weight(numbers<A>(columns, seed + 1)),
-        average(numbers<A>(columns, seed + 2)),
-        exp_avg(numbers<A>(columns, seed + 3)),
-        exp_avg_sq(columns, A(0.5)),
-        grad(columns, A(NAN)) {}
+      : target(numbers<A>(columns, seed)), weight(numbers<A>(columns, seed + 1)), grad(columns, A(NAN)) {
+    for (int k = 0; k < Average::kKept; ++k) {
+      kept.push_back(numbers<A>(columns, seed + 2 + k));
+      for (A& value : kept.back()) value = std::abs(value);
+    }
+  }
 
-  MatchVectors<A> pointers() {
-    return {target.data(), weight.data(), A(0.5), average.data(), exp_avg.data(), exp_avg_sq.data(), grad.data()};
+  MatchVectors<Average, A> pointers() {
+    MatchVectors<Average, A> result{target.data(), weight.data(), A(0.5), {}, grad.data()};
+    for (int k = 0; k < Average::kKept; ++k) result.kept[k] = kept[k].data();
+    return result;
   }
 };
 
-template <class A>
-void expect(const Quantity<A>& actual, const Quantity<double>& exact) {
-  expect("average", actual.average, exact.average);
-  expect("exp_avg", actual.exp_avg, exact.exp_avg);
-  expect("exp_avg_sq", actual.exp_avg_sq, exact.exp_avg_sq);
+template <class Average, class A>
+void expect(const Quantity<Average, A>& actual, const Quantity<Average, double>& exact) {
+  for (int k = 0; k < Average::kKept; ++k) expect("kept", actual.kept[k], exact.kept[k]);
   expect("grad", actual.grad, exact.grad);
 }
 
 // What match_ reads and writes, the same in every format.
-template <class A>
+template <class Average, class A>
 struct Match {
-  Quantity<A> mean, var;
+  Quantity<Average, A> mean, var;
   std::vector<uint8_t> started;
   std::vector<A> batch_mean;
-  std::vector<double> losses;
-  unsigned int ticket = 0;
   int64_t step = 3;
   A loss = A(NAN);
 
-  Match(int64_t columns, int strips)
-      : mean(columns, 3), var(columns, 7), started(columns), batch_mean(columns, A(NAN)), losses(strips, NAN) {
+  explicit Match(int64_t columns)
+      : mean(columns, 3), var(columns, 7), started(columns), batch_mean(columns, A(NAN)) {
     for (int64_t i = 0; i < columns; i += 2) started[i] = 1;
   }
 
-  MatchArguments<A> arguments(bool has_var) {
-    MatchArguments<A> result{};
+  Matching<Average, A> pointers(bool has_var) {
+    Matching<Average, A> result{};
     result.mean = mean.pointers();
     if (has_var) result.var = var.pointers();
+    result.parameters = typename Average::template Parameters<A>(kOptions);
+    result.reduction = A(0.25);
+    result.update = Average::kKept > 0;
     result.started = started.data();
-    result.parameters = {A(0.25), A(0.875), A(0.125), A(0.5), A(0.75), A(0.25), A(1e-8), A(0), A(0), A(2), true};
-    result.adam = adam_schedule(0.125, 0.5, 0.75);
     result.step = &step;
-    result.batch_mean = batch_mean.data();
     result.correction = 1;
-    result.losses = losses.data();
-    result.ticket = &ticket;
+    result.batch_mean = batch_mean.data();
     result.loss = &loss;
-    result.strips = static_cast<int32_t>(losses.size());
     return result;
   }
 };
 
 // The same step in float64, column after column.
-template <Average KIND, class A>
-void expect_match(const Match<A>& actual, const ExactMoments& moments, bool has_var) {
+template <class Average, class A>
+void expect_match(const Match<Average, A>& actual, const ExactMoments& moments, bool has_var) {
   const auto columns = static_cast<int64_t>(moments.mean.size());
-  Match<double> exact(columns, 0);
-  const MatchArguments<double> arguments = exact.arguments(has_var);
+  Match<Average, double> exact(columns);
+  const Matching<Average, double> matching = exact.pointers(has_var);
   double loss = 0;
   for (int64_t at = 0; at < columns; ++at) {
-    loss += match_columns<KIND, 1>(arguments, exact.step, 0, [&](int) {
+    loss += match_columns<1>(matching, exact.step, 0, [&](int) {
       return MatchColumn<double>{true, at, moments.mean[at], moments.var[at]};
     });
   }
   expect(actual.mean, exact.mean);
   if (has_var) expect(actual.var, exact.var);
   expect("started", actual.started, exact.started);
-  expect("step", actual.step, exact.step + (KIND != Average::none), 0);
+  expect("step", actual.step, exact.step + (Average::kKept > 0), 0);
   expect("loss", actual.loss, loss, kStatistics);
 }
 
-template <Average KIND, class T>
+template <class Average, class T>
 void run_match(const Features<T>& features, bool has_var) {
   using A = accumulate_t<T>;
   const Launches launches = plan_launches(features.layers, sizeof(T), kReductionTile);
   const HostWorkspace workspace(launches.total);
   const ExactMoments exact(features.layers, features.x);
 
-  Match<A> from_features(features.columns, launches.total.strips);
-  launch_match_features<T, A>(KIND, launches, workspace.pointers, from_features.arguments(has_var), 0);
+  Match<Average, A> from_features(features.columns);
+  launch_match_features<T>(launches, workspace.pointers, HostLosses(launches.total.strips).pointers,
+                           from_features.pointers(has_var), 0);
   expect("batch_mean", from_features.batch_mean, exact.mean);
-  expect_match<KIND>(from_features, exact, has_var);
+  expect_match(from_features, exact, has_var);
 
   const std::vector<A> mean(exact.mean.begin(), exact.mean.end()), var(exact.var.begin(), exact.var.end());
-  Match<A> from_moments(features.columns, match_blocks<A>(features.columns));
-  launch_match_moments<A>(KIND, mean.data(), has_var ? var.data() : nullptr, features.columns,
-                          from_moments.arguments(has_var), 0);
-  expect_match<KIND>(from_moments, exact, has_var);
+  Match<Average, A> from_moments(features.columns);
+  launch_match_moments(mean.data(), has_var ? var.data() : nullptr, features.columns,
+                       HostLosses(match_blocks<A>(features.columns)).pointers, from_moments.pointers(has_var), 0);
+  expect_match(from_moments, exact, has_var);
 }
 
 // Gradients of means and variances, and of the features.
@@ -307,9 +308,9 @@ void run() {
   for (const auto& shapes : {two_launches(kNarrowChunks, kOneChunk), kWideChunks, kWideVectors, kManyChunks}) {
     const Features<T> features(shapes);
     run_moments(features);
-    run_match<Average::none>(features, true);
-    run_match<Average::moving>(features, false);
-    run_match<Average::adam>(features, true);
+#define MOMENT_OPS_RUN_MATCH(Average) run_match<Average>(features, Average::kNumber % 2 == 0);
+    MOMENT_OPS_AVERAGES(MOMENT_OPS_RUN_MATCH)
+#undef MOMENT_OPS_RUN_MATCH
   }
   run_moments(Features<T>(kPermuted));
   for (const bool added : {false, true}) {

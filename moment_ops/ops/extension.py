@@ -5,18 +5,19 @@ from pathlib import Path
 
 import torch
 
+# The one name that setup.py builds: other files of that kind are of other builds.
+LIBRARY = Path(__file__).parent.parent / "_C.abi3.so"
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` in a checkout (needs a C++ compiler and ninja)"
 
 
 def _load() -> str | None:
-    """Load `moment_ops/_C*.so`; returns the reason if that fails."""
-    libraries = sorted(Path(__file__).parent.parent.glob("_C*.so"))
-    if not libraries:
+    """Load the library; returns the reason if that fails."""
+    if not LIBRARY.exists():
         return f"the C++ extension is not built; {HOW_TO_BUILD}"
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"{libraries[0].name} does not load: {error}"
+        return f"{LIBRARY.name} does not load: {error}"
     return None
 
 

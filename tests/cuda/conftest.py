@@ -7,7 +7,6 @@ from types import ModuleType
 import host_module
 import pytest
 
-import moment_ops
 from moment_ops.ops import extension
 
 # The emulator is there.
@@ -28,4 +27,4 @@ def library() -> Path:
         if shutil.which("nvcc") and extension.missing("CPU") is None:
             pytest.fail(f"there is an nvcc, but {extension.missing('CUDA')}; build again")
         pytest.skip(str(extension.missing("CUDA")))
-    return next(Path(moment_ops.__file__).parent.glob("_C*.so"))
+    return extension.LIBRARY

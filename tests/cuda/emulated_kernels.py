@@ -7,6 +7,7 @@ import ctypes
 import functools
 import re
 import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +55,15 @@ def _memory(address: int, size: int) -> Tensor:
     return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)))
 
 
+def _arrays(arguments: Iterable[Any]) -> Iterator[np.ndarray]:
+    """Those among the arguments, and in their lists."""
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _arrays(argument)
+
+
 class EmulatedModule:
     """Takes the place of the module of host_module.py, which describes launches to it, for host_kernels.py."""
 
@@ -67,10 +77,8 @@ class EmulatedModule:
             self._buffers = []
             for layer in layers if isinstance(layers, list) else [layers]:
                 self._open_layer(layer, getattr(torch, dtype).itemsize)
-            for argument in arguments:
-                for array in argument.values() if isinstance(argument, dict) else [argument]:
-                    if isinstance(array, np.ndarray):
-                        self._open(array.ctypes.data, array.nbytes)
+            for array in _arrays(arguments):
+                self._open(array.ctypes.data, array.nbytes)
             self._module.record_with(self._launch, self._open)
             try:
                 return getattr(self._module, name)(layers, dtype, *arguments)

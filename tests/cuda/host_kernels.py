@@ -60,43 +60,27 @@ def moments_backward(module, input, mean, count, grad_mean, grad_var, grad=(), c
 
 def match_(module, input, mean, var, targets, scales, weights, reduction, average, options, state, update, order=0):
     """(loss, batch mean, grad_mean, grad_var); `state` advances in place."""
-    target_mean, target_var = targets
-    poisoned = [torch.full_like(target_mean, float("nan")) for _ in range(3)]
-    batch_mean, grad_mean, grad_var = poisoned
-    loss = torch.full((1,), float("nan"), dtype=target_mean.dtype)
-    per_quantity = {"none": 0, "moving": 1, "adam": 3}[average]
-    quantities = []
-    for i, (target, grad) in enumerate(((target_mean, grad_mean), (target_var, grad_var))):
-        if target is None:
-            quantities.append({})
-            continue
-        vectors = {"target": _array(target), "grad": _array(grad), "scale": scales[i]}
-        if weights[i] is not None:
-            vectors["weight"] = _array(weights[i])
-        names = ("average", "exp_avg", "exp_avg_sq")[:per_quantity]
-        vectors |= {name: _array(state[per_quantity * i + k]) for k, name in enumerate(names)}
-        quantities.append(vectors)
-    started = _array(state[-2]) if average == "moving" else None
-    step = _array(state[-1]) if average != "none" else np.zeros(1, dtype=np.int64)
-    layers = [_layer(module, x) for x in input]
-    dtype = _name(input[0].dtype if input else mean.dtype)
-    module.match(
-        layers,
-        dtype,
+    batch_mean, grad_mean, grad_var = (torch.full_like(targets[0], float("nan")) for _ in range(3))
+    loss = torch.full((1,), float("nan"), dtype=grad_mean.dtype)
+    if targets[1] is None:
+        grad_var = None
+    arguments = (
+        *(None if input else _array(moment) for moment in (mean, var)),
+        [],
         1,
-        _array(batch_mean if input else mean),
-        None if input else _array(var),
-        *quantities,
-        started,
-        step,
+        *map(_array, targets),
+        *scales,
+        *map(_array, weights),
+        reduction,
         AVERAGES[average],
         list(options),
-        reduction,
+        list(map(_array, state)),
         update,
-        _array(loss),
-        order,
+        *map(_array, (loss, batch_mean if input else None, grad_mean, grad_var)),
     )
-    return loss[0], batch_mean if input else mean, grad_mean, grad_var if target_var is not None else None
+    dtype = _name(input[0].dtype if input else mean.dtype)
+    module.match([_layer(module, x) for x in input], dtype, arguments, order)
+    return loss[0], batch_mean if input else mean, grad_mean, grad_var
 
 
 def relu_moments(module, x, bias=None, correction=1, order=0):

@@ -55,9 +55,9 @@ BUDGETS = {
     "moments_backward_kernelI": BACKWARD,
     "relu_moments_backward_kernelI": BACKWARD,
     # Without an average, with a moving one, and with that of ADAM.
-    "match_moments_kernelILNS_7AverageE0E": match_budget(2 * 3),
-    "match_moments_kernelILNS_7AverageE1E": match_budget(2 * 4),
-    "match_moments_kernelILNS_7AverageE2E": match_budget(2 * 6),
+    "match_moments_kernelINS_9NoAverageE": match_budget(2 * 3),
+    "match_moments_kernelINS_13MovingAverageE": match_budget(2 * 4),
+    "match_moments_kernelINS_11AdamAverageE": match_budget(2 * 6),
 }
 
 
@@ -84,9 +84,9 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
             "relu_moments_kernelI": len(DTYPES),
             "moments_backward_kernelI": len(DTYPES),
             "relu_moments_backward_kernelI": len(DTYPES),
-            "match_moments_kernelILNS_7AverageE0E": 2,
-            "match_moments_kernelILNS_7AverageE1E": 2,
-            "match_moments_kernelILNS_7AverageE2E": 2,
+            "match_moments_kernelINS_9NoAverageE": 2,
+            "match_moments_kernelINS_13MovingAverageE": 2,
+            "match_moments_kernelINS_11AdamAverageE": 2,
         }, architecture
 
 
