@@ -12,17 +12,17 @@ from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
+from moment_ops.ops.nodes import Node, wants_grad
 from moment_ops.statistics import Moments
 
 Weight: TypeAlias = float | Sequence[float] | Tensor
 
 
-class _MatchMoments(torch.autograd.Function):
+class _MatchMoments(Node):
     """loss(mean, var): the operator `match_` on moments, with targets that may want gradients too."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def compute(
         mean: Tensor,
         var: Tensor | None,
         target_mean: Tensor,
@@ -33,8 +33,8 @@ class _MatchMoments(torch.autograd.Function):
         average: tuple[str, list[float], float],
         update: bool,
         *state: Tensor,
-    ) -> Tensor:
-        kind, options, curvature = average
+    ) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+        kind, options, _ = average
         mean_scale, var_scale, reduction = scalars
         loss, grad_mean, grad_var = match_(
             mean,
@@ -51,9 +51,13 @@ class _MatchMoments(torch.autograd.Function):
             list(state),
             update,
         )
-        ctx.scalars, ctx.curvature, ctx.has_var = scalars, curvature, target_var is not None
-        ctx.save_for_backward(mean, var, target_mean, target_var, mean_weight, var_weight, grad_mean, grad_var)
-        return loss
+        return (loss,), (grad_mean, grad_var)
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        ctx.scalars, (_, _, ctx.curvature) = inputs[6:8]
+        ctx.has_var = inputs[3] is not None
+        ctx.save_for_backward(*inputs[:6], *kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,12 +76,11 @@ class _MatchMoments(torch.autograd.Function):
         return d_mean, d_var, d_target_mean, d_target_var, *([None] * (len(ctx.needs_input_grad) - 4))
 
 
-class _MatchFeatures(torch.autograd.Function):
+class _MatchFeatures(Node):
     """loss(features): the operator `match_` fused with the reduction; backward reads the features once more."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def compute(
         correction: int,
         target_mean: Tensor,
         target_var: Tensor | None,
@@ -89,8 +92,8 @@ class _MatchFeatures(torch.autograd.Function):
         signature: plans.Signature | None,
         layers: int,
         *tensors: Tensor,
-    ) -> Tensor:
-        kind, options, curvature = average
+    ) -> tuple[tuple[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        kind, options, _ = average
         features, state = tensors[:layers], tensors[layers:]
         mean_scale, var_scale, reduction = scalars
         loss, mean, grad_mean, grad_var = match_features(
@@ -109,10 +112,13 @@ class _MatchFeatures(torch.autograd.Function):
             update,
             signature=signature,
         )
-        ctx.correction, ctx.scalars, ctx.curvature = correction, scalars, curvature
-        ctx.has_var, ctx.layers = target_var is not None, layers
-        ctx.save_for_backward(mean, grad_mean, grad_var, mean_weight, var_weight, *features)
-        return loss
+        return (loss,), (mean, grad_mean, grad_var)
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        ctx.correction, _, target_var, mean_weight, var_weight, ctx.scalars, average, _, _, ctx.layers = inputs[:10]
+        ctx.curvature, ctx.has_var = average[2], target_var is not None
+        ctx.save_for_backward(*kept, mean_weight, var_weight, *inputs[10 : 10 + ctx.layers])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,7 +235,7 @@ class Matcher:
         if fused and signature is not None and not (requires_grad and torch.is_grad_enabled()):
             return self._of_constants(layers, signature)
         if fused:
-            return _MatchFeatures.apply(
+            return _MatchFeatures.call(
                 self.correction,
                 self.mean,
                 self.var,
@@ -293,7 +299,7 @@ class Matcher:
             return None if vector is None else vector.to(dtype)
 
         state = [s.to(dtype) if s.is_floating_point() else s for s in self.state]
-        loss = _MatchMoments.apply(
+        loss = _MatchMoments.call(
             cast(mean),
             cast(var),
             cast(self.mean),
@@ -311,7 +317,7 @@ class Matcher:
         return loss
 
     def _target_requires_grad(self) -> bool:
-        return self.mean.requires_grad or (self.var is not None and self.var.requires_grad)
+        return wants_grad(self.mean) or (self.var is not None and wants_grad(self.var))
 
     def _check_device(self, device: torch.device) -> None:
         if device != self.mean.device:
