@@ -340,13 +340,13 @@ class CovarianceLoss(BufferedLoss):
         """Write the batch over the oldest one. The position is on the device: nothing waits, graphs can be captured."""
         assert isinstance(self.average, QueueAverage)
         rows, batches = len(layers[0]), self.average.batches
+        advance([self.queue_step], True)
         if self._filled == 0:
             for name, x in zip(self._queue_names[:-1], layers, strict=True):
                 memory_format = torch.channels_last if is_channels_last(x) and x.dim() == 4 else torch.contiguous_format
                 shape = (batches * rows, *x.shape[1:])
                 empty = torch.zeros(shape, dtype=x.dtype, device=x.device)
                 self._set_buffer(name, empty.to(memory_format=memory_format))
-        advance([self.queue_step], True)
         index = (self.queue_step % batches) * rows + torch.arange(rows, device=layers[0].device)
         for name, x in zip(self._queue_names[:-1], layers, strict=True):
             queue = getattr(self, name)

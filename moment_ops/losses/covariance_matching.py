@@ -12,7 +12,7 @@ from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.covariance import covariance_match_backward
 from moment_ops.ops.layout import columns_of, statistics_dtype
-from moment_ops.ops.nodes import Node, wants_grad
+from moment_ops.ops.nodes import Computed, Node, wants_grad
 
 # From packed means, packed covariances over N and N to those over all processes.
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -33,7 +33,7 @@ class _MatchCovariance(Node):
         precision: str,
         layers: int,
         *tensors: Tensor,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor]]:
+    ) -> Computed:
         features, target, state = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
         kind, options, _ = average
         loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(

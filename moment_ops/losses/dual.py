@@ -10,7 +10,7 @@ from moment_ops.distributed import ProcessGroup, gather_rows
 from moment_ops.ops import checks
 from moment_ops.ops.gram import gram
 from moment_ops.ops.layout import is_channels_last, statistics_dtype
-from moment_ops.ops.nodes import Node
+from moment_ops.ops.nodes import Computed, Node
 
 ESTIMATORS = ("biased", "unbiased")
 # The unbiased square of a covariance needs four different rows.
@@ -57,9 +57,7 @@ class _Distances(Node):
     """
 
     @staticmethod
-    def compute(
-        products: Tensor, n: int, correction: int, estimator: str
-    ) -> tuple[tuple[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def compute(products: Tensor, n: int, correction: int, estimator: str) -> Computed:
         blocks = _projected(products, n, estimator)
         scales = _scales(n, products.shape[-1] - n, correction, estimator)
         squares = [torch.linalg.vector_norm(block, dim=(-2, -1)).square() for block in blocks]

@@ -12,7 +12,7 @@ from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
-from moment_ops.ops.nodes import Node, wants_grad
+from moment_ops.ops.nodes import Computed, Node, wants_grad
 from moment_ops.statistics import Moments
 
 Weight: TypeAlias = float | Sequence[float] | Tensor
@@ -33,7 +33,7 @@ class _MatchMoments(Node):
         average: tuple[str, list[float], float],
         update: bool,
         *state: Tensor,
-    ) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+    ) -> Computed:
         kind, options, _ = average
         mean_scale, var_scale, reduction = scalars
         loss, grad_mean, grad_var = match_(
@@ -92,7 +92,7 @@ class _MatchFeatures(Node):
         signature: plans.Signature | None,
         layers: int,
         *tensors: Tensor,
-    ) -> tuple[tuple[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    ) -> Computed:
         kind, options, _ = average
         features, state = tensors[:layers], tensors[layers:]
         mean_scale, var_scale, reduction = scalars

@@ -4,9 +4,10 @@ A transform wants a Function with a `setup_context`, for which torch binds a sig
 calls take a form without; both are made from the same parts. Under `vmap` the problems of a batch run one by one.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch.utils import _pytree as pytree
 from moment_ops.ops.library import LIBRARY
 
 _Function = type[torch.autograd.Function]
+# The outputs of a node, and what it keeps for its backward alone, as constants.
+Computed: TypeAlias = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+# The number of outputs of a node that keeps nothing, where it differs between calls.
+MANY = sys.maxsize
 
 
 def is_transformed() -> bool:
@@ -50,11 +55,12 @@ def _run_one_by_one(function: _Function, size: int, dims: Any, inputs: tuple[Any
     if size == 0:
         raise RuntimeError(f"{function.__name__}: got a batch of no problems under vmap")
     leaves, spec = pytree.tree_flatten(inputs)
+    places = pytree.tree_leaves(dims)
     outer, _one_by_one.active = _one_by_one.active, True
     try:
         results = []
         for i in range(size):
-            chosen = [x if at is None else x.select(at, i) for x, at in zip(leaves, pytree.tree_leaves(dims))]
+            chosen = [x if at is None else x.select(at, i) for x, at in zip(leaves, places, strict=True)]
             results.append(function.apply(*pytree.tree_unflatten(chosen, spec)))
     finally:
         _one_by_one.active = outer
@@ -80,25 +86,24 @@ def _transformed(
 
 
 class Node:
-    """A differentiable function. A subclass says what it computes, what it saves and how it goes backward."""
+    """A differentiable function.
+
+    A subclass says what it computes, what backward needs of that, and how it goes backward, in static methods:
+
+        compute(*inputs) -> Computed
+        save(ctx, inputs, outputs, kept) -> None
+        backward(ctx, *gradients of outputs) -> gradients of inputs
+    """
 
     outputs: ClassVar[int] = 1
+    compute: ClassVar[Callable[..., Computed]]
+    backward: ClassVar[Callable[..., Any]]
     _direct: ClassVar[_Function]
     _under_transforms: ClassVar[_Function]
 
     @staticmethod
-    def compute(*inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(outputs, kept) of the inputs; what is kept is for backward alone, and constant."""
-        raise NotImplementedError
-
-    @staticmethod
     def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        """Put into `ctx` what backward needs; by default nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Gradients of all inputs from those of the outputs."""
-        raise NotImplementedError
+        """By default backward needs nothing."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -147,10 +152,11 @@ def register_derivative(
     """Give an operator its derivative, as `torch.library.register_autograd` does, under transforms too."""
     torch.library.register_autograd(f"moment_ops::{name}", derivative, setup_context=setup_context, lib=LIBRARY)
     operator = getattr(torch.ops.moment_ops, name).default
+    returns_list = isinstance(operator._schema.returns[0].type, torch.ListType)
 
     def forward(sizes: Sequence[int | None], *leaves: Any) -> Any:
         result = operator(*_nested(leaves, sizes))
-        return tuple(result) if isinstance(result, list) else result
+        return tuple(result) if returns_list else result
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.sizes, *leaves = inputs
@@ -160,7 +166,7 @@ def register_derivative(
         needed = ctx.needs_input_grad
         ctx.needs_input_grad = _nested(needed[1:], ctx.sizes)
         try:
-            results = derivative(ctx, *grads)
+            results = derivative(ctx, list(grads)) if returns_list else derivative(ctx, *grads)
         finally:
             ctx.needs_input_grad = needed
         return None, *_flat(results if isinstance(results, tuple) else (results,), ctx.sizes)
@@ -172,7 +178,6 @@ def register_derivative(
         result = function.apply(sizes, *_flat(arguments, sizes))
         return list(result) if returns_list else result
 
-    returns_list = isinstance(operator._schema.returns[0].type, torch.ListType)
     LIBRARY.impl(name, under_transforms, "FuncTorchDynamicLayerFrontMode")
 
 

@@ -10,7 +10,7 @@ from moment_ops.ops import backends, checks, plans, reference
 from moment_ops.ops.layout import columns_of, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import define, define_native
 from moment_ops.ops.moments import Plan, moments_backward, new_count, packed_moments, plan_moments
-from moment_ops.ops.nodes import Node, is_transformed, register_derivative
+from moment_ops.ops.nodes import Computed, Node, is_transformed, register_derivative
 
 define_native(
     "relu_moments.native(Tensor x, Tensor? bias, int correction, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()"
@@ -288,9 +288,7 @@ class _IdentityMoments(Node):
     outputs = 3
 
     @staticmethod
-    def compute(
-        x: Tensor, correction: int, plan: Plan | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[()]]:
+    def compute(x: Tensor, correction: int, plan: Plan | None) -> Computed:
         if plan is None:
             mean, var, _ = torch.ops.moment_ops.moments.default([x], 0, correction, True)
         else:
@@ -298,7 +296,7 @@ class _IdentityMoments(Node):
         return (x.view_as(x), mean, var), ()
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[()]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
         x, ctx.correction, _ = inputs
         ctx.save_for_backward(x, outputs[1])
         ctx.set_materialize_grads(False)

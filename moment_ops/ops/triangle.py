@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moment_ops.ops.nodes import Node
+from moment_ops.ops.nodes import Computed, Node
 
 BLOCK = 128
 
@@ -152,7 +152,7 @@ class _Pack(Node):
     """The packed upper triangle. Its gradient stays there: that of a symmetric matrix is symmetrized by its maker."""
 
     @staticmethod
-    def compute(full: Tensor) -> tuple[tuple[Tensor], tuple[()]]:
+    def compute(full: Tensor) -> Computed:
         return (_pack(full),), ()
 
     @staticmethod
@@ -166,7 +166,7 @@ class _Pack(Node):
 
 class _PackBackward(Node):
     @staticmethod
-    def compute(grad: Tensor, width: int) -> tuple[tuple[Tensor], tuple[()]]:
+    def compute(grad: Tensor, width: int) -> Computed:
         full = grad.new_zeros(width, width)
         for block in range(blocks(width)):
             start = block * BLOCK
