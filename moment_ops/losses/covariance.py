@@ -36,6 +36,7 @@ from moment_ops.ops import checks, triangle
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.layout import columns_of, is_channels_last
 from moment_ops.ops.match import advance
+from moment_ops.ops.nodes import below_transforms
 from moment_ops.statistics import Moments, moments
 
 
@@ -320,7 +321,7 @@ class CovarianceLoss(BufferedLoss):
         if self.mean_loss is not None:
             value = value + self.mean_loss(joined([x.flatten(1) for x in layers], self.joint))
         if self._queue_names and self.training:
-            self._enqueue(layers)
+            below_transforms(self._enqueue, *layers)
         return value
 
     def _queue(self, layers: Sequence[Tensor]) -> list[Tensor] | None:
@@ -336,7 +337,7 @@ class CovarianceLoss(BufferedLoss):
         return [q[:rows].clone() for q in queue]
 
     @torch.no_grad()
-    def _enqueue(self, layers: Sequence[Tensor]) -> None:
+    def _enqueue(self, *layers: Tensor) -> None:
         """Write the batch over the oldest one. The position is on the device: nothing waits, graphs can be captured."""
         assert isinstance(self.average, QueueAverage)
         rows, batches = len(layers[0]), self.average.batches

@@ -298,7 +298,8 @@ class Matcher:
         def cast(vector: Tensor | None) -> Tensor | None:
             return None if vector is None else vector.to(dtype)
 
-        state = [s.to(dtype) if s.is_floating_point() else s for s in self.state]
+        # Within a transform `to` gives another tensor even where nothing changes.
+        state = [s.to(dtype) if s.is_floating_point() and s.dtype != dtype else s for s in self.state]
         loss = _MatchMoments.call(
             cast(mean),
             cast(var),

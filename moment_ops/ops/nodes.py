@@ -142,6 +142,27 @@ class Node:
         return results[: cls.outputs] if cls.outputs > 1 else results[0]
 
 
+class _Below(Node):
+    """Runs a function for what it does; it returns nothing."""
+
+    @staticmethod
+    def compute(function: Callable[..., None], *tensors: Tensor) -> Computed:
+        function(*tensors)
+        return (tensors[0].new_empty(0),), ()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+def below_transforms(function: Callable[..., None], *tensors: Tensor) -> None:
+    """Call a function that writes into tensors of its own with the values of others, which transforms may wrap."""
+    if is_transformed():
+        _Below.call(function, *tensors)
+    else:
+        function(*tensors)
+
+
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
