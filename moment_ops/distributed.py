@@ -11,6 +11,7 @@ from moment_ops.ops import plans, triangle
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import as_rows, columns_of, per_column, statistics_dtype
 from moment_ops.ops.moments import moments
+from moment_ops.ops.nodes import MANY, Computed, Node
 
 ProcessGroup = Any
 """A torch.distributed group; None for the default group where one is initialized; False for this process alone."""
@@ -23,22 +24,25 @@ def group_size(process_group: ProcessGroup) -> int:
     return dist.get_world_size(process_group)
 
 
-class _AllReduce(torch.autograd.Function):
+class _AllReduce(Node):
     """The sum over all processes of tensors that differ between them; its gradient is such a sum, too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, process_group: ProcessGroup) -> Tensor:
-        ctx.process_group = process_group
+    def compute(tensor: Tensor, process_group: ProcessGroup) -> Computed:
         total = tensor.clone()
         dist.all_reduce(total, group=process_group)
-        return total
+        return (total,), ()
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        _, ctx.process_group = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllReduce.apply(grad, ctx.process_group), None
+        return _AllReduce.call(grad, ctx.process_group), None
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _SumOverRanks(_AllReduce):
     """All-reduce whose gradient suits DistributedDataParallel, which averages gradients over the processes.
 
     Every process computes the same loss from the sum, so the gradient with respect to the sum is the same everywhere,
@@ -47,16 +51,9 @@ class _SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, process_group: ProcessGroup) -> Tensor:
-        ctx.process_group = process_group
-        total = packed.clone()
-        dist.all_reduce(total, group=process_group)
-        return total
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _AllReduce.apply(grad, ctx.process_group), None
+            return _AllReduce.call(grad, ctx.process_group), None
         return grad * dist.get_world_size(ctx.process_group), None
 
 
@@ -111,7 +108,7 @@ def merge_ranks(
     if var is not None:
         m2 = torch.where(rows == 1, 0.0, var.double()) * (rows - correction).clamp_min(0)
         parts.append(m2 + rows * shift.square())
-    total = _SumOverRanks.apply(torch.cat(parts), process_group)
+    total = _SumOverRanks.call(torch.cat(parts), process_group)
 
     merged_count = total[:layers].detach().round().to(torch.int64)
     rows = per_column(merged_count.double(), sizes)
@@ -151,7 +148,7 @@ def merge_covariances(
     shift = mean.double() if pivot is None else mean.double() - pivot.double()
     moments = covariance.double() + _packed_outer(shift, widths)
     packed = torch.cat([shift.new_ones(1), shift, moments]) * count
-    total = _SumOverRanks.apply(packed, process_group)
+    total = _SumOverRanks.call(packed, process_group)
     rows = total[0].detach()
     shift, moments = (total[1:] / rows).split([len(mean), len(covariance)])
     merged_mean = shift if pivot is None else shift + pivot.double()
@@ -208,7 +205,7 @@ def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> li
     """Means of vectors over the entries of all processes, whose numbers may differ; gradients as of `merge_ranks`."""
     sums = torch.stack([value.sum() for value in values])
     counts = torch.cat([sums.new_full((1,), value.shape[0]) for value in values])
-    total, count = _SumOverRanks.apply(torch.cat([sums, counts]), process_group).chunk(2)
+    total, count = _SumOverRanks.call(torch.cat([sums, counts]), process_group).chunk(2)
     return list((total / count.detach()).unbind())
 
 
@@ -224,38 +221,46 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     return padded
 
 
-class _AllGather(torch.autograd.Function):
+class _AllGather(Node):
     """The rows of every process, (n_r, D) each; the gradients of a process's rows are summed over all processes."""
 
+    outputs = MANY
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], process_group: ProcessGroup) -> tuple[Tensor, ...]:
-        ctx.sizes, ctx.process_group = sizes, process_group
+    def compute(x: Tensor, sizes: list[int], process_group: ProcessGroup) -> Computed:
         # Not every backend gathers tensors of different shapes, or without elements.
         gathered = [x.new_empty((max(sizes), *x.shape[1:])) for _ in sizes]
         if max(sizes):
             dist.all_gather(gathered, _padded(x, max(sizes)), group=process_group)
-        return tuple(part[:size] for part, size in zip(gathered, sizes, strict=True))
+        return tuple(part[:size] for part, size in zip(gathered, sizes, strict=True)), ()
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        _, ctx.sizes, ctx.process_group = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _SumOfOwnRows.apply(ctx.sizes, ctx.process_group, *grads), None, None
+        return _SumOfOwnRows.call(ctx.sizes, ctx.process_group, *grads), None, None
 
 
-class _SumOfOwnRows(torch.autograd.Function):
+class _SumOfOwnRows(Node):
     """From tensors for every process's rows to the sum over all processes of those for this one's."""
 
     @staticmethod
-    def forward(ctx: Any, sizes: list[int], process_group: ProcessGroup, *parts: Tensor) -> Tensor:
-        ctx.sizes, ctx.process_group = sizes, process_group
+    def compute(sizes: list[int], process_group: ProcessGroup, *parts: Tensor) -> Computed:
         rank = dist.get_rank(process_group)
         packed = torch.stack([_padded(part, max(sizes)) for part in parts])
         if max(sizes):
             dist.all_reduce(packed, group=process_group)
-        return packed[rank, : sizes[rank]].clone()
+        return (packed[rank, : sizes[rank]].clone(),), ()
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        ctx.sizes, ctx.process_group = inputs[:2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, *_AllGather.apply(grad, ctx.sizes, ctx.process_group)
+        return None, None, *_AllGather.call(grad, ctx.sizes, ctx.process_group)
 
 
 class _GatherRows(_AllGather):
@@ -264,7 +269,7 @@ class _GatherRows(_AllGather):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _SumOfOwnRows.apply(ctx.sizes, ctx.process_group, *grads), None, None
+            return _SumOfOwnRows.call(ctx.sizes, ctx.process_group, *grads), None, None
         return grads[dist.get_rank(ctx.process_group)] * len(ctx.sizes), None, None
 
 
@@ -302,6 +307,6 @@ def gather_rows(groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup)
     counts = row_counts([layers[0].shape[0] for layers in groups], groups[0][0], process_group)
     gathered: list[list[Tensor]] = []
     for layers, *sizes in zip(groups, *counts, strict=True):
-        parts = [_GatherRows.apply(x, sizes, process_group) for x in layers]
+        parts = [_GatherRows.call(x, sizes, process_group) for x in layers]
         gathered += [list(ranked) for ranked in zip(*parts, strict=True)]
     return gathered

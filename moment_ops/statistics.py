@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moment_ops import files
 from moment_ops.ops import checks
 from moment_ops.ops.layout import per_column
 from moment_ops.ops.moments import moments as moments_op
+from moment_ops.ops.nodes import under_vmap
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +104,8 @@ class Moments:
                     raise ValueError(f"cov[{i}]: got {got}, expected shape {(size, size)}")
 
     def check_values(self) -> None:
-        """Raise ValueError for values that no data can have. Reads from the device."""
-        if torch.compiler.is_compiling():
+        """Raise ValueError for values that no data can have. Reads from the device; under `vmap` nothing is read."""
+        if torch.compiler.is_compiling() or under_vmap():
             return
         if not bool(self.mean.isfinite().all()):
             raise ValueError("mean: got values that are not finite")
@@ -292,19 +293,33 @@ def _scatter(part: Moments) -> list[Tensor]:
     ]
 
 
+def _flatten(m: Moments) -> tuple[list[Any], tuple[Any, ...]]:
+    """Without what is not known: transforms take no None for a tensor."""
+    fields = ("mean", "var", "cov", "count")
+    known = tuple(name for name in fields if getattr(m, name) is not None)
+    return [getattr(m, name) for name in known], (known, m.correction, m.shapes, m.names)
+
+
+def _unflatten(children: Iterable[Any], context: tuple[Any, ...]) -> Moments:
+    known, correction, shapes, names = context
+    fields = dict(zip(known, children, strict=True))
+    return Moments(**fields, correction=correction, shapes=shapes, names=names, validate=False)
+
+
+def _context_from(context: list[Any]) -> tuple[Any, ...]:
+    known, correction, shapes, names = context
+    names = None if names is None else tuple(names)
+    return tuple(known), correction, tuple(tuple(shape) for shape in shapes), names
+
+
 pytree.register_pytree_node(
     Moments,
-    lambda m: ([m.mean, m.var, m.cov, m.count], (m.correction, m.shapes, m.names)),
-    lambda children, context: Moments(*children, *context, validate=False),  # type: ignore[misc]
+    _flatten,
+    _unflatten,
     serialized_type_name="moment_ops.Moments",
     to_dumpable_context=lambda context: json.dumps(context),
     from_dumpable_context=lambda text: _context_from(json.loads(text)),
 )
-
-
-def _context_from(context: list[Any]) -> tuple[Any, ...]:
-    correction, shapes, names = context
-    return correction, tuple(tuple(shape) for shape in shapes), None if names is None else tuple(names)
 
 
 def moments(

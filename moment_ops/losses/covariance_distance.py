@@ -29,6 +29,7 @@ from moment_ops.ops import checks
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import as_rows, is_channels_last
 from moment_ops.ops.match import advance
+from moment_ops.ops.nodes import below_transforms
 from moment_ops.ops.records import CovarianceMatch
 from moment_ops.statistics import Moments, moments
 
@@ -300,7 +301,7 @@ class CovarianceDistance(BufferedLoss):
         if self.mean_loss is not None:
             value = value + self.mean_loss(joined([as_rows(x) for x in layers], self.joint))
         if self.queue and self.training:
-            self._enqueue(layers)
+            below_transforms(self._enqueue, *layers)
         return value
 
     def extra_repr(self) -> str:
@@ -399,8 +400,9 @@ class CovarianceDistance(BufferedLoss):
         return [getattr(self, name) for name in self._queue_names[:-2]]
 
     @torch.no_grad()
-    def _enqueue(self, layers: Sequence[Tensor]) -> None:
+    def _enqueue(self, *layers: Tensor) -> None:
         """Write the batch over the oldest one. The position is on the device: nothing waits, graphs can be captured."""
+        advance([self.queue_step, self.queue_rows], True)
         rows = layers[0].shape[0]
         if rows and not self._batch:
             for name, x in zip(self._queue_names[:-2], layers, strict=True):
@@ -408,7 +410,6 @@ class CovarianceDistance(BufferedLoss):
                 empty = torch.zeros((self.queue * rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
                 self._set_buffer(name, empty.to(memory_format=memory_format))
             self._batch = rows
-        advance([self.queue_step, self.queue_rows], True)
         slot = self.queue_step % self.queue
         self.queue_rows.index_fill_(0, slot.reshape(1), rows)
         index = slot * rows + torch.arange(rows, device=layers[0].device)

@@ -5,6 +5,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from moment_ops.ops.nodes import Computed, Node, under_vmap
 from moment_ops.statistics import Moments
 
 
@@ -27,28 +28,41 @@ def _inverse_root(matrix: Tensor) -> Tensor:
     return (vectors * torch.where(values > tolerance, values, torch.inf).rsqrt()) @ vectors.mT
 
 
-class _TraceOfRoot(torch.autograd.Function):
+class _TraceOfRoot(Node):
     """tr (A^1/2 B A^1/2)^1/2, with its closed-form gradient: equal eigenvalues give eigenvectors none."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
+    def compute(a: Tensor, b: Tensor) -> Computed:
+        if not bool(a.isfinite().all() & b.isfinite().all()):
+            return (a.new_full((), torch.nan),), ()
         root = _root(a)
-        return torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
+        return (torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum(),), ()
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError("frechet_distance: differentiable once, its backward got create_graph=True")
-
-        def derivative(fixed: Tensor, variable: Tensor) -> Tensor:
-            root = _root(fixed)
-            return grad / 2 * (root @ _inverse_root(root @ variable @ root) @ root)
-
         a, b = ctx.saved_tensors
-        d_a = derivative(b, a) if ctx.needs_input_grad[0] else None
-        d_b = derivative(a, b) if ctx.needs_input_grad[1] else None
+        d_a = grad * _Derivative.call(b, a) if ctx.needs_input_grad[0] else None
+        d_b = grad * _Derivative.call(a, b) if ctx.needs_input_grad[1] else None
         return d_a, d_b
+
+
+class _Derivative(Node):
+    """The derivative of `tr (A^1/2 B A^1/2)^1/2` by B."""
+
+    @staticmethod
+    def compute(a: Tensor, b: Tensor) -> Computed:
+        if not bool(a.isfinite().all() & b.isfinite().all()):
+            return (torch.full_like(b, torch.nan),), ()
+        root = _root(a)
+        return (root @ _inverse_root(root @ b @ root) @ root / 2,), ()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise NotImplementedError("frechet_distance: differentiable once, not twice")
 
 
 def _gaussian(mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tensor, Tensor]:
@@ -58,6 +72,9 @@ def _gaussian(mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tenso
         raise ValueError(f"{mean_name}: got shape {tuple(mean.shape)}, expected (D,)")
     if cov.shape != (mean.shape[0], mean.shape[0]):
         raise ValueError(f"{cov_name}: got shape {tuple(cov.shape)}, expected {(mean.shape[0], mean.shape[0])}")
+    symmetric = (cov + cov.mT) / 2
+    if under_vmap():
+        return mean, symmetric
     scale = cov.detach().abs().amax()
     asymmetry = (cov - cov.mT).detach().abs().amax()
     # False where something is not finite: the distance is NaN then.
@@ -65,7 +82,7 @@ def _gaussian(mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tenso
         raise ValueError(f"{cov_name}: got an asymmetric matrix, entries differ by {asymmetry.item():.3g}")
     if bool(cov.isfinite().all()):
         _check_definite(cov.detach(), cov_name, _rounding(given.dtype))
-    return mean, (cov + cov.mT) / 2
+    return mean, symmetric
 
 
 def _check_definite(cov: Tensor, name: str, rounding: float) -> None:
@@ -102,7 +119,8 @@ def frechet_distance(*gaussians: Any, **named: Any) -> Tensor:
         finite. Differentiable once, by the closed form.
 
     Raises:
-        TypeError, ValueError: wrong types or shapes, an asymmetric or indefinite covariance.
+        TypeError, ValueError: wrong types or shapes, an asymmetric or indefinite covariance; under `torch.func.vmap`
+        values are not looked at.
 
     Cost: four or five eigendecompositions of size D; on a GPU each waits for the device.
     """
@@ -127,6 +145,5 @@ def frechet_distance(*gaussians: Any, **named: Any) -> Tensor:
         raise ValueError(f"{labels[1][0]}: got {mean2.shape[0]} entries, expected {mean1.shape[0]} as {labels[0][0]}")
     with torch.autocast(mean1.device.type, enabled=False):
         distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()
-        if not bool(cov1.isfinite().all() & cov2.isfinite().all()):
-            return distance * torch.nan
-        return (distance - 2 * _TraceOfRoot.apply(cov1, cov2)).clamp_min(0)
+        distance = distance - 2 * _TraceOfRoot.call(cov1, cov2)
+        return torch.where(distance < 0, torch.zeros_like(distance), distance)

@@ -13,6 +13,7 @@ from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
+from moment_ops.ops.nodes import Computed, Node, wants_grad
 from moment_ops.ops.records import Match
 from moment_ops.statistics import Moments
 
@@ -20,18 +21,22 @@ from moment_ops.statistics import Moments
 Merge = Callable[[Tensor, Tensor | None, Tensor, int], tuple[Tensor, Tensor | None, Tensor]]
 
 
-class _MatchMoments(torch.autograd.Function):
+class _MatchMoments(Node):
     """loss(mean, var): the operator `match_` on moments, with targets that may want gradients too."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, var: Tensor | None, target_mean: Tensor, target_var: Tensor | None, match: Match
-    ) -> Tensor:
+    def compute(
+        mean: Tensor, var: Tensor | None, target_mean: Tensor, target_var: Tensor | None, match: Match
+    ) -> Computed:
         match = match._replace(target_mean=target_mean, target_var=target_var)
         loss, grad_mean, grad_var = match_(mean, var, match)
-        ctx.has_var = target_var is not None
-        _save(ctx, match, mean, var, target_mean, target_var, grad_mean, grad_var)
-        return loss
+        return (loss,), (grad_mean, grad_var)
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        *moments, match = inputs
+        ctx.has_var = match.target_var is not None
+        _save(ctx, match, *moments, *kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,17 +53,19 @@ class _MatchMoments(torch.autograd.Function):
         return d_mean, d_var, d_target_mean, d_target_var, None
 
 
-class _MatchFeatures(torch.autograd.Function):
+class _MatchFeatures(Node):
     """loss(features): the operator `match_` fused with the reduction; backward reads the features once more."""
 
     @staticmethod
-    def forward(
-        ctx: Any, correction: int, match: Match, signature: plans.Signature | None, *features: Tensor
-    ) -> Tensor:
-        loss, mean, grad_mean, grad_var = match_features(features, correction, match, signature=signature)
-        ctx.correction, ctx.has_var, ctx.layers = correction, match.target_var is not None, len(features)
-        _save(ctx, match, mean, grad_mean, grad_var, *features)
-        return loss
+    def compute(correction: int, match: Match, signature: plans.Signature | None, *features: Tensor) -> Computed:
+        loss, *kept = match_features(features, correction, match, signature=signature)
+        return (loss,), tuple(kept)
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        ctx.correction, match, _, *features = inputs
+        ctx.has_var, ctx.layers = match.target_var is not None, len(features)
+        _save(ctx, match, *kept, *features)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,11 +157,11 @@ def match_input(
     target.check_shapes(shapes)
     _check_device(layers[0].device, match)
     same_dtype = match.target_mean.dtype == statistics_dtype(layers[0].dtype)
-    wants_target = match.target_mean.requires_grad or (match.target_var is not None and match.target_var.requires_grad)
+    wants_target = wants_grad(match.target_mean) or (match.target_var is not None and wants_grad(match.target_var))
     if merge is None and same_dtype and not wants_target:
         if signature is not None and not (requires_grad and torch.is_grad_enabled()):
             return match_features(layers, target.correction, match, signature=signature)[0]
-        return _MatchFeatures.apply(target.correction, match, signature, *layers)
+        return _MatchFeatures.call(target.correction, match, signature, *layers)
     has_var = match.target_var is not None
     if merge is not None:
         return _match_moments(*moments_of_rank(layers, has_var, signature), 0, match, merge)
@@ -192,10 +199,10 @@ def match_moments(mean: Tensor, var: Tensor | None, match: Match) -> Tensor:
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) else value
 
-    # A narrower state is widened for the step.
-    state = [cast(s) if s.is_floating_point() else s for s in match.state]
+    # A narrower state is widened for the step. Within a transform `to` gives another tensor even where nothing changes.
+    state = [cast(s) if s.is_floating_point() and s.dtype != dtype else s for s in match.state]
     wide = Match(*map(cast, match))._replace(state=state)
-    loss = _MatchMoments.apply(cast(mean), cast(var), wide.target_mean, wide.target_var, wide)
+    loss = _MatchMoments.call(cast(mean), cast(var), wide.target_mean, wide.target_var, wide)
     for narrow, advanced in zip(match.state, state, strict=True):
         if narrow is not advanced:
             narrow.copy_(advanced)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from moment_ops.ops import backends, reference_covariance, triangle
 from moment_ops.ops.layout import columns_of, statistics_dtype
-from moment_ops.ops.library import LIBRARY, define
+from moment_ops.ops.library import define
 from moment_ops.ops.match import advance
+from moment_ops.ops.nodes import register_derivative
 from moment_ops.ops.records import CovarianceMatch, parameters
 
 
@@ -244,16 +245,9 @@ define(
     _covariance_match_backward,
     _covariance_match_backward_fake,
 )
-torch.library.register_autograd(
-    "moment_ops::covariance", _covariance_derivative, setup_context=_covariance_setup, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "moment_ops::covariance_backward",
-    _covariance_backward_derivative,
-    setup_context=_covariance_backward_setup,
-    lib=LIBRARY,
-)
-torch.library.register_autograd("moment_ops::covariance_match_backward", _no_derivative, lib=LIBRARY)
+register_derivative("covariance", _covariance_derivative, _covariance_setup)
+register_derivative("covariance_backward", _covariance_backward_derivative, _covariance_backward_setup)
+register_derivative("covariance_match_backward", _no_derivative)
 
 
 def covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:

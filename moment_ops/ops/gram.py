@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moment_ops.ops import backends, reference_gram
 from moment_ops.ops.layout import statistics_dtype
-from moment_ops.ops.library import LIBRARY, define
+from moment_ops.ops.library import define
+from moment_ops.ops.nodes import register_derivative
 
 
 def _count(rows: Sequence[Tensor], layers: int) -> int:
@@ -98,10 +99,8 @@ define(
     _gram_backward,
     _gram_backward_fake,
 )
-torch.library.register_autograd("moment_ops::gram", _gram_derivative, setup_context=_gram_setup, lib=LIBRARY)
-torch.library.register_autograd(
-    "moment_ops::gram_backward", _gram_backward_derivative, setup_context=_gram_backward_setup, lib=LIBRARY
-)
+register_derivative("gram", _gram_derivative, _gram_setup)
+register_derivative("gram_backward", _gram_backward_derivative, _gram_backward_setup)
 
 
 def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from moment_ops.ops.nodes import is_transformed
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -43,8 +45,8 @@ def with_dense_columns(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether a 4- or 5-dimensional tensor is stored with its channels innermost."""
-    return x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    """Whether a 4- or 5-dimensional tensor is stored with its channels innermost; within a transform nobody knows."""
+    return not is_transformed() and x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
 
 
 def has_same_columns(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:

@@ -11,6 +11,7 @@ from moment_ops.ops import backends, plans, reference
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.layout import with_dense_columns
 from moment_ops.ops.library import define, define_native
+from moment_ops.ops.nodes import under_vmap
 from moment_ops.ops.records import Match, parameters
 
 _AVERAGE = Match._fields.index("average")
@@ -29,6 +30,11 @@ def advance(state: Sequence[Tensor], update: bool) -> None:
         raise RuntimeError(
             "the moving average was asked to advance during backward: under activation checkpointing the loss would be"
             " recomputed and its state would advance twice. Keep the loss outside the checkpointed region."
+        )
+    if under_vmap():
+        raise RuntimeError(
+            "the average was asked to advance under vmap: it has one state, not one per problem. Call the loss in"
+            " eval() mode, or outside of vmap."
         )
     # Kernels do not bump version counters, and a saved state tensor would then give wrong gradients silently.
     torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moment_ops.ops import backends, plans, reference
 from moment_ops.ops.layout import feature_shape, has_same_columns, statistics_dtype, with_dense_columns
-from moment_ops.ops.library import LIBRARY, define, define_native
-from moment_ops.ops.nodes import Node
+from moment_ops.ops.library import define, define_native
+from moment_ops.ops.nodes import register_derivative
 
 define_native("moments.native(Tensor[] input, int dim, int correction, Tensor(a!) mean, Tensor(b!)? var) -> ()")
 define_native(
@@ -107,18 +107,17 @@ def _moments_derivative(
     return grads, None, None, None
 
 
-class _Moments(Node):
+class _Moments(torch.autograd.Function):
     """The operator as a node of its own: the dispatcher's way to the same derivative takes several times as long."""
 
     @staticmethod
-    def forward(dim: int, correction: int, var: bool, plan: Plan, *input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _moments(input, dim, correction, var, plan)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        dim, correction, var, _, *input = inputs
+    def forward(
+        ctx: Any, dim: int, correction: int, var: bool, plan: Plan, *input: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = _moments(input, dim, correction, var, plan)
         _moments_setup(ctx, (input, dim, correction, var), output)
         ctx.mark_non_differentiable(output[2])
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -261,13 +260,8 @@ define(
     _moments_backward,
     _moments_backward_fake,
 )
-torch.library.register_autograd("moment_ops::moments", _moments_derivative, setup_context=_moments_setup, lib=LIBRARY)
-torch.library.register_autograd(
-    "moment_ops::moments_backward",
-    _moments_backward_derivative,
-    setup_context=_moments_backward_setup,
-    lib=LIBRARY,
-)
+register_derivative("moments", _moments_derivative, _moments_setup)
+register_derivative("moments_backward", _moments_backward_derivative, _moments_backward_setup)
 
 
 def moments(
@@ -291,7 +285,7 @@ def moments(
     else:
         plan = plan_moments(input, dim, signature)
         if plan.requires_grad and torch.is_grad_enabled():
-            mean, variance, count = _Moments.call(dim, correction, var, plan, *input)
+            mean, variance, count = _Moments.apply(dim, correction, var, plan, *input)
         else:
             mean, variance, count = _moments(input, dim, correction, var, plan)
     return mean, variance if var else None, count

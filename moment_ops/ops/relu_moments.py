@@ -8,9 +8,9 @@ from torch import Tensor
 
 from moment_ops.ops import backends, checks, plans, reference
 from moment_ops.ops.layout import columns_of, has_same_columns, statistics_dtype, with_dense_columns
-from moment_ops.ops.library import LIBRARY, define, define_native
+from moment_ops.ops.library import define, define_native
 from moment_ops.ops.moments import Plan, moments_backward, new_count, packed_moments, plan_moments
-from moment_ops.ops.nodes import Node
+from moment_ops.ops.nodes import Computed, Node, is_transformed, register_derivative
 
 define_native(
     "relu_moments.native(Tensor x, Tensor? bias, int correction, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()"
@@ -208,15 +208,8 @@ define(
     _relu_moments_backward,
     _relu_moments_backward_fake,
 )
-torch.library.register_autograd(
-    "moment_ops::relu_moments", _relu_moments_derivative, setup_context=_relu_moments_setup, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "moment_ops::relu_moments_backward",
-    _relu_moments_backward_derivative,
-    setup_context=_relu_moments_backward_setup,
-    lib=LIBRARY,
-)
+register_derivative("relu_moments", _relu_moments_derivative, _relu_moments_setup)
+register_derivative("relu_moments_backward", _relu_moments_backward_derivative, _relu_moments_backward_setup)
 
 
 def relu_moments(x: Tensor, bias: Tensor | None = None, *, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,21 +239,21 @@ def relu_moments(x: Tensor, bias: Tensor | None = None, *, correction: int = 1) 
         return torch.ops.moment_ops.relu_moments.default(x, bias, correction)
     plan = _PLANS.find(signature, backends.requested(), _plan, x, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _ReluMoments.call(x, bias, correction, plan)
+        return _ReluMoments.apply(x, bias, correction, plan)
     return _relu_moments(x, bias, correction, plan)
 
 
-class _ReluMoments(Node):
+class _ReluMoments(torch.autograd.Function):
     """The operator as a node of its own: the dispatcher's way to the same derivative takes several times as long."""
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, correction: int, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-        return _relu_moments(x, bias, correction, plan)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _relu_moments_setup(ctx, inputs[:3], output)
-        ctx.plan = inputs[3]
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, correction: int, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = _relu_moments(x, bias, correction, plan)
+        _relu_moments_setup(ctx, (x, bias, correction), output)
+        ctx.plan = plan
+        return output
 
     @staticmethod
     def backward(
@@ -281,6 +274,7 @@ class _ReluMoments(Node):
             and not ctx.needs_input_grad[1]
             and not torch.is_grad_enabled()
             and not torch._C._len_torch_dispatch_stack()
+            and not is_transformed()
         ):
             out = torch.empty_like(y)
             plan.fill_backward(grad, grad_mean.contiguous(), grad_var.contiguous(), y, mean, ctx.correction, out)
@@ -291,18 +285,20 @@ class _ReluMoments(Node):
 class _IdentityMoments(Node):
     """An operator may not return its input, so this is a node around two of them."""
 
+    outputs = 3
+
     @staticmethod
-    def forward(x: Tensor, correction: int, plan: Plan | None) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(x: Tensor, correction: int, plan: Plan | None) -> Computed:
         if plan is None:
             mean, var, _ = torch.ops.moment_ops.moments.default([x], 0, correction, True)
         else:
             mean, var = packed_moments([x], 0, correction, True, plan)
-        return x.view_as(x), mean, var
+        return (x.view_as(x), mean, var), ()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
         x, ctx.correction, _ = inputs
-        ctx.save_for_backward(x, output[1])
+        ctx.save_for_backward(x, outputs[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moment_ops.ops.nodes import Computed, Node
+
 BLOCK = 128
 
 
@@ -146,38 +148,41 @@ def _pack(full: Tensor) -> Tensor:
     return packed
 
 
-class _Pack(torch.autograd.Function):
+class _Pack(Node):
     """The packed upper triangle. Its gradient stays there: that of a symmetric matrix is symmetrized by its maker."""
 
     @staticmethod
-    def forward(ctx: Any, full: Tensor) -> Tensor:
-        ctx.width = full.shape[0]
-        return _pack(full)
+    def compute(full: Tensor) -> Computed:
+        return (_pack(full),), ()
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        ctx.width = inputs[0].shape[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _PackBackward.apply(grad, ctx.width)
+        return _PackBackward.call(grad, ctx.width)
 
 
-class _PackBackward(torch.autograd.Function):
+class _PackBackward(Node):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, width: int) -> Tensor:
+    def compute(grad: Tensor, width: int) -> Computed:
         full = grad.new_zeros(width, width)
         for block in range(blocks(width)):
             start = block * BLOCK
             full[start : start + BLOCK, start : start + BLOCK] = diagonal(grad, width, block)
             if panel_width(width, block):
                 full[start : start + BLOCK, start + BLOCK :] = panel(grad, width, block)
-        return full
+        return (full,), ()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Pack.apply(grad), None
+        return _Pack.call(grad), None
 
 
 def pack(full: Tensor) -> Tensor:
     """A symmetric (D, D) matrix as a packed vector; differentiable. Of B, only the upper side is read."""
-    return _Pack.apply(full)
+    return _Pack.call(full)
 
 
 def pack_all(matrices: Sequence[Tensor]) -> Tensor:
