@@ -122,15 +122,18 @@ def assert_moments(m: mo.Moments, layers: Sequence[Tensor], correction: int = 1)
         assert var_error(m.var, var) <= var_bound(dtype)
 
 
-def assert_close(actual: Tensor, exact: Tensor, dtype: torch.dtype | None = None, rows: int = 1) -> None:
+def assert_close(
+    actual: Tensor, exact: Tensor, dtype: torch.dtype | None = None, rows: int = 1, scale: Tensor | float = 0.0
+) -> None:
     """`actual`, computed in the statistics' dtype from sums over `rows` rows and rounded to its own, is `exact`.
 
-    Sums lose up to the square root of their length in epsilons; the largest entry sets the scale, as terms cancel.
+    Sums lose up to the square root of their length in epsilons; the largest entry sets the scale, as terms cancel, or
+    the sum of the terms' magnitudes, where that is given.
     """
     dtype = dtype or actual.dtype
     assert actual.shape == exact.shape
     exact = exact.detach().double()
-    sums = 16 * rows**0.5 * epsilon(statistics_dtype(dtype)) * exact.abs().max()
+    sums = 16 * rows**0.5 * epsilon(statistics_dtype(dtype)) * max(float(exact.abs().max()), float(scale))
     bound = epsilon(actual.dtype) / 2 * exact.abs() + sums + torch.finfo(actual.dtype).smallest_normal
     error = (actual.detach().double() - exact).abs()
     assert bool((error <= bound).all()), f"error {error.max():.3g}, {(error / bound).max():.3g} times the bound"
