@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment, results
-from bench.results import BOTH, COMPILED, FORWARD, ON_BACKEND, OURS
+from bench.results import BOTH, COMPILED, FORWARD, OURS
 
 # Operators that do little else than move bytes; the others multiply matrices, or whole networks.
 MEMORY_BOUND = ("moments", "match")
@@ -151,7 +151,7 @@ def overview(all_results: Sequence[dict[str, Any]]) -> str:
     cells = [["forward + backward", "moment_ops, ms", "best torch.compile", "best without it", "slowest"]]
     for result in all_results:
         compiled = [name for name in result["contestants"] if name.startswith(COMPILED)]
-        ours = (OURS, *(name for name in result["contestants"] if name.startswith(ON_BACKEND)))
+        ours = [name for name in result["contestants"] if name.startswith(OURS)]
         eager = [name for name in result["contestants"] if name not in compiled and name not in ours]
         share = result["directions"][BOTH]["contestants"][OURS]["share_of_bandwidth"]
         reached = f" ({100 * share:.0f} % of the bandwidth)" if result["operator"] in MEMORY_BOUND else ""
