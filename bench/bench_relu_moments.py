@@ -10,6 +10,7 @@ import moment_ops as mo
 from bench import agreement, baselines
 from bench.harness import BOTH, COMPILED, FORWARD, OURS, Bench, Entry
 from bench.machine import Traffic
+from bench.results import NO_LOSS
 from bench.workloads import make_vectors
 from moment_ops.taps.functions import FEATURES
 from moment_ops.training.extractors import VGG19, ResNet18
@@ -20,7 +21,6 @@ NETWORKS: dict[str, Callable[[], Sequence[nn.Module]]] = {
     "vgg19": lambda: (VGG19(),),
     "digits": lambda: (Classifier(),),
 }
-WITHOUT = "the network without matching"
 GROUPED = "grouped moments of the features"
 EAGER = "eager: mean, var"
 
@@ -36,7 +36,7 @@ class ReluMomentsBench(Bench):
     """
 
     operator = "relu_moments"
-    contestants = (OURS, WITHOUT, GROUPED, EAGER, COMPILED + "mean, var", "original: concatenated")
+    contestants = (OURS, NO_LOSS, GROUPED, EAGER, COMPILED + "mean, var", "original: concatenated")
     slow_to_prepare = (COMPILED + "mean, var",)
     default_cases = (("vgg19", "float32"), ("digits", "float32"))
 
@@ -85,7 +85,7 @@ class ReluMomentsBench(Bench):
         ours = mo.MomentLoss(mo.Moments(*self.target, shapes=self.workload.shapes), process_group=False)
         if contestant == OURS:
             return lambda images: ours(self.extractor(images))
-        if contestant == WITHOUT:
+        if contestant == NO_LOSS:
             return lambda images: sum(last.float().sum() for last in self._last(images))
         if contestant == GROUPED:
             return lambda images: ours(self.extractor.features(images))
@@ -110,7 +110,7 @@ class ReluMomentsBench(Bench):
 
         def error() -> float:
             # What the others are compared with has nothing to compare.
-            return 0.0 if contestant == WITHOUT else agreement.relative_error([both()], [self.exact_gradient])
+            return 0.0 if contestant == NO_LOSS else agreement.relative_error([both()], [self.exact_gradient])
 
         return Entry({FORWARD: forward, BOTH: both}, error)
 

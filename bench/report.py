@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment, results
-from bench.results import BOTH, COMPILED, FORWARD, OURS
+from bench.results import BOTH, COMPILED, FORWARD, NO_LOSS, OURS
 
 # Operators that do little else than move bytes; the others multiply matrices, or whole networks.
 MEMORY_BOUND = ("moments", "match")
@@ -148,11 +148,11 @@ def _against(result: dict[str, Any], names: Sequence[str]) -> str:
 
 def overview(all_results: Sequence[dict[str, Any]]) -> str:
     """One row per case: ours, the best torch.compile, the best and the other eager code."""
-    cells = [["forward + backward", "moment_ops, ms", "best torch.compile", "best without it", "slowest"]]
+    cells = [["forward + backward", "moment_ops, ms", "best torch.compile", "best without it", "slowest", NO_LOSS]]
     for result in all_results:
         compiled = [name for name in result["contestants"] if name.startswith(COMPILED)]
         ours = [name for name in result["contestants"] if name.startswith(OURS)]
-        eager = [name for name in result["contestants"] if name not in compiled and name not in ours]
+        eager = [name for name in result["contestants"] if name not in (*compiled, *ours, NO_LOSS)]
         share = result["directions"][BOTH]["contestants"][OURS]["share_of_bandwidth"]
         reached = f" ({100 * share:.0f} % of the bandwidth)" if result["operator"] in MEMORY_BOUND else ""
         slowest = max(eager, key=lambda name: median(result, name), default=None)
@@ -163,9 +163,18 @@ def overview(all_results: Sequence[dict[str, Any]]) -> str:
                 _against(result, compiled),
                 _against(result, eager),
                 _against(result, [slowest] if slowest else []),
+                _over_no_loss(result),
             ]
         )
     return _rows(cells)
+
+
+def _over_no_loss(result: dict[str, Any]) -> str:
+    """What the loss adds to the network."""
+    if NO_LOSS not in result["contestants"]:
+        return ""
+    alone = median(result, NO_LOSS)
+    return f"{milliseconds(alone)}: ours takes {median(result, OURS) / alone:.2f}x of it"
 
 
 def environments(all_results: Sequence[dict[str, Any]]) -> str:

@@ -11,6 +11,8 @@ OURS = "moment_ops"
 ON_BACKEND = f"{OURS} on "
 # How the names of compiled contestants begin.
 COMPILED = "torch.compile: "
+# The contestant that matches nothing: what it takes is the least.
+NO_LOSS = "the network without matching"
 FORWARD, BOTH = "forward", "forward + backward"
 
 FOLDER = Path(__file__).parent / "results"

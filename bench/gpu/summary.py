@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from bench.gpu.cases import BAD, NOT_RUN, NOT_THERE, OK
 from bench.gpu.records import Record
-from bench.results import BOTH, COMPILED, ON_BACKEND, OURS
+from bench.results import BOTH, COMPILED, NO_LOSS, ON_BACKEND, OURS
 
 REHEARSAL = "rehearsal, no GPU"
 MOST_CHARACTERS = 11_500
@@ -260,7 +260,7 @@ def _kinds(factors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     kinds: dict[str, dict[str, Any]] = {}
     for name, factor in factors.items():
         kind = "compiled" if name.startswith(COMPILED) else name.partition(":")[0].removeprefix(ON_BACKEND)
-        kinds.setdefault(kind.replace("the network without matching", "without"), {})[name] = factor
+        kinds.setdefault(kind.replace(NO_LOSS, "without"), {})[name] = factor
     return kinds
 
 
