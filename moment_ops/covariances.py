@@ -63,20 +63,19 @@ def covariance(
         input: features, one Tensor of shape (N, ...) per layer, all with the same N, dtype and device; float32,
             bfloat16, float16 or float64, any strides. Dimensions after the batch are flattened to D columns.
         correction: c in the divisor N - c. N <= c gives NaN.
-        centered: subtract the mean; without, second moments `X' X / (N - c)`.
+        centered: subtract the mean; otherwise second moments `X' X / (N - c)`.
         precision: a bound on the error, as relative Frobenius norm for N <= 1e5 rows. "ieee": 1e-6, for |mean|/std up
-            to 1e4. Faster ones round what is multiplied, after centring: "bf16x3", two bfloat16 terms a number, 2e-5;
-            "tf32" 1e-3; "bf16" 4e-3. They are used where they are faster; on the CPU all are "ieee". Float64 features
-            are multiplied in float64 whatever is said here.
+            to 1e4. The others round the centred operands: "bf16x3" to two bfloat16 terms each, 2e-5; "tf32" 1e-3;
+            "bf16" 4e-3. A backend uses a more exact precision where that is as fast; the CPU always uses "ieee".
+            Float64 features are multiplied in float64.
 
     Returns:
-        (D, D), exactly symmetric, in float32 (float64 for float64 features); for a sequence a tuple of such.
-        Differentiable, twice in eager mode.
+        (D, D), exactly symmetric, float32 (float64 for float64 features); for a sequence, a tuple of them.
+        Differentiable, twice in eager mode. A non-finite value makes its feature's row and column of the covariance
+        non-finite.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices, ranks, sizes or options; a matrix beyond the free memory.
-
-    A value that is not finite spoils the row and the column of its column of features.
 
     Cost: N D^2 products, the upper triangle alone; backward 2 N D^2, one read and one write.
     """

@@ -45,8 +45,8 @@ class MomentNetwork(nn.Module):
     """A network f with one value per sample, and its moments: those of the Method of Learned Moments.
 
     `Phi(x) = [hidden units h(x), gradient of f(x) with respect to f's parameters, x]`. A generator matches the mean of
-    Phi over its samples to that over the data; between such objectives f is trained to tell real samples from
-    generated ones, by `objective`.
+    Phi over its samples to the mean over the data. In between, `objective` trains f to tell real samples from
+    generated ones.
 
         target = mo.dataset_moments(net.moments, batches)
         average = mo.AdamMovingAverage(5e-3, reduction="sum")
@@ -54,22 +54,22 @@ class MomentNetwork(nn.Module):
         loss_fn(net.moments(generator(latent))).backward()
 
     Args:
-        f: a module that maps (N, ...) to (N,) or (N, 1), used as it is: it may be trained by any optimizer, all of its
-            parameters require grad. Of a compiled module, what was compiled: torch.compile has no second derivatives.
-        hidden: whose outputs are moments: module types, where an activation type includes calls of its function
-            (`torch.nn.functional.leaky_relu`); names, of one call ("act:1") or of a module, all its calls; or a
-            predicate (name, module) -> bool. By default all activations.
-        weights: of the groups "hidden", "gradient" and "input" in the matching loss, 1 for those not given. A weight
-            multiplies squared distances, as a factor sqrt(w) on the features would, but outside of an average, whose
-            state is in the units of the moments. `mean_weight` hands them to a loss; `moments` are never scaled.
+        f: a module that maps (N, ...) to (N,) or (N, 1). All of its parameters require grad; any optimizer may train
+            it. A compiled module is unwrapped, since torch.compile does not support double backward.
+        hidden: the layers whose outputs are moments. Module types, where an activation type includes calls of its
+            function (`torch.nn.functional.leaky_relu`); names, of one call ("act:1") or of a module, which selects all
+            its calls; or a predicate (name, module) -> bool. By default all activations.
+        weights: of the groups "hidden", "gradient" and "input" in the matching loss; 1 for those not given. A weight
+            multiplies squared distances, and leaves the moments and the state of an average unscaled. `mean_weight`
+            gives the weights in the form that a loss takes.
 
-    Where f has BatchNorm or dropout, moments are those of its evaluation mode, whatever mode it is in: else they would
-    depend on what else is in a batch, and those of a data set on how it was cut.
+    The moments of an f with BatchNorm or dropout are always those of evaluation mode: in training mode they would
+    depend on the other samples of the batch, and the moments of a data set on how it was divided into batches.
 
-    Over several processes wrap the generator in DistributedDataParallel, not f: `MomentLoss` merges these moments.
+    With several processes wrap the generator in DistributedDataParallel, not f: `MomentLoss` merges these moments.
 
-    A bias in the last layer has gradient 1 for all samples: it teaches nothing, and with the penalty around a squared
-    norm of 1 it drives all other gradients to 0. It is reported by a warning; leave it out.
+    Leave out the bias of the last layer. Its gradient is 1 for all samples, so that it teaches nothing, and with the
+    penalty around a squared norm of 1 it drives all other gradients to 0. A warning reports such a parameter.
 
     Source: Ravuri, Mohamed, Rosca, Vinyals 2018, "Learning Implicit Generative Models with the Method of Learned
     Moments". Weights, and averages on these moments, are additions.
@@ -98,17 +98,17 @@ class MomentNetwork(nn.Module):
             x: (N, ...) what f takes.
 
         Returns:
-            Moments without variances, float32 (float64 for float64): layer after layer "hidden/NAME", "gradient/NAME"
-            and "input" in `names`, hidden layers in execution order. Differentiable to x, through all three, twice in
-            eager mode; constant with respect to f's parameters, whose `grad` stays as it is.
+            Moments without variances, float32 (float64 for float64). The layers are named "hidden/NAME" in execution
+            order, then "gradient/NAME", then "input". Differentiable with respect to x through all three groups, twice
+            in eager mode; constant with respect to f's parameters, whose `grad` does not change.
 
         Raises:
             ValueError: f does not give one value per sample; a parameter that f does not use, or that does not require
                 grad; a layer that is not twice differentiable; nothing matches `hidden`. All are named.
 
-        Cost: a forward and a backward of f; backward a double backward through f, without the part that leads to its
-        parameters. The gradient of the mean is the mean of gradients, so that none is computed per sample. Where x
-        wants no gradient, as that of data, no graph is built.
+        Cost: a forward and a backward of f; backward is a double backward through f, without the part that leads to
+        its parameters. No gradient is computed per sample: the gradient of the mean is the mean of the gradients. Where
+        x requires no grad, as for data, no graph is built.
         """
         checks.batch(checks.features(x, "x"), 0, "x")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -124,7 +124,7 @@ class MomentNetwork(nn.Module):
         return self.moments(x)
 
     def mean_weight(self, target: Moments) -> tuple[float, ...]:
-        """The weights of the groups as `MomentLoss` wants them: one float per layer of these moments."""
+        """The weights of the groups as `MomentLoss` takes them: one float per layer of these moments."""
         if target.names is None:
             raise ValueError("target: got moments without names, expected those of this network")
         return tuple(self.weights[name.partition("/")[0]] for name in target.names)
@@ -142,26 +142,25 @@ class MomentNetwork(nn.Module):
         penalty_weight: float = 3e-3,
         squared_norm: float = 1.0,
     ) -> ObjectiveParts:
-        """Logistic loss of real against generated, and a penalty on the gradient that is matched.
+        """Logistic loss of real against generated samples, and a penalty on the gradient that is matched.
 
         `mean softplus(-f(real)) + mean softplus(f(generated)) + penalty_weight * (|g|^2 - squared_norm)^2` with g the
         gradient of f's mean over one batch with respect to its parameters.
 
         Args:
             real, generated: (N, ...) samples; they get no gradients.
-            penalty: the batch of g. "real" leaves gradients on generated samples unbounded; "generated"; "both", the
-                mean of the two penalties; "alternating", real and generated by turns, one call each in `train()` mode:
-                "both" at half the price. The turn is part of the state dict.
-            penalty_weight: too much of it keeps f from learning.
-            squared_norm: what |g|^2 is pulled to.
+            penalty: the batch of g. "real", which does not bound gradients on generated samples; "generated"; "both",
+                the mean of the two penalties; "alternating", real and generated samples in turn, one per call in
+                `train()` mode, at half the cost of "both". The state dict holds whose turn it is.
+            penalty_weight: too large a weight keeps f from learning.
+            squared_norm: the value that the penalty pulls |g|^2 to.
 
         Returns:
             Scalars; `loss` is differentiable with respect to f's parameters, by a double backward.
 
         Cost: two forwards of f; backward two, and a double backward for each penalised batch.
 
-        Source: Ravuri et al. 2018, Algorithm 1. That the penalty is on real samples alone is how published codes have
-        it.
+        Source: Ravuri et al. 2018, Algorithm 1. Published codes penalise real samples only.
         """
         checks.option(penalty, "penalty", PENALTIES)
         for name, x in (("real", real), ("generated", generated)):
@@ -186,15 +185,15 @@ class MomentNetwork(nn.Module):
 
     @torch.no_grad()
     def rescale(self, x: Tensor, squared_norm: float = 1.0) -> None:
-        """Rescale f to data, before it is trained: |g|^2 = squared_norm, with signals of one size in all layers.
+        """Rescale the layers of an untrained f to data: |g|^2 = squared_norm, with signals of one size in all layers.
 
-        First every linear layer and convolution, weight and bias, so that its output on x has mean square 1; then all
-        of them by a common factor, so that the gradient of the mean of f over x has the squared norm asked for, to
-        0.1 % (3 % in bfloat16). With PyTorch's own initialisation it is often tens or hundreds, and the penalty swamps
-        everything else.
+        First the weight and bias of every linear layer and convolution are scaled so that its output on x has mean
+        square 1. Then all of them are scaled by a common factor, so that the gradient of the mean of f over x has the
+        squared norm asked for, to 0.1 % (3 % in bfloat16). With PyTorch's initialisation that norm is often tens or
+        hundreds, and the penalty dominates the loss.
 
         Args:
-            x: (N, ...) samples, of the data; a few hundred are enough.
+            x: (N, ...) samples of the data; a few hundred are enough.
 
         Raises:
             ValueError: f has no such layers, one gives only zeros, or the norm cannot be reached.

@@ -19,36 +19,36 @@ from moment_ops.taps.tracing import Untraceable, trace
 class MomentExtractor(nn.Module):
     """Moments of the features of one frozen network, or of several as one feature set.
 
-    A tap stands at every chosen call, in execution order. That of a ReLU is the ReLU, which collects the moments of
-    its output on the way; that of anything else passes on what the module returns. It is one autograd node: the
-    gradients of the next layer and of the moments arrive together.
+    A tap stands at every selected call, in execution order. The tap of a ReLU replaces it: one pass computes the ReLU
+    and the moments of its output. Every other tap reads the output of its call and passes it on. A tap is one autograd
+    node, where the gradients of the next layer and of the moments are added in one pass.
 
     Args:
-        nets: a module, or several in a sequence or a mapping, called with the images alone. They stay as they are: the
-            extractor has copies, frozen and in evaluation mode whatever `train()` says, without what follows the last
-            tap. A BatchNorm that alone reads a convolution is folded into it, in float32 and float64: for a network in
-            16 bits, convert the extractor, not the network.
-        layers: what to tap: a module type or several, where `torch.nn.ReLU` includes calls of `torch.relu` and
-            `torch.nn.functional.relu`, and `torch.nn.GELU` timm's class of that name; names from `names`, of one call
-            ("layer1.0.relu:1") or of a module, which are all its calls; or a predicate (name, module) -> bool, which
-            gets `nn.ReLU()` for a function. By default all activations but those that gate other features or end a
-            network: not Sigmoid, Hardsigmoid, Tanh, Hardtanh, Softsign, LogSigmoid and Softmax.
+        nets: a module, or several in a sequence or a mapping, each called with the images only. They are not changed:
+            the extractor copies them, freezes the copies, keeps them in evaluation mode whatever `train()` is called
+            with, and drops what follows the last tap. A BatchNorm that is the only reader of a convolution is folded
+            into it, in float32 and float64: for a network in 16 bits, convert the extractor, not the network.
+        layers: what to tap. A module type or several, where `torch.nn.ReLU` includes calls of `torch.relu` and
+            `torch.nn.functional.relu`, and `torch.nn.GELU` includes timm's class of that name; names from `names`, of
+            one call ("layer1.0.relu:1") or of a module, which selects all its calls; or a predicate
+            (name, module) -> bool, which gets `nn.ReLU()` for a function. By default all activations except those that
+            gate other features or end a network: Sigmoid, Hardsigmoid, Tanh, Hardtanh, Softsign, LogSigmoid, Softmax.
 
     Attributes:
         names: one per tap, module path and call index, after "index/" or "key/" of the network where there are several.
-            None before the first call where a network has to be watched, see below.
+            None before the first call of a network that cannot be traced, see below.
 
-    Networks are traced with `torch.fx`. One that cannot be, or that has chosen calls within a module that is traced as
-    one (`torch.nn.TransformerEncoder`), is watched while it runs: then nothing is folded, taps are known after the
-    first call, and calls that take another path raise ValueError.
+    Networks are traced with `torch.fx`. A network that cannot be traced, or that has selected calls within a module
+    which torch.fx records as one call (`torch.nn.TransformerEncoder`), is tapped by hooks instead. Then nothing is
+    folded, `names` are known after the first call, and a call that takes another path raises ValueError.
 
     Raises:
-        TypeError, ValueError: wrong types; a network without a chosen call, or a name that there is not: what there is
-            is listed. For watched networks, on the first call.
+        TypeError, ValueError: wrong types; a network without a selected call, or a name that does not exist: the error
+            lists what can be selected. For networks that are not traced, on the first call.
 
-    Cost: a ReLU with a tap moves the bytes of a ReLU, a forward or backward of the network takes what it takes without
-    taps; memory beyond the network's is a few (F,) vectors. Another tap reads its features once more, and its backward
-    joins its gradients in a pass of its own.
+    Cost: the tap of a ReLU reads and writes what the ReLU does, forward and backward; memory beyond the network's is a
+    few (F,) vectors. Every other tap reads its features once more, and its backward adds its gradients in a pass of its
+    own.
 
     Source: dos Santos et al. 2019, whose features are all ReLU outputs of VGG19 and ResNet18 together.
     """
