@@ -67,9 +67,10 @@ def moment_loss(
     """
     target = _check_target(target)
     checks.option(reduction, "reduction", ("mean", "sum"))
+    sizes = target.sizes
     weights = (
-        column_weights(mean_weight, "mean_weight", target.sizes, target.mean),
-        column_weights(var_weight, "var_weight", target.sizes, target.mean),
+        column_weights(mean_weight, "mean_weight", sizes, target.mean),
+        column_weights(var_weight, "var_weight", sizes, target.mean),
     )
     matcher = Matcher(
         (target.mean, target.var),
@@ -77,7 +78,7 @@ def moment_loss(
         target.correction,
         weights,
         reduction,
-        merge=_merge_over(process_group, target.mean, target.sizes, target.correction),
+        merge=_merge_over(process_group, target.mean, sizes, target.correction),
         names=target.names,
     )
     return matcher(input)
