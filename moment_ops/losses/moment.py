@@ -66,12 +66,13 @@ def moment_loss(
     """
     target = _check_target(target)
     checks.option(reduction, "reduction", ("mean", "sum"))
-    mean_scale, mean_vector = column_weights(mean_weight, "mean_weight", target.sizes, target.mean)
-    var_scale, var_vector = column_weights(var_weight, "var_weight", target.sizes, target.mean)
+    sizes = target.sizes
+    mean_scale, mean_vector = column_weights(mean_weight, "mean_weight", sizes, target.mean)
+    var_scale, var_vector = column_weights(var_weight, "var_weight", sizes, target.mean)
     factor = 1 / target.mean.shape[0] if reduction == "mean" else 1.0
     match = Match(target.mean, target.var, mean_scale, var_scale, mean_vector, var_vector, factor)
     layers = Layers(target.shapes, target.names, target.correction)
-    return match_input(input, match, layers, _merge_over(process_group, target.mean, target.sizes, target.correction))
+    return match_input(input, match, layers, _merge_over(process_group, target.mean, sizes, target.correction))
 
 
 class MomentLoss(BufferedLoss):

@@ -70,4 +70,6 @@ def per_column(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(N, D): the columns of features with the batch on dimension 0."""
+    if x.dim() == 2:
+        return x
     return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
