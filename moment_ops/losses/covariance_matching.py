@@ -12,7 +12,7 @@ from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.covariance import covariance_match_backward
 from moment_ops.ops.layout import columns_of, statistics_dtype
-from moment_ops.ops.nodes import Computed, Node, wants_grad
+from moment_ops.ops.nodes import Node, wants_grad
 
 # From packed means, packed covariances over N and N to those over all processes.
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -21,10 +21,9 @@ Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 class _MatchCovariance(Node):
     """(loss, means) of features: the operator `covariance_match_`; backward reads the features once more."""
 
-    outputs = 2
-
     @staticmethod
-    def compute(
+    def forward(
+        ctx: Any,
         correction: int,
         weight: list[float],
         average: tuple[str, list[float], float],
@@ -33,9 +32,9 @@ class _MatchCovariance(Node):
         precision: str,
         layers: int,
         *tensors: Tensor,
-    ) -> Computed:
+    ) -> tuple[Tensor, Tensor]:
         features, target, state = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
-        kind, options, _ = average
+        kind, options, ctx.curvature = average
         loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(
             list(features),
             correction,
@@ -48,13 +47,10 @@ class _MatchCovariance(Node):
             keep,
             precision,
         )
-        return (loss, mean), (grad,)
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.correction, ctx.weight, (_, _, ctx.curvature), _, _, ctx.precision, layers = inputs[:7]
+        ctx.correction, ctx.weight, ctx.precision = correction, weight, precision
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(outputs[1], *kept, *inputs[7 : 7 + layers])
+        ctx.save_for_backward(mean, grad, *features)
+        return loss, mean
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -121,9 +117,9 @@ def match_covariances(
     if average is not None:
         configuration = average.kind, average.options(sum(width * width for width in widths)), average.curvature
     dtype = statistics_dtype(layers[0].dtype)
-    wants_target = any(wants_grad(t) for t in target) and torch.is_grad_enabled()
+    wants_target = wants_grad(*target) and torch.is_grad_enabled()
     if merge is None and not wants_target and all(t.dtype == dtype for t in target):
-        keep = torch.is_grad_enabled() and any(wants_grad(x) for x in layers)
+        keep = torch.is_grad_enabled() and wants_grad(*layers)
         return _MatchCovariance.call(
             correction, list(weight), configuration, update, keep, precision, len(layers), *layers, *target, *state
         )

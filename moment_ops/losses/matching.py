@@ -12,7 +12,7 @@ from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
-from moment_ops.ops.nodes import Computed, Node, wants_grad
+from moment_ops.ops.nodes import Node, wants_grad
 from moment_ops.statistics import Moments
 
 Weight: TypeAlias = float | Sequence[float] | Tensor
@@ -22,7 +22,8 @@ class _MatchMoments(Node):
     """loss(mean, var): the operator `match_` on moments, with targets that may want gradients too."""
 
     @staticmethod
-    def compute(
+    def forward(
+        ctx: Any,
         mean: Tensor,
         var: Tensor | None,
         target_mean: Tensor,
@@ -33,8 +34,8 @@ class _MatchMoments(Node):
         average: tuple[str, list[float], float],
         update: bool,
         *state: Tensor,
-    ) -> Computed:
-        kind, options, _ = average
+    ) -> Tensor:
+        kind, options, curvature = average
         mean_scale, var_scale, reduction = scalars
         loss, grad_mean, grad_var = match_(
             mean,
@@ -51,13 +52,9 @@ class _MatchMoments(Node):
             list(state),
             update,
         )
-        return (loss,), (grad_mean, grad_var)
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.scalars, (_, _, ctx.curvature) = inputs[6:8]
-        ctx.has_var = inputs[3] is not None
-        ctx.save_for_backward(*inputs[:6], *kept)
+        ctx.scalars, ctx.curvature, ctx.has_var = scalars, curvature, target_var is not None
+        ctx.save_for_backward(mean, var, target_mean, target_var, mean_weight, var_weight, grad_mean, grad_var)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +77,8 @@ class _MatchFeatures(Node):
     """loss(features): the operator `match_` fused with the reduction; backward reads the features once more."""
 
     @staticmethod
-    def compute(
+    def forward(
+        ctx: Any,
         correction: int,
         target_mean: Tensor,
         target_var: Tensor | None,
@@ -92,8 +90,8 @@ class _MatchFeatures(Node):
         signature: plans.Signature | None,
         layers: int,
         *tensors: Tensor,
-    ) -> Computed:
-        kind, options, _ = average
+    ) -> Tensor:
+        kind, options, curvature = average
         features, state = tensors[:layers], tensors[layers:]
         mean_scale, var_scale, reduction = scalars
         loss, mean, grad_mean, grad_var = match_features(
@@ -112,13 +110,10 @@ class _MatchFeatures(Node):
             update,
             signature=signature,
         )
-        return (loss,), (mean, grad_mean, grad_var)
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.correction, _, target_var, mean_weight, var_weight, ctx.scalars, average, _, _, ctx.layers = inputs[:10]
-        ctx.curvature, ctx.has_var = average[2], target_var is not None
-        ctx.save_for_backward(*kept, mean_weight, var_weight, *inputs[10 : 10 + ctx.layers])
+        ctx.correction, ctx.scalars, ctx.curvature = correction, scalars, curvature
+        ctx.has_var, ctx.layers = target_var is not None, layers
+        ctx.save_for_backward(mean, grad_mean, grad_var, mean_weight, var_weight, *features)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -318,7 +313,7 @@ class Matcher:
         return loss
 
     def _target_requires_grad(self) -> bool:
-        return wants_grad(self.mean) or (self.var is not None and wants_grad(self.var))
+        return wants_grad(self.mean, self.var)
 
     def _check_device(self, device: torch.device) -> None:
         if device != self.mean.device:
