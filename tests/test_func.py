@@ -479,3 +479,21 @@ def test_a_network_that_is_watched_is_differentiable():
     extractor(X[0])
     ours = vmap(grad(lambda x: statistics(extractor(x))))(X)
     assert_close(ours, vmap(grad(lambda x: weighted(*exact_moments([relu(2 * x)]))))(X), rows=ROWS)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("operator")])
+def test_forward_mode_of_an_operator_is_an_error_without_transforms_too(name):
+    ours, _ = CASES[name]
+
+    def call():
+        with torch.autograd.forward_ad.dual_level():
+            ours(torch.autograd.forward_ad.make_dual(X[0], X[0]))
+
+    assert_raises(call, NotImplementedError, "moments|covariance|gram", "forward-mode .* not supported")
+
+
+def test_forward_mode_through_moments_that_are_given_is_an_error():
+    def call(mean):
+        return mo.moment_loss(mo.Moments(mean, VAR, validate=False, shapes=((COLUMNS,),)), TARGET)
+
+    assert_raises(lambda: jvp(call, (MEAN,), (MEAN,)), NotImplementedError, "forward-mode .* not supported")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import plans
+from moment_ops.ops.library import has_tangent, no_forward_mode
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -127,10 +128,8 @@ def option(value: Any, name: str, options: Sequence[str]) -> str:
 
 def _no_forward_mode(layers: Sequence[Tensor], name: str) -> None:
     """Forward-mode differentiation would silently give zero tangents."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in layers):
-        raise NotImplementedError(f"{name}: forward-mode differentiation is not supported, use reverse mode")
+    if not torch.compiler.is_compiling() and has_tangent(layers):
+        raise NotImplementedError(no_forward_mode(name))
 
 
 def embeddings(x: Any, name: str) -> None:
