@@ -68,13 +68,6 @@ def _run_one_by_one(function: _Function, size: int, dims: Any, inputs: tuple[Any
     return tuple(stacked), tuple(0 if isinstance(x, Tensor) else None for x in stacked)
 
 
-def _jvp(name: str) -> Callable[..., Any]:
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(no_forward_mode(name))
-
-    return jvp
-
-
 def _transformed(
     name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> _Function:
@@ -83,7 +76,10 @@ def _transformed(
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         return _run_one_by_one(function, info.batch_size, in_dims, inputs)
 
-    rules = {"jvp": _jvp(name), "forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(no_forward_mode(name))
+
+    rules = {"jvp": jvp, "forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
     function = type(name, (torch.autograd.Function,), {rule: staticmethod(rules[rule]) for rule in rules})
     return function
 
@@ -139,7 +135,6 @@ class Node(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.jvp = staticmethod(_jvp(cls.__name__))  # type: ignore[method-assign]
 
         def forward(*inputs: Any) -> tuple[Any, ...]:
             record = _Record()
