@@ -1,7 +1,10 @@
 """Derivatives in two forms: for ordinary calls, and for those under the transforms of `torch.func`.
 
 A transform wants a Function with a `setup_context`, for which torch binds a signature at every call: 20 us. Ordinary
-calls take a form without; both are made from the same parts. Under `vmap` the problems of a batch run one by one.
+calls take a form without, from which the other one is made. Under `vmap` the problems of a batch run one by one.
+
+`torch.library.register_autograd` has no form for transforms (torch 2.13): an operator takes its own at the dispatch key
+at which transforms take over.
 """
 
 import threading
@@ -79,8 +82,8 @@ def _transformed(
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(no_forward_mode(name))
 
-    rules = {"jvp": jvp, "forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
-    function = type(name, (torch.autograd.Function,), {rule: staticmethod(rules[rule]) for rule in rules})
+    rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp, "vmap": vmap}
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in rules.items()})
     return function
 
 
@@ -176,7 +179,10 @@ class _Below(Node):
 
 def below_transforms(function: Callable[..., None], *tensors: Tensor) -> None:
     """Call a function that writes into tensors of its own with the values of others, which transforms may wrap."""
-    _Below.call(function, *tensors)
+    if torch.compiler.is_compiling() or not is_transformed():
+        function(*tensors)
+    else:
+        _Below.call(function, *tensors)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
