@@ -82,6 +82,9 @@ def backend(name: str) -> Iterator[None]:
         name: "auto" (the fastest that can run the given tensors), "cuda", "triton", "cpu" or "reference". A forced
             backend that cannot run raises RuntimeError with the reason. The choice holds for the process; the
             environment variable MOMENT_OPS_BACKEND sets it from the start.
+
+    Every operator looks for the choice when it runs, those of a backward too: a backward outside of the block runs on
+    the choice that holds there, whatever ran the forward. What is saved for it is the same for all backends.
     """
     global _forced
     _check_name(name)
