@@ -111,7 +111,7 @@ def test_a_backward_runs_on_the_backend_that_is_forced_where_it_runs(call, name)
     x = torch.randn(4, 3, requires_grad=True)
     with mo.backend(name):
         value = call(x)
-    with mo.backend("triton"), pytest.raises(RuntimeError, match="'triton' was forced but cannot run .*_backward"):
+    with mo.backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was forced but cannot run .*_backward"):
         value.backward()
 
 

@@ -26,11 +26,13 @@ from moment_ops.losses.covariance_arguments import (
     joined,
     layer_weights,
     matrices_of,
+    names_of,
     same_dtype,
     scales,
 )
 from moment_ops.losses.covariance_matching import match_covariances
 from moment_ops.losses.dual import dual_covariance_loss
+from moment_ops.losses.matching import check_names
 from moment_ops.losses.moment import MomentLoss, moment_loss
 from moment_ops.ops import checks, triangle
 from moment_ops.ops.covariance import covariance as covariance_op
@@ -71,10 +73,10 @@ def _means(packed: Tensor, widths: Sequence[int]) -> Moments:
 
 
 def covariance_loss(
-    input: Tensor | Sequence[Tensor],
+    input: checks.Features,
     *,
     target: CovarianceTarget | None = None,
-    samples: Tensor | Sequence[Tensor] | None = None,
+    samples: checks.Features | None = None,
     method: str = "auto",
     mean_weight: LayerWeight = 0.0,
     cov_weight: LayerWeight = 1.0,
@@ -90,6 +92,7 @@ def covariance_loss(
 
     Args:
         input: features, one (N, ...) Tensor per layer, N >= 2; dimensions after the batch are flattened to D columns.
+            The names of a mapping are those of the target or the samples, where these have names.
         target: per layer a symmetric (D, D) Tensor, of which the upper side is read; or Moments with covariances, whose
             correction is used.
         samples: (M, ...) features to compare with, one Tensor per layer. Exactly one of target and samples.
@@ -121,13 +124,12 @@ def covariance_loss(
     """
     check_one_of(target, samples)
     check_options(method, reduction, precision, estimator, correction, joint)
-    layers = checks.features(input)
-    checks.batch(layers, 0)
+    layers, *_, names = checks.batch_of(input)
     check_mean_weight(target, mean_weight)
     mean_target: Moments | None = None
     if samples is not None:
-        others = checks.features(samples, "samples")
-        checks.batch(others, 0, "samples")
+        others, *_, other_names = checks.batch_of(samples, "samples")
+        check_names(names, other_names, "samples")
         check_layers(layers, [columns_of(y) for y in others], "samples")
         check_rows(layers, correction)
         check_rows(others, correction, "samples")
@@ -147,6 +149,7 @@ def covariance_loss(
         if estimator == "unbiased":
             raise ValueError("estimator: got 'unbiased' with a target matrix, expected samples")
         matrices = matrices_of(target)
+        check_names(names, names_of(target))
         if isinstance(target, Moments):
             correction = target.correction
             if not is_zero(mean_weight):
@@ -192,7 +195,8 @@ class CovarianceLoss(BufferedLoss):
             process, and parameters under DistributedDataParallel get the gradient of one process on the concatenated
             batch. Samples must be the same on every process.
 
-    Call it with features, one (N, ...) Tensor per layer. Returns a scalar, float32 (float64 for float64),
+    Call it with features, one (N, ...) Tensor per layer; a mapping with the names of the target, or of the samples,
+    where these have names. Returns a scalar, float32 (float64 for float64),
     differentiable twice in eager mode.
 
     Entries of averages stay untouched where the batch's covariance is not finite; the loss shows them. Buffers keep
@@ -205,7 +209,7 @@ class CovarianceLoss(BufferedLoss):
     def __init__(
         self,
         target: CovarianceTarget | None = None,
-        samples: Tensor | Sequence[Tensor] | None = None,
+        samples: checks.Features | None = None,
         average: Average | QueueAverage | None = None,
         *,
         method: str = "auto",
@@ -236,7 +240,7 @@ class CovarianceLoss(BufferedLoss):
         check_one_of(target, samples)
         self.reset(target, samples)
 
-    def reset(self, target: CovarianceTarget | None = None, samples: Tensor | Sequence[Tensor] | None = None) -> None:
+    def reset(self, target: CovarianceTarget | None = None, samples: checks.Features | None = None) -> None:
         """Restart the average, with a new target, or new samples, if given. Unchanged shapes keep their addresses."""
         if target is not None or samples is not None:
             check_one_of(target, samples)
@@ -246,6 +250,7 @@ class CovarianceLoss(BufferedLoss):
             else:
                 assert target is not None
                 self._set_target(target)
+            self.names = names_of(target if samples is None else samples)
         elif self.mean_loss is not None:
             self.mean_loss.reset()
         state = {}
@@ -259,10 +264,10 @@ class CovarianceLoss(BufferedLoss):
         self._set_buffers("_queue_names", queue)
         self._filled = 0
 
-    def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, input: checks.Features) -> Tensor:
         """The loss of one batch."""
-        layers = checks.features(input)
-        checks.batch(layers, 0)
+        layers, *_, names = checks.batch_of(input)
+        check_names(names, self.names, "samples" if self._sample_names else "target")
         alone = group_size(self.process_group) == 1
         if alone:
             check_rows(layers, self.correction)
@@ -303,7 +308,7 @@ class CovarianceLoss(BufferedLoss):
             process_group=self.process_group,
         )
 
-    def _dual_loss(self, layers: list[Tensor]) -> Tensor:
+    def _dual_loss(self, layers: Sequence[Tensor]) -> Tensor:
         samples = [getattr(self, name) for name in self._sample_names]
         check_layers(layers, [columns_of(y) for y in samples], "samples")
         queue = self._queue(layers)
@@ -371,9 +376,8 @@ class CovarianceLoss(BufferedLoss):
         correction = target.correction if isinstance(target, Moments) else self._given_correction
         self._set_matrices(matrices, mean, correction)
 
-    def _set_samples(self, samples: Tensor | Sequence[Tensor]) -> None:
-        layers = [y.detach() for y in checks.features(samples, "samples")]
-        checks.batch(layers, 0, "samples")
+    def _set_samples(self, samples: checks.Features) -> None:
+        layers = [y.detach() for y in checks.batch_of(samples, "samples").layers]
         check_rows(layers, self._given_correction, "samples")
         method = self._given_method
         if method == "auto" and self.average is not None:

@@ -14,7 +14,7 @@ from moment_ops.ops.reference_covariance import PRECISIONS
 from moment_ops.statistics import Moments
 
 METHODS = ("auto", "primal", "dual")
-CovarianceTarget: TypeAlias = Moments | Tensor | Sequence[Tensor]
+CovarianceTarget: TypeAlias = Moments | checks.Features
 LayerWeight: TypeAlias = float | Sequence[float]
 
 
@@ -56,6 +56,11 @@ def matrices_of(target: CovarianceTarget) -> list[Tensor]:
             label = "target" if isinstance(target, Tensor) else f"target[{i}]"
             raise ValueError(f"{label}: got shape {tuple(matrix.shape)}, expected a square matrix (D, D)")
     return matrices
+
+
+def names_of(given: Any) -> tuple[str, ...] | None:
+    """The names of the layers of a target or of samples."""
+    return given.names if isinstance(given, Moments) else checks.names_of(given)
 
 
 def check_mean_weight(target: Any, mean_weight: LayerWeight) -> None:

@@ -5,6 +5,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from moment_ops.ops import checks
 from moment_ops.ops.nodes import Node, under_vmap
 from moment_ops.statistics import Moments
 
@@ -65,6 +66,8 @@ class _Derivative(Node):
 def _gaussian(mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tensor, Tensor]:
     given = torch.as_tensor(cov)
     mean, cov = torch.as_tensor(mean).double(), given.double()
+    checks.not_nested(mean, mean_name)
+    checks.not_nested(cov, cov_name)
     if mean.dim() != 1 or mean.numel() == 0:
         raise ValueError(f"{mean_name}: got shape {tuple(mean.shape)}, expected (D,)")
     if cov.shape != (mean.shape[0], mean.shape[0]):

@@ -186,12 +186,14 @@ def _check_shapes(shapes: Sequence[Sequence[int]], target: Sequence[Sequence[int
             raise ValueError(f"input[{i}]: got features of shape {tuple(got)}, expected {tuple(expected)} as in target")
 
 
-def _check_names(names: Sequence[str] | None, target: Sequence[str] | None) -> None:
+def check_names(names: Sequence[str] | None, target: Sequence[str] | None, of: str = "target") -> None:
     """Layers of equal shapes may still be other layers."""
     if names is None or target is None or tuple(names) == tuple(target):
         return
-    i = next(i for i, (got, expected) in enumerate(zip(names, target, strict=True)) if got != expected)
-    raise ValueError(f"input: got layer {names[i]!r} at position {i}, expected {target[i]!r} as in target")
+    for i, (got, expected) in enumerate(zip(names, target, strict=False)):
+        if got != expected:
+            raise ValueError(f"input: got layer {got!r} at position {i}, expected {expected!r} as in {of}")
+    raise ValueError(f"input: got {len(names)} layers, expected {len(target)} as in {of}")
 
 
 class Matcher:
@@ -219,11 +221,12 @@ class Matcher:
             self.average = (average.kind, average.options(self.mean.shape[0]), average.curvature)
         self.state, self.update, self.merge = state, update, merge
 
-    def __call__(self, input: Moments | Tensor | Sequence[Tensor]) -> Tensor:
+    def __call__(self, input: Moments | checks.Features) -> Tensor:
         if isinstance(input, Moments):
             return self._from_input_moments(input)
-        layers, signature, shapes, requires_grad = checks.batch_of(input)
+        layers, signature, shapes, requires_grad, names = checks.batch_of(input)
         _check_shapes(shapes, self.shapes)
+        check_names(names, self.names)
         self._check_device(layers[0].device)
         same_dtype = self.mean.dtype == statistics_dtype(layers[0].dtype)
         fused = self.merge is None and same_dtype and not self._target_requires_grad()
@@ -272,7 +275,7 @@ class Matcher:
 
     def _from_input_moments(self, input: Moments) -> Tensor:
         _check_shapes(input.shapes, self.shapes)
-        _check_names(input.names, self.names)
+        check_names(input.names, self.names)
         self._check_device(input.mean.device)
         if self.var is not None and input.var is None:
             raise ValueError("input: got moments without variances, but target has variances")

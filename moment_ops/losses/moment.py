@@ -1,6 +1,5 @@
 """The moment matching loss: means and variances of many layers against targets, with or without a running average."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ def _check_target(target: Any) -> Moments:
 
 
 def moment_loss(
-    input: Moments | Tensor | Sequence[Tensor],
+    input: Moments | checks.Features,
     target: Moments,
     *,
     mean_weight: Weight = 1.0,
@@ -33,7 +32,8 @@ def moment_loss(
     `r * sum(mean_weight * (m - t)^2 + var_weight * (s - q)^2)` with r = 1/F for "mean", F columns over all layers.
 
     Args:
-        input: features, one (N, ...) Tensor per layer as in the target, or Moments.
+        input: features, one (N, ...) Tensor per layer as in the target, or Moments. The names of a mapping are those of
+            the target, where that has names.
         target: Moments; means alone are matched where it has no variances. It gets gradients where it wants them.
         mean_weight, var_weight: a float, one float per layer, or an (F,) Tensor.
         reduction: "mean" or "sum".
@@ -73,8 +73,8 @@ class MomentLoss(BufferedLoss):
             torch.distributed is initialized; False is this process alone. The loss is the same on every process, and
             parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
 
-    Call it with features (one (N, ...) Tensor per layer, as in the target) or with Moments. Returns a scalar, float32
-    (float64 for float64), differentiable twice in eager mode.
+    Call it with features (one (N, ...) Tensor per layer, as in the target; a mapping with its names) or with Moments.
+    Returns a scalar, float32 (float64 for float64), differentiable twice in eager mode.
 
     Averages stay untouched in columns whose batch moments are not finite; the loss shows them. Buffers keep their dtype
     under `.to(torch.bfloat16)` and `.half()`; `state_dict()` holds targets, average and step, and resumes bit for bit.
@@ -109,7 +109,7 @@ class MomentLoss(BufferedLoss):
         state = {} if self.average is None else self.average.new_state(self.target_mean, self.target_var is not None)
         self._set_buffers("_state_names", state)
 
-    def forward(self, input: Moments | Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, input: Moments | checks.Features) -> Tensor:
         """The loss of one batch."""
         # Attributes of modules that are buffers take ten times as long to look up.
         buffers = self._buffers

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moment_ops.losses.matching import check_names
 from moment_ops.ops import checks
 from moment_ops.ops.gram import gram
 from moment_ops.ops.layout import statistics_dtype
@@ -15,7 +16,7 @@ NORMALIZATIONS = ("sum", "mean")
 def _check_maps(features: Any, name: str) -> list[Tensor]:
     layers = checks.features(features, name)
     for i, x in enumerate(layers):
-        label = name if isinstance(features, Tensor) else f"{name}[{i}]"
+        label = name if isinstance(features, Tensor) else checks.label(name, i, checks.names_of(features))
         if x.dim() != 4:
             raise ValueError(f"{label}: got shape {tuple(x.shape)}, expected (N, C, H, W)")
         if x.numel() == 0:
@@ -74,8 +75,8 @@ def _check_target(target: Any, layers: Sequence[Tensor]) -> list[Tensor]:
 
 
 def style_loss(
-    features: Tensor | Sequence[Tensor],
-    target: Tensor | Sequence[Tensor],
+    features: checks.Features,
+    target: checks.Features,
     *,
     normalize: str = "sum",
     weight: Sequence[float] | None = None,
@@ -88,7 +89,7 @@ def style_loss(
     Args:
         features: (N, C, H, W) per layer, of the images that get the style.
         target: (N or 1, C, C) per layer: `gram_matrix` of the style's features with the same `normalize`. A style
-            image of another size needs "mean".
+            image of another size needs "mean". Where both are mappings, their names are the same.
         normalize: "sum" is the published form. "mean" is that of PyTorch's tutorial, whose matrices are divided by
             C H W, and whose loss is their `mse_loss`: 4 / C^2 times the published one, where the sizes are equal.
         weight: one float per layer; by default 1 / L as published for "sum", and 1 for "mean", as in the tutorial.
@@ -104,6 +105,7 @@ def style_loss(
     """
     layers = _check_maps(features, "features")
     targets = _check_target(target, layers)
+    check_names(checks.names_of(features), checks.names_of(target))
     checks.option(normalize, "normalize", NORMALIZATIONS)
     if weight is None:
         weight = [1 / len(layers) if normalize == "sum" else 1.0] * len(layers)
