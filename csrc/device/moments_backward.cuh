@@ -56,6 +56,7 @@ __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_
     // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
     const bool sends = result.has_var && result.b[c] != A(0);
     result.b[c] = sends ? result.b[c] * var_scale : A(0);
+    if (!result.has_var) result.mean[c] = A(0);
   }
   return result;
 }
@@ -97,7 +98,7 @@ struct BackwardRows {
 #pragma unroll
       for (int c = 0; c < WIDTH; ++c) {
         const A x = tile.x[r][c];
-        A sum = of.has_var ? of.a[c] + of.b[c] * (x - of.mean[c]) : of.a[c];
+        A sum = of.a[c] + of.b[c] * ((of.has_var ? x : A(0)) - of.mean[c]);
         if constexpr (ADD) sum += tile.grad[r][c];
         result[c] = RELU && x <= A(0) ? A(0) : sum;
       }
