@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moment_ops import files
+from moment_ops import npz
 from moment_ops.ops import checks
 from moment_ops.ops.layout import per_column
 from moment_ops.ops.moments import moments as moments_op
@@ -172,42 +172,42 @@ class Moments:
                 torch-fidelity) read: float64 `mu` (D,) and `sigma` (D, D) of a single layer. `load` reads both.
         """
         checks.option(format, "format", ("moments", "fid"))
-        files.write(Path(path), self._arrays() if format == "moments" else self._fid_arrays())
+        npz.write(Path(path), self._arrays() if format == "moments" else self._fid_arrays())
 
     def _fid_arrays(self) -> dict[str, np.ndarray]:
         if self.cov is None or len(self.cov) != 1:
             layers = "none" if self.cov is None else len(self.cov)
             raise ValueError(f"format: got 'fid' for moments with {layers} covariances, expected exactly one")
         arrays = {
-            "mu": files.to_numpy(self.mean.double()),
-            "sigma": files.to_numpy(self.cov[0].double()),
+            "mu": npz.to_numpy(self.mean.double()),
+            "sigma": npz.to_numpy(self.cov[0].double()),
             "correction": np.array(self.correction),
         }
         if self.count is not None:
-            arrays["count"] = files.to_numpy(self.count)
+            arrays["count"] = npz.to_numpy(self.count)
         return arrays
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {
-            "mean": files.to_numpy(self.mean),
+            "mean": npz.to_numpy(self.mean),
             "dtype": np.array(str(self.mean.dtype).removeprefix("torch.")),
             "correction": np.array(self.correction),
             "shapes": np.array(json.dumps(self.shapes)),
         }
         if self.var is not None:
-            arrays["var"] = files.to_numpy(self.var)
+            arrays["var"] = npz.to_numpy(self.var)
         if self.count is not None:
-            arrays["count"] = files.to_numpy(self.count)
+            arrays["count"] = npz.to_numpy(self.count)
         if self.names is not None:
             arrays["names"] = np.array(json.dumps(self.names))
         for i, matrix in enumerate(self.cov or ()):
-            arrays[f"cov_{i}"] = files.to_numpy(matrix)
+            arrays[f"cov_{i}"] = npz.to_numpy(matrix)
         return arrays
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Moments":
         """Read a file of `save`, or a `mu`/`sigma` file of the FID tools (theirs do not tell the count). On the CPU."""
-        arrays = files.read(Path(path))
+        arrays = npz.read(Path(path))
         try:
             if "mu" in arrays:
                 sigma = torch.from_numpy(arrays["sigma"])
