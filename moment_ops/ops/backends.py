@@ -36,10 +36,10 @@ _TRITON = {
 }
 # The operators whose CPU kernels are Python around the BLAS of PyTorch, and where; they need no extension.
 _BLAS = {
-    "covariance": "moment_ops.ops.covariance_panels",
-    "covariance_backward": "moment_ops.ops.covariance_panels",
-    "covariance_match_": "moment_ops.ops.covariance_panels",
-    "covariance_match_backward": "moment_ops.ops.covariance_panels",
+    "covariance": "moment_ops.ops.covariance_cpu",
+    "covariance_backward": "moment_ops.ops.covariance_cpu",
+    "covariance_match_": "moment_ops.ops.covariance_cpu",
+    "covariance_match_backward": "moment_ops.ops.covariance_cpu",
     "gram": "moment_ops.ops.gram_panels",
     "gram_backward": "moment_ops.ops.gram_panels",
 }
