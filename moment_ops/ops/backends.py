@@ -40,8 +40,8 @@ _BLAS = {
     "covariance_backward": "moment_ops.ops.covariance_cpu",
     "covariance_match_": "moment_ops.ops.covariance_cpu",
     "covariance_match_backward": "moment_ops.ops.covariance_cpu",
-    "gram": "moment_ops.ops.gram_panels",
-    "gram_backward": "moment_ops.ops.gram_panels",
+    "gram": "moment_ops.ops.gram_cpu",
+    "gram_backward": "moment_ops.ops.gram_cpu",
 }
 # Dtypes that Triton's kernels of an operator take, where not all: the others run on the reference.
 _TRITON_DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
