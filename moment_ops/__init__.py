@@ -2,6 +2,7 @@
 
 from moment_ops.averages import AdamMovingAverage, MovingAverage
 from moment_ops.covariances import covariance
+from moment_ops.dataset import dataset_moments
 from moment_ops.losses.coral import coral_loss
 from moment_ops.losses.covariance import CovarianceLoss, covariance_loss
 from moment_ops.losses.covariance_distance import CovarianceDistance, covariance_distance
@@ -12,7 +13,6 @@ from moment_ops.losses.vicreg import vicreg_covariance, vicreg_variance
 from moment_ops.moment_network import MomentNetwork
 from moment_ops.ops.backends import backend
 from moment_ops.statistics import Moments, moments
-from moment_ops.streaming import dataset_moments
 from moment_ops.taps import MomentExtractor
 
 __version__ = "0.1.0"

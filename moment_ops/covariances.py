@@ -55,7 +55,7 @@ def check_memory(layers: Sequence[Tensor], name: str = "input") -> None:
 
 
 def covariance(
-    input: Tensor | Sequence[Tensor], *, correction: int = 1, centered: bool = True, precision: str = "ieee"
+    input: checks.Features, *, correction: int = 1, centered: bool = True, precision: str = "ieee"
 ) -> Tensor | tuple[Tensor, ...]:
     """The covariance of all columns of one layer, or of each of many.
 
@@ -70,7 +70,7 @@ def covariance(
             Float64 features are multiplied in float64.
 
     Returns:
-        (D, D), exactly symmetric, float32 (float64 for float64 features); for a sequence, a tuple of them.
+        (D, D), exactly symmetric, float32 (float64 for float64 features); for several layers, a tuple of them.
         Differentiable, twice in eager mode. A non-finite value makes its feature's row and column of the covariance
         non-finite.
 
@@ -79,8 +79,7 @@ def covariance(
 
     Cost: N D^2 products, the upper triangle alone; backward 2 N D^2, one read and one write.
     """
-    layers = checks.features(input)
-    checks.batch(layers, 0)
+    layers = checks.batch_of(input).layers
     checks.correction(correction)
     checks.option(precision, "precision", PRECISIONS)
     if not isinstance(centered, bool):

@@ -11,7 +11,7 @@ from moment_ops.ops import plans, triangle
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import as_rows, columns_of, per_column, statistics_dtype
 from moment_ops.ops.moments import moments
-from moment_ops.ops.nodes import MANY, Computed, Node
+from moment_ops.ops.nodes import Node
 
 ProcessGroup = Any
 """A torch.distributed group; None for the default group where one is initialized; False for this process alone."""
@@ -28,27 +28,31 @@ class _AllReduce(Node):
     """The sum over all processes of tensors that differ between them; its gradient is such a sum, too."""
 
     @staticmethod
-    def compute(tensor: Tensor, process_group: ProcessGroup) -> Computed:
+    def forward(ctx: Any, tensor: Tensor, process_group: ProcessGroup) -> Tensor:
+        ctx.process_group = process_group
         total = tensor.clone()
         dist.all_reduce(total, group=process_group)
-        return (total,), ()
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        _, ctx.process_group = inputs
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _AllReduce.call(grad, ctx.process_group), None
 
 
-class _SumOverRanks(_AllReduce):
+class _SumOverRanks(Node):
     """All-reduce whose gradient suits DistributedDataParallel, which averages gradients over the processes.
 
     Every process computes the same loss from the sum, so the gradient with respect to the sum is the same everywhere,
     and the sum of all processes' gradients is `world size` times this one: no collective in backward. A backward that
     is itself differentiated holds terms of one process alone, and sums in earnest.
     """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, process_group: ProcessGroup) -> Tensor:
+        ctx.process_group = process_group
+        total = packed.clone()
+        dist.all_reduce(total, group=process_group)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -224,19 +228,14 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 class _AllGather(Node):
     """The rows of every process, (n_r, D) each; the gradients of a process's rows are summed over all processes."""
 
-    outputs = MANY
-
     @staticmethod
-    def compute(x: Tensor, sizes: list[int], process_group: ProcessGroup) -> Computed:
+    def forward(ctx: Any, x: Tensor, sizes: list[int], process_group: ProcessGroup) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.process_group = sizes, process_group
         # Not every backend gathers tensors of different shapes, or without elements.
         gathered = [x.new_empty((max(sizes), *x.shape[1:])) for _ in sizes]
         if max(sizes):
             dist.all_gather(gathered, _padded(x, max(sizes)), group=process_group)
-        return tuple(part[:size] for part, size in zip(gathered, sizes, strict=True)), ()
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        _, ctx.sizes, ctx.process_group = inputs
+        return tuple(part[:size] for part, size in zip(gathered, sizes, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,16 +246,13 @@ class _SumOfOwnRows(Node):
     """From tensors for every process's rows to the sum over all processes of those for this one's."""
 
     @staticmethod
-    def compute(sizes: list[int], process_group: ProcessGroup, *parts: Tensor) -> Computed:
+    def forward(ctx: Any, sizes: list[int], process_group: ProcessGroup, *parts: Tensor) -> Tensor:
+        ctx.sizes, ctx.process_group = sizes, process_group
         rank = dist.get_rank(process_group)
         packed = torch.stack([_padded(part, max(sizes)) for part in parts])
         if max(sizes):
             dist.all_reduce(packed, group=process_group)
-        return (packed[rank, : sizes[rank]].clone(),), ()
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.sizes, ctx.process_group = inputs[:2]
+        return packed[rank, : sizes[rank]].clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

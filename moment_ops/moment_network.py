@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moment_ops.input_gradients import of_input_alone
 from moment_ops.losses.weights import weight_number
 from moment_ops.ops import checks
 from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.nodes import below_transforms, wants_grad
 from moment_ops.statistics import Moments, moments
 from moment_ops.taps import activations
 from moment_ops.taps.hooks import Calls, errors_about
@@ -100,7 +102,8 @@ class MomentNetwork(nn.Module):
         Returns:
             Moments without variances, float32 (float64 for float64). The layers are named "hidden/NAME" in execution
             order, then "gradient/NAME", then "input". Differentiable with respect to x through all three groups, twice
-            in eager mode; constant with respect to f's parameters, whose `grad` does not change.
+            in eager mode, once under the transforms of `torch.func`; constant with respect to f's parameters, whose
+            `grad` does not change.
 
         Raises:
             ValueError: f does not give one value per sample; a parameter that f does not use, or that does not require
@@ -111,9 +114,9 @@ class MomentNetwork(nn.Module):
         x requires no grad, as for data, no graph is built.
         """
         checks.batch(checks.features(x, "x"), 0, "x")
-        if torch.is_grad_enabled() and x.requires_grad:
-            mean = _MeansOfInput.apply(x, self)
-            self._check_once(x)
+        if torch.is_grad_enabled() and wants_grad(x):
+            mean = of_input_alone(self._means, x, list(self.f.parameters()))
+            below_transforms(self._check_once, x)
         else:
             mean = self._means(x.detach(), create_graph=False)
         count = x.new_full((len(self._shapes),), x.shape[0], dtype=torch.int64)
@@ -348,40 +351,9 @@ class MomentNetwork(nn.Module):
                 f"the gradient of {', '.join(constant)} is the same for all samples: it teaches a generator nothing,"
                 " and its share of the squared norm cannot shrink, so that a penalty shrinks the others; leave out the"
                 " bias of the last layer",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._is_checked = True
-
-
-class _MeansOfInput(torch.autograd.Function):
-    """Packed means as a function of x alone.
-
-    The graph of the parameter gradients ends in f's parameters too. Hidden in a node, its backward goes to x only: a
-    plain `loss.backward()` would compute, and leave in `grad`, second derivatives of parameters that nobody wants.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, net: MomentNetwork) -> Tensor:
-        inner = x.detach().requires_grad_()
-        mean = net._means(inner, create_graph=True)
-        ctx.save_for_backward(x)
-        ctx.net, ctx.graph, ctx.versions = net, (mean, inner), _versions(net)
-        return mean.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        graph, ctx.graph = ctx.graph, None
-        again = torch.is_grad_enabled()
-        if again or graph is None:
-            # Differentiated itself, or a second time: from x anew.
-            if _versions(ctx.net) != ctx.versions:
-                raise RuntimeError("f: its parameters were changed between moments() and a second backward through it")
-            with torch.enable_grad():
-                inner = x if again else x.detach().requires_grad_()
-                graph = ctx.net._means(inner, create_graph=True), inner
-        (gradient,) = torch.autograd.grad(*graph, grad, create_graph=again)
-        return gradient, None
 
 
 def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
@@ -411,10 +383,6 @@ def _squared_norm(gradients: Any) -> Tensor:
     wide = [gradient.to(statistics_dtype(gradient.dtype)) for gradient in gradients]
     squares = [(gradient * gradient).sum() for gradient in wide]
     return torch.stack(squares).sum() if squares else torch.zeros(())
-
-
-def _versions(net: MomentNetwork) -> list[int]:
-    return [parameter._version for parameter in net.f.parameters()]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moment_ops import files
+from moment_ops import npz
 from moment_ops.ops import checks
 from moment_ops.ops.layout import per_column
 from moment_ops.ops.moments import moments as moments_op
@@ -131,8 +131,8 @@ class Moments:
         """Moments of all rows of all parts together, merged in float64; differentiable.
 
         Args:
-            parts: with equal shapes and corrections and known counts. A part of a single row counts with its mean.
-                Variances and covariances are merged where the parts have them. Where |mean| / std = r, parts of n
+            parts: with equal shapes, names and corrections and known counts. A part of a single row counts with its
+                mean. Variances and covariances are merged where the parts have them. Where |mean| / std = r, parts of n
                 rows in float32 cost the variance up to r / sqrt(n) * 1e-7 of its value: their means are rounded.
         """
         _check_parts(parts)
@@ -172,42 +172,42 @@ class Moments:
                 torch-fidelity) read: float64 `mu` (D,) and `sigma` (D, D) of a single layer. `load` reads both.
         """
         checks.option(format, "format", ("moments", "fid"))
-        files.write(Path(path), self._arrays() if format == "moments" else self._fid_arrays())
+        npz.write(Path(path), self._arrays() if format == "moments" else self._fid_arrays())
 
     def _fid_arrays(self) -> dict[str, np.ndarray]:
         if self.cov is None or len(self.cov) != 1:
             layers = "none" if self.cov is None else len(self.cov)
             raise ValueError(f"format: got 'fid' for moments with {layers} covariances, expected exactly one")
         arrays = {
-            "mu": files.to_numpy(self.mean.double()),
-            "sigma": files.to_numpy(self.cov[0].double()),
+            "mu": npz.to_numpy(self.mean.double()),
+            "sigma": npz.to_numpy(self.cov[0].double()),
             "correction": np.array(self.correction),
         }
         if self.count is not None:
-            arrays["count"] = files.to_numpy(self.count)
+            arrays["count"] = npz.to_numpy(self.count)
         return arrays
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {
-            "mean": files.to_numpy(self.mean),
+            "mean": npz.to_numpy(self.mean),
             "dtype": np.array(str(self.mean.dtype).removeprefix("torch.")),
             "correction": np.array(self.correction),
             "shapes": np.array(json.dumps(self.shapes)),
         }
         if self.var is not None:
-            arrays["var"] = files.to_numpy(self.var)
+            arrays["var"] = npz.to_numpy(self.var)
         if self.count is not None:
-            arrays["count"] = files.to_numpy(self.count)
+            arrays["count"] = npz.to_numpy(self.count)
         if self.names is not None:
             arrays["names"] = np.array(json.dumps(self.names))
         for i, matrix in enumerate(self.cov or ()):
-            arrays[f"cov_{i}"] = files.to_numpy(matrix)
+            arrays[f"cov_{i}"] = npz.to_numpy(matrix)
         return arrays
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Moments":
         """Read a file of `save`, or a `mu`/`sigma` file of the FID tools (theirs do not tell the count). On the CPU."""
-        arrays = files.read(Path(path))
+        arrays = npz.read(Path(path))
         try:
             if "mu" in arrays:
                 sigma = torch.from_numpy(arrays["sigma"])
@@ -233,6 +233,7 @@ class Moments:
 def _check_vector(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+    checks.not_nested(value, name)
     if not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point Tensor")
     if value.dim() != 1 or value.numel() == 0:
@@ -270,6 +271,8 @@ def _check_parts(parts: Sequence[Moments]) -> None:
             raise ValueError(f"parts[{i}]: its count is not known, so it cannot be merged")
         if part.shapes != first.shapes:
             raise ValueError(f"parts[{i}]: got shapes {part.shapes}, expected {first.shapes} as in parts[0]")
+        if None not in (part.names, first.names) and part.names != first.names:
+            raise ValueError(f"parts[{i}]: got names {part.names}, expected {first.names} as in parts[0]")
         if part.correction != first.correction:
             raise ValueError(f"parts[{i}]: got correction {part.correction}, expected {first.correction}")
         if (part.var is None) != (first.var is None):
@@ -322,15 +325,13 @@ pytree.register_pytree_node(
 )
 
 
-def moments(
-    input: Tensor | Sequence[Tensor], *, dim: int | Sequence[int] = 0, correction: int = 1, var: bool = True
-) -> Moments:
+def moments(input: checks.Features, *, dim: int | Sequence[int] = 0, correction: int = 1, var: bool = True) -> Moments:
     """Mean and variance over the batch, per column, of one layer or many.
 
     Args:
         input: features, one Tensor of shape (N, ...) per layer, all with the same N, dtype and device; float32,
             bfloat16, float16 or float64. Any strides; contiguous, channels-last and row-sliced features are read as
-            they are, others are copied once.
+            they are, others are copied once. The keys of a mapping are the names of its layers.
         dim: reduced dimension or dimensions, by default the batch; (0, 2, 3) gives statistics per channel.
         correction: c in sum of squares / (N - c). N <= c gives NaN variances.
         var: also compute variances.
@@ -348,20 +349,20 @@ def moments(
     """
     correction = checks.correction(correction)
     if dim == 0 and type(dim) is int:
-        layers, signature, shapes, _ = checks.batch_of(input)
+        layers, signature, shapes, _, names = checks.batch_of(input)
         mean, variance, count = moments_op(layers, 0, correction, var, signature=signature)
-        return Moments(mean, variance, None, count, correction, shapes, validate=False)
-    layers = checks.features(input)
+        return Moments(mean, variance, None, count, correction, shapes, names, validate=False)
+    layers, names = checks.features(input), checks.names_of(input)
     dims = checks.dimensions(dim, layers)
     first = [d[0] for d in dims]
     if any(d != first[0] for d in first):
         layers, first = [x.movedim(d, 0) for x, d in zip(layers, first, strict=True)], [0] * len(layers)
-    checks.batch(layers, first[0])
+    checks.batch(layers, first[0], names=names)
     if all(len(d) == 1 for d in dims):
         mean, variance, count = moments_op(layers, first[0], correction, var)
         shapes = tuple((*x.shape[: first[0]], *x.shape[first[0] + 1 :]) for x in layers)
-        return Moments(mean, variance, None, count, correction, shapes, validate=False)
-    return _pool(layers, dims, first[0], correction, var)
+        return Moments(mean, variance, None, count, correction, shapes, names, validate=False)
+    return replace(_pool(layers, dims, first[0], correction, var), names=names, validate=False)
 
 
 def _pool(layers: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int, correction: int, var: bool) -> Moments:

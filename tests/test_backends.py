@@ -16,6 +16,7 @@ from moment_ops import environment
 from moment_ops.ops import backends, extension, registry
 from moment_ops.ops.checks import FEATURE_DTYPES
 from moment_ops.ops.library import OPERATORS
+from moment_ops.ops.relu_moments import identity_moments, relu_moments
 
 PACKAGE = Path(mo.__file__).parent
 NUMBERS = """
@@ -78,6 +79,42 @@ def test_a_forced_backend_ends_with_its_block(monkeypatch):
         raise KeyError
     mo.moments(torch.randn(5, 3))
     assert names == ["cpu", "cpu"]
+
+
+CALLS = {
+    "moments": lambda x: mo.moments(x).var.sum(),
+    "tap": lambda x: sum(y.sum() for y in relu_moments(x)),
+    "identity tap": lambda x: sum(y.sum() for y in identity_moments(x)),
+    "moment_loss": lambda x: mo.moment_loss(x, make_target([(3,)])),
+    "covariance": lambda x: mo.covariance(x).sum(),
+    "covariance_loss": lambda x: mo.covariance_loss(x, torch.eye(3)),
+    "gram": lambda x: mo.gram_matrix(x.view(1, 2, 2, 3)).sum(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(("inside", "outside"), [("cpu", "reference"), ("reference", "cpu")])
+def test_a_backward_outside_of_the_block_gives_the_gradient(call, inside, outside):
+    x = torch.randn(4, 3)
+    gradients = []
+    for forward, backward in ((inside, outside), (outside, outside)):
+        leaf = x.clone().requires_grad_()
+        with mo.backend(forward):
+            value = call(leaf)
+        with mo.backend(backward):
+            value.backward()
+        gradients.append(leaf.grad)
+    assert_close(gradients[0], gradients[1].double(), rows=4)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_backward_runs_on_the_backend_that_is_forced_where_it_runs(call, name):
+    x = torch.randn(4, 3, requires_grad=True)
+    with mo.backend(name):
+        value = call(x)
+    with mo.backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was forced but cannot run .*_backward"):
+        value.backward()
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

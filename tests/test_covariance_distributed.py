@@ -56,6 +56,21 @@ def test_two_processes_train_as_one(ranks, average, batch):
         assert_close(got, wanted, rows=1000)
 
 
+def transformed(rank, average):
+    """Gradients by `torch.func.grad`, and by autograd."""
+    net = Generator(5)
+    z = rows_of(rank, BATCHES["uneven"]).clone().requires_grad_()
+    (plain,) = torch.autograd.grad(make_loss(average)(net(z)), z)
+    loss_fn = make_loss(average)
+    return torch.func.grad(lambda z: loss_fn(net(z)))(z.detach()).detach(), plain
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_gradients_by_a_transform_cross_processes(ranks, average):
+    for ours, plain in ranks(transformed, average):
+        assert_close(ours, plain, rows=12)
+
+
 def penalize(rank, average):
     """Gradients of the sum over all rows of |dL/dz|^2; scaled as in the tests of the moments."""
     sizes = BATCHES["uneven"]

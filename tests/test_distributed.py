@@ -154,6 +154,21 @@ def test_second_derivatives_cross_processes(ranks, average, batch, create_graph)
     assert_close(results[0], expected, rows=1000)
 
 
+def transformed(rank, average, sizes):
+    """Gradients by `torch.func.grad`, and by autograd."""
+    net = Generator()
+    z = rows_of(rank, sizes).clone().requires_grad_()
+    (plain,) = torch.autograd.grad(make_loss(average)(net(z)), z)
+    loss_fn = make_loss(average)
+    return torch.func.grad(lambda z: loss_fn(net(z)))(z.detach()).detach(), plain
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_gradients_by_a_transform_cross_processes(ranks, average):
+    for ours, plain in ranks(transformed, average, BATCHES["uneven"]):
+        assert_close(ours, plain, rows=12)
+
+
 def poisoned(rank, value):
     """One process has a value that is not finite in column 2."""
     loss_fn = make_loss("adam")

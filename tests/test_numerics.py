@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    assert_close,
     assert_same_bits,
     exact_moments,
     make_features,
@@ -18,6 +19,9 @@ from helpers import (
 )
 
 import moment_ops as mo
+from moment_ops.ops.moments import moments as moments_op
+from moment_ops.ops.moments import moments_backward
+from moment_ops.ops.relu_moments import relu_moments
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -151,6 +155,38 @@ def test_gradients_of_other_columns_survive_a_value_that_is_not_finite(value):
     others = torch.arange(40) != 17
     assert_same_bits(gradients[0][:, others], gradients[1][:, others])
     assert not gradients[1][:, 17].isfinite().any()
+
+
+def with_values_that_are_not_finite(dtype):
+    x = make_features(601, [(40,)], dtype)[0]
+    x[3, 5], x[600, 7], x[0, 9] = float("nan"), float("inf"), -float("inf")
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_mean_does_not_depend_on_the_features(dtype, added):
+    x = with_values_that_are_not_finite(dtype)
+    mean, _, count = moments_op([x.detach()], 0, 1, False)
+    grad_mean = torch.linspace(-1, 1, 40, dtype=mean.dtype)
+    grad = [torch.full_like(x, 0.25, requires_grad=False)] if added else []
+    scale = torch.full((), 3.0, dtype=mean.dtype)
+    (plain,) = torch.autograd.grad(mo.moments(x, var=False).mean, x, grad_mean)
+    (scaled,) = moments_backward([x.detach()], mean, count, grad_mean, None, grad=grad, scale=scale)
+    assert_close(plain, (grad_mean / 601).expand(x.shape))
+    assert_close(scaled, (3 * grad_mean.double() / 601 + 0.25 * added).expand(x.shape))
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_mean_through_a_relu_depends_on_the_mask_alone(dtype, added):
+    x = with_values_that_are_not_finite(dtype)
+    y, mean, _ = relu_moments(x)
+    grad_mean = torch.linspace(-1, 1, 40, dtype=mean.dtype)
+    wanted = (mean, y) if added else (mean,)
+    (gradient,) = torch.autograd.grad(wanted, x, [grad_mean, torch.full_like(y, 0.25)][: len(wanted)])
+    expected = grad_mean.double() / 601 + 0.25 * added
+    assert_close(gradient, torch.where(x <= 0, 0, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -19,7 +19,8 @@ inline constexpr int64_t kBackwardStrip = 2048;
 inline constexpr int64_t kBackwardColumns = 256;
 
 // out = grad + a + b * (x - mean); MASKED, 0 where x <= 0: the mask of torch's ReLU on its output, which NaN passes.
-template <int ROWS, bool ADD, bool MASKED, class T, class A>
+// Without b, the gradient of a mean alone, which features that are NaN do not touch.
+template <int ROWS, bool ADD, bool MASKED, bool VAR, class T, class A>
 inline void apply_rows(const T* __restrict x, int64_t x_stride, const T* __restrict grad, int64_t grad_stride,
                        const A* __restrict a, const A* __restrict b, const A* __restrict mean, int64_t columns,
                        T* __restrict out, int64_t out_stride) {
@@ -27,7 +28,7 @@ inline void apply_rows(const T* __restrict x, int64_t x_stride, const T* __restr
   for (int64_t j = 0; j < columns; ++j) {
     for (int r = 0; r < ROWS; ++r) {
       const A feature = load(x[r * x_stride + j]);
-      A value = a[j] + b[j] * (feature - mean[j]);
+      A value = VAR ? a[j] + b[j] * (feature - mean[j]) : a[j];
       if (ADD) value += load(grad[r * grad_stride + j]);
       if (MASKED) value = feature <= 0 ? A(0) : value;
       store(out[r * out_stride + j], value);
@@ -45,10 +46,14 @@ struct BackwardLoops;
     template <int ROWS>                                                                                             \
     static inline void rows(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a,           \
                             const A* b, const A* mean, int64_t columns, T* out, int64_t out_stride) {               \
-      if (grad) {                                                                                                   \
-        apply_rows<ROWS, true, MASKED>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);       \
+      if (grad && b) {                                                                                              \
+        apply_rows<ROWS, true, MASKED, true>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
+      } else if (grad) {                                                                                            \
+        apply_rows<ROWS, true, MASKED, false>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
+      } else if (b) {                                                                                               \
+        apply_rows<ROWS, false, MASKED, true>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
       } else {                                                                                                      \
-        apply_rows<ROWS, false, MASKED>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);      \
+        apply_rows<ROWS, false, MASKED, false>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
       }                                                                                                             \
     }                                                                                                               \
     MOMENT_OPS_CLONES static void tile(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride,            \
@@ -92,8 +97,6 @@ struct Coefficients {
       const A* values = gather(layer, grad_var, begin, end, buffer.data());
       // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
       for (int64_t j = 0; j < columns; ++j) b[j] = values[j] == 0 ? A(0) : values[j] * A(var_scale);
-    } else {
-      std::fill_n(b.begin(), columns, A(0));
     }
     const A* values = gather(layer, packed_mean, begin, end, buffer.data());
     std::copy_n(values, columns, mean.begin());
@@ -142,8 +145,8 @@ inline void column_gradients(const std::vector<Tensor>& grad, const std::optiona
         for (int64_t begin = strip.begin; begin < strip.end; begin += kBackwardColumns) {
           const int64_t columns = std::min(kBackwardColumns, strip.end - begin);
           const int64_t at = begin - strip.begin;
-          apply(x + begin, layer.row_stride, g ? g + begin : nullptr, g_stride, c.a.data() + at, c.b.data() + at,
-                c.mean.data() + at, columns, stream ? buffer : y + begin,
+          apply(x + begin, layer.row_stride, g ? g + begin : nullptr, g_stride, c.a.data() + at,
+                grad_var ? c.b.data() + at : nullptr, c.mean.data() + at, columns, stream ? buffer : y + begin,
                 stream ? kBackwardColumns : output.row_stride);
           for (int64_t r = 0; stream && r < step; ++r) {
             stream_store(buffer + r * kBackwardColumns, y + r * output.row_stride + begin, columns * sizeof(T));

@@ -26,6 +26,7 @@ struct BackwardArguments {
 template <class A, int WIDTH>
 struct Coefficients {
   A a[WIDTH], b[WIDTH], mean[WIDTH];
+  bool has_var;  // without, features that are NaN do not touch the gradient of their mean
 };
 
 // Of columns at these packed places, for moments of `rows` rows, which are in memory, too. All loads are in flight
@@ -38,6 +39,7 @@ __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_
   const A* grad_mean = moments.grad_mean != nullptr ? moments.grad_mean : moments.mean;
   const A* grad_var = moments.grad_var != nullptr ? moments.grad_var : moments.mean;
   Coefficients<A, WIDTH> result;
+  result.has_var = moments.grad_var != nullptr;
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
     result.a[c] = grad_mean[at[c]];
@@ -52,8 +54,9 @@ __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_
   for (int c = 0; c < WIDTH; ++c) {
     result.a[c] = moments.grad_mean != nullptr ? result.a[c] * mean_scale : A(0);
     // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-    const bool sends = moments.grad_var != nullptr && result.b[c] != A(0);
+    const bool sends = result.has_var && result.b[c] != A(0);
     result.b[c] = sends ? result.b[c] * var_scale : A(0);
+    if (!result.has_var) result.mean[c] = A(0);
   }
   return result;
 }
@@ -95,7 +98,7 @@ struct BackwardRows {
 #pragma unroll
       for (int c = 0; c < WIDTH; ++c) {
         const A x = tile.x[r][c];
-        A sum = of.a[c] + of.b[c] * (x - of.mean[c]);
+        A sum = of.a[c] + of.b[c] * ((of.has_var ? x : A(0)) - of.mean[c]);
         if constexpr (ADD) sum += tile.grad[r][c];
         result[c] = RELU && x <= A(0) ? A(0) : sum;
       }

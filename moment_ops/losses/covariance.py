@@ -18,16 +18,18 @@ from moment_ops.losses.covariance_arguments import (
     joined,
     means,
     merge_over,
+    names_of,
     scales,
 )
 from moment_ops.losses.covariance_matching import match_covariances
+from moment_ops.losses.matching import check_names
 from moment_ops.losses.moment import MomentLoss, moment_loss
 from moment_ops.losses.weights import LayerWeight, is_zero, layer_weights, own_weight
 from moment_ops.ops import checks, triangle
 from moment_ops.ops.records import CovarianceMatch
 from moment_ops.statistics import Moments
 
-CovarianceTarget: TypeAlias = Moments | Tensor | Sequence[Tensor]
+CovarianceTarget: TypeAlias = Moments | checks.Features
 
 
 def _matrices_of(target: Any, joint: bool) -> list[Tensor]:
@@ -77,7 +79,7 @@ def _check_values(target: CovarianceTarget, matrices: Sequence[Tensor]) -> None:
 
 
 def covariance_loss(
-    input: Tensor | Sequence[Tensor],
+    input: checks.Features,
     target: CovarianceTarget,
     *,
     mean_weight: LayerWeight = 0.0,
@@ -96,6 +98,7 @@ def covariance_loss(
 
     Args:
         input: features, one (N, ...) Tensor per layer, N >= 2; dimensions after the batch are flattened to D columns.
+            The names of a mapping are those of the target, where that has names.
         target: per layer a symmetric (D, D) Tensor, of which the upper side is read; or Moments with covariances.
         mean_weight, cov_weight: a number, or one per layer, finite and not negative. A mean term needs the means of
             Moments.
@@ -131,9 +134,9 @@ def covariance_loss(
     weights = layer_weights(cov_weight, "cov_weight", len(widths))
     layer_weights(mean_weight, "mean_weight", len(widths))
     target_mean = _mean_of(target, mean_weight)
-    layers = checks.features(input)
     merge = merge_over(process_group, widths, None if target_mean is None else target_mean.detach(), correction)
-    checks.batch(layers, 0, empty=merge is not None)
+    layers, *_, names = checks.batch_of(input, empty=merge is not None)
+    check_names(names, names_of(target))
     if merge is None:
         check_rows(layers[0].shape[0], correction)
     layers = joined(layers, joint)
@@ -165,8 +168,8 @@ class CovarianceLoss(BufferedLoss):
             parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
             process whose batch has no rows takes part; too few rows of all give NaN.
 
-    Call it with features, one (N, ...) Tensor per layer. Returns a scalar, float32 (float64 for float64),
-    differentiable twice in eager mode.
+    Call it with features, one (N, ...) Tensor per layer, or a mapping with the names of the target. Returns a scalar,
+    float32 (float64 for float64), differentiable twice in eager mode.
 
     Entries of averages stay untouched where the batch's covariance is not finite; the loss shows them. Buffers keep
     their dtype under `.to(torch.bfloat16)` and `.half()`; `state_dict()` holds targets, average and step, and resumes
@@ -212,11 +215,11 @@ class CovarianceLoss(BufferedLoss):
             self.mean_loss.reset()
         self._set_buffers("_state_names", {} if self.average is None else self._new_state(self.average))
 
-    def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, input: checks.Features) -> Tensor:
         """The loss of one batch."""
-        layers = checks.features(input)
         alone = group_size(self.process_group) == 1
-        checks.batch(layers, 0, empty=not alone)
+        layers, *_, names = checks.batch_of(input, empty=not alone)
+        check_names(names, self.names)
         if alone:
             check_rows(layers[0].shape[0], self.correction)
         layers = joined(layers, self.joint)
@@ -257,7 +260,7 @@ class CovarianceLoss(BufferedLoss):
         packed = torch.cat([triangle.pack(matrix.detach().to(dtype)) for matrix in matrices])
         if target_mean is not None:
             self._set_mean_loss(means(target_mean.detach(), widths))
-        self.widths, self.correction = widths, correction
+        self.widths, self.correction, self.names = widths, correction, names_of(target)
         self._scales = scales(weights, widths, self.reduction)
         if self.average is not None:
             # Averages count the entries of full matrices.

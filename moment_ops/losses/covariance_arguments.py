@@ -74,3 +74,8 @@ def merge_over(
     if group_size(process_group) == 1:
         return None
     return partial(merge_covariances, widths=widths, pivot=pivot, correction=correction, process_group=process_group)
+
+
+def names_of(given: Any) -> tuple[str, ...] | None:
+    """The names of the layers of a target or of other features."""
+    return given.names if isinstance(given, Moments) else checks.names_of(given)

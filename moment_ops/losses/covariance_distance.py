@@ -23,6 +23,7 @@ from moment_ops.losses.covariance_arguments import (
 )
 from moment_ops.losses.covariance_matching import match_covariances
 from moment_ops.losses.gram_distance import ESTIMATORS, fewest_rows, gram_distance
+from moment_ops.losses.matching import check_names
 from moment_ops.losses.moment import MomentLoss, moment_loss
 from moment_ops.losses.weights import LayerWeight, is_zero, layer_weights, own_weight
 from moment_ops.ops import checks
@@ -87,8 +88,8 @@ def _in_one_dtype(*groups: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def covariance_distance(
-    input: Tensor | Sequence[Tensor],
-    other: Tensor | Sequence[Tensor],
+    input: checks.Features,
+    other: checks.Features,
     *,
     method: str = "auto",
     mean_weight: LayerWeight = 0.0,
@@ -106,7 +107,8 @@ def covariance_distance(
 
     Args:
         input: features x, one (N, ...) Tensor per layer, N >= 2; dimensions after the batch are flattened to D columns.
-        other: features y, one (M, ...) Tensor per layer, M >= 2, of as many columns. M may differ from N.
+        other: features y, one (M, ...) Tensor per layer, M >= 2, of as many columns. M may differ from N. Mappings
+            have the same names.
         method: "covariance" forms (D, D) covariances, "gram" the inner products of all rows: cheaper for D >> N + M,
             and possible where a (D, D) matrix is not. "auto" takes "gram" for the unbiased estimator, "covariance" for
             a precision other than "ieee", and else the one with fewer products, forward and backward,
@@ -147,10 +149,10 @@ def covariance_distance(
     """
     check_options(reduction, precision, correction, joint)
     method = _check_method(method, precision, estimator, correction)
-    layers, others = checks.features(input), checks.features(other, "other")
     alone = group_size(process_group) == 1
-    checks.batch(layers, 0, empty=not alone)
-    checks.batch(others, 0, "other", empty=not alone)
+    layers, *_, names = checks.batch_of(input, empty=not alone)
+    others, *_, other_names = checks.batch_of(other, "other", empty=not alone)
+    check_names(names, other_names, "other")
     check_layers(layers, widths_of(others, False), "other")
     check_device(layers, others, "other")
     widths = widths_of(others, joint)
@@ -229,7 +231,7 @@ class CovarianceDistance(BufferedLoss):
 
     def __init__(
         self,
-        other: Tensor | Sequence[Tensor],
+        other: checks.Features,
         *,
         method: str = "auto",
         mean_weight: LayerWeight = 0.0,
@@ -259,7 +261,7 @@ class CovarianceDistance(BufferedLoss):
         self._set_other(other)
         self.reset()
 
-    def reset(self, other: Tensor | Sequence[Tensor] | None = None) -> None:
+    def reset(self, other: checks.Features | None = None) -> None:
         """Empty the queue, and take new other features if given. Buffers of unchanged shape keep their addresses."""
         if other is not None:
             self._set_other(other)
@@ -272,11 +274,11 @@ class CovarianceDistance(BufferedLoss):
         self._set_buffers("_queue_names", queue)
         self._read_queue()
 
-    def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, input: checks.Features) -> Tensor:
         """The loss of one batch."""
-        layers = checks.features(input)
         alone = group_size(self.process_group) == 1
-        checks.batch(layers, 0, empty=not alone)
+        layers, *_, names = checks.batch_of(input, empty=not alone)
+        check_names(names, self.names, "other")
         check_layers(layers, self._columns, "other")
         check_device(layers, [self._kept()[0]], "other")
         rows = layers[0].shape[0]
@@ -313,10 +315,9 @@ class CovarianceDistance(BufferedLoss):
             return [self.covariance_loss.target_cov]
         return [getattr(self, name) for name in self._other_names]
 
-    def _set_other(self, other: Tensor | Sequence[Tensor]) -> None:
+    def _set_other(self, other: checks.Features) -> None:
         """Everything is checked before anything is changed."""
-        layers = [y.detach() for y in checks.features(other, "other")]
-        checks.batch(layers, 0, "other")
+        layers = [y.detach() for y in checks.batch_of(other, "other").layers]
         rows, widths = layers[0].shape[0], widths_of(layers, self.joint)
         check_rows(rows, self.correction, "other")
         _check_unbiased(rows, self.estimator, "other")
@@ -333,7 +334,7 @@ class CovarianceDistance(BufferedLoss):
         else:
             self._set_rows(layers, widths)
         self.widths, self.method = widths, method
-        self._columns = widths_of(layers, False)
+        self._columns, self.names = widths_of(layers, False), checks.names_of(other)
         self._scales = scales(weights, widths, self.reduction)
 
     def _set_covariances(self, layers: list[Tensor], widths: list[int]) -> None:

@@ -13,7 +13,7 @@ from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.covariance import covariance_match_backward
 from moment_ops.ops.layout import columns_of, statistics_dtype
-from moment_ops.ops.nodes import Computed, Node, wants_grad
+from moment_ops.ops.nodes import Node, wants_grad
 from moment_ops.ops.records import CovarianceMatch, Match
 
 # From packed means, packed covariances over N and N to those over all processes.
@@ -23,21 +23,15 @@ Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 class _MatchCovariance(Node):
     """(loss, means) of features: the operator `covariance_match_`; backward reads the features once more."""
 
-    outputs = 2
-
     @staticmethod
-    def compute(correction: int, match: CovarianceMatch, *features: Tensor) -> Computed:
+    def forward(ctx: Any, correction: int, match: CovarianceMatch, *features: Tensor) -> tuple[Tensor, Tensor]:
         loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(list(features), correction, *match)
-        return (loss, mean), (grad,)
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.correction, match, *features = inputs
-        ctx.precision = match.precision
+        ctx.correction, ctx.precision = correction, match.precision
         second = 2 * AVERAGES[match.average].second_derivative(match.options)
         ctx.second_derivatives = [second * weight for weight in match.weight]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(outputs[1], *kept, *features)
+        ctx.save_for_backward(mean, grad, *features)
+        return loss, mean
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -88,11 +82,11 @@ def match_covariances(
         match: the targets and their average; whether the derivative is kept is set here.
         merge: over processes.
     """
-    checks.no_forward_mode(match.target, "target")
+    checks.check_tangents(match.target, "target")
     dtype = statistics_dtype(layers[0].dtype)
-    wants_target = any(wants_grad(t) for t in match.target) and torch.is_grad_enabled()
+    wants_target = wants_grad(*match.target) and torch.is_grad_enabled()
     if merge is None and not wants_target and all(t.dtype == dtype for t in match.target):
-        keep = torch.is_grad_enabled() and any(wants_grad(x) for x in layers)
+        keep = torch.is_grad_enabled() and wants_grad(*layers)
         return _MatchCovariance.call(correction, match._replace(keep=keep), *layers)
 
     if merge is None:

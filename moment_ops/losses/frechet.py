@@ -5,7 +5,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from moment_ops.ops.nodes import Computed, Node, under_vmap
+from moment_ops.ops import checks
+from moment_ops.ops.nodes import Node, under_vmap
 from moment_ops.statistics import Moments
 
 
@@ -32,15 +33,12 @@ class _TraceOfRoot(Node):
     """tr (A^1/2 B A^1/2)^1/2, with its closed-form gradient: equal eigenvalues give eigenvectors none."""
 
     @staticmethod
-    def compute(a: Tensor, b: Tensor) -> Computed:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
         if not bool(a.isfinite().all() & b.isfinite().all()):
-            return (a.new_full((), torch.nan),), ()
+            return a.new_full((), torch.nan)
         root = _root(a)
-        return (torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum(),), ()
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
+        return torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -54,11 +52,11 @@ class _Derivative(Node):
     """The derivative of `tr (A^1/2 B A^1/2)^1/2` by B."""
 
     @staticmethod
-    def compute(a: Tensor, b: Tensor) -> Computed:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         if not bool(a.isfinite().all() & b.isfinite().all()):
-            return (torch.full_like(b, torch.nan),), ()
+            return torch.full_like(b, torch.nan)
         root = _root(a)
-        return (root @ _inverse_root(root @ b @ root) @ root / 2,), ()
+        return root @ _inverse_root(root @ b @ root) @ root / 2
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
@@ -68,6 +66,8 @@ class _Derivative(Node):
 def _gaussian(mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tensor, Tensor]:
     given = torch.as_tensor(cov)
     mean, cov = torch.as_tensor(mean).double(), given.double()
+    checks.not_nested(mean, mean_name)
+    checks.not_nested(cov, cov_name)
     if mean.dim() != 1 or mean.numel() == 0:
         raise ValueError(f"{mean_name}: got shape {tuple(mean.shape)}, expected (D,)")
     if cov.shape != (mean.shape[0], mean.shape[0]):

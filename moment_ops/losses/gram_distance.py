@@ -9,7 +9,7 @@ from torch import Tensor
 from moment_ops.distributed import ProcessGroup, gather_rows, group_size
 from moment_ops.ops.gram import gram
 from moment_ops.ops.layout import as_rows, is_channels_last, statistics_dtype
-from moment_ops.ops.nodes import Computed, Node
+from moment_ops.ops.nodes import Node
 
 ESTIMATORS = ("biased", "unbiased")
 
@@ -63,18 +63,19 @@ class _Distances(Node):
     """
 
     @staticmethod
-    def compute(products: Tensor, n: int, correction: int, estimator: str) -> Computed:
+    def forward(ctx: Any, products: Tensor, n: int, correction: int, estimator: str) -> Tensor:
+        ctx.n, ctx.estimator = n, estimator
+        m = products.shape[-1] - n
+        first, second = n - correction, m - correction
+        ctx.scales = (1 / first**2, -2 / (first * second), 1 / second**2)
+        if estimator == "unbiased":
+            ctx.scales = (1 / (n * (n - 3)), ctx.scales[1], 1 / (m * (m - 3)))
         blocks = _projected(products, n, estimator)
-        scales = _scales(n, products.shape[-1] - n, correction, estimator)
-        squares = [torch.linalg.vector_norm(block, dim=(-2, -1)).square() for block in blocks]
-        xx, xy, yy = (scale * square for scale, square in zip(scales, squares, strict=True))
-        return (xx + xy + yy,), blocks
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        products, ctx.n, correction, ctx.estimator = inputs
-        ctx.scales = _scales(ctx.n, products.shape[-1] - ctx.n, correction, ctx.estimator)
-        ctx.save_for_backward(products, *kept)
+        ctx.save_for_backward(products, *blocks)
+        return sum(
+            scale * torch.linalg.vector_norm(block, dim=(-2, -1)).square()
+            for scale, block in zip(ctx.scales, blocks, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -86,14 +87,6 @@ class _Distances(Node):
         )
         above, below = torch.cat([xx, xy], -1), torch.cat([torch.zeros_like(xy).mT, yy], -1)
         return torch.cat([above, below], -2), None, None, None
-
-
-def _scales(n: int, m: int, correction: int, estimator: str) -> tuple[float, float, float]:
-    """What the squares of the three blocks count."""
-    first, second = n - correction, m - correction
-    if estimator == "unbiased":
-        return 1 / (n * (n - 3)), -2 / (first * second), 1 / (m * (m - 3))
-    return 1 / first**2, -2 / (first * second), 1 / second**2
 
 
 def _projected(products: Tensor, n: int, estimator: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
 from moment_ops.ops.moments import moments_backward
-from moment_ops.ops.nodes import Computed, Node, wants_grad
+from moment_ops.ops.nodes import Node, wants_grad
 from moment_ops.ops.records import Match
 from moment_ops.statistics import Moments
 
@@ -25,18 +25,14 @@ class _MatchMoments(Node):
     """loss(mean, var): the operator `match_` on moments, with targets that may want gradients too."""
 
     @staticmethod
-    def compute(
-        mean: Tensor, var: Tensor | None, target_mean: Tensor, target_var: Tensor | None, match: Match
-    ) -> Computed:
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor | None, target_mean: Tensor, target_var: Tensor | None, match: Match
+    ) -> Tensor:
         match = match._replace(target_mean=target_mean, target_var=target_var)
         loss, grad_mean, grad_var = match_(mean, var, match)
-        return (loss,), (grad_mean, grad_var)
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        *moments, match = inputs
-        ctx.has_var = match.target_var is not None
-        _save(ctx, match, *moments, *kept)
+        ctx.has_var = target_var is not None
+        _save(ctx, match, mean, var, target_mean, target_var, grad_mean, grad_var)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,15 +53,13 @@ class _MatchFeatures(Node):
     """loss(features): the operator `match_` fused with the reduction; backward reads the features once more."""
 
     @staticmethod
-    def compute(correction: int, match: Match, signature: plans.Signature | None, *features: Tensor) -> Computed:
-        loss, *kept = match_features(features, correction, match, signature=signature)
-        return (loss,), tuple(kept)
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.correction, match, _, *features = inputs
-        ctx.has_var, ctx.layers = match.target_var is not None, len(features)
-        _save(ctx, match, *kept, *features)
+    def forward(
+        ctx: Any, correction: int, match: Match, signature: plans.Signature | None, *features: Tensor
+    ) -> Tensor:
+        loss, mean, grad_mean, grad_var = match_features(features, correction, match, signature=signature)
+        ctx.correction, ctx.has_var, ctx.layers = correction, match.target_var is not None, len(features)
+        _save(ctx, match, mean, grad_mean, grad_var, *features)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,12 +127,15 @@ class Layers(NamedTuple):
                     f"input[{i}]: got features of shape {tuple(got)}, expected {tuple(expected)} as in target"
                 )
 
-    def check_names(self, names: Sequence[str] | None) -> None:
-        """Layers of equal shapes may still be other layers."""
-        if names is None or self.names is None or tuple(names) == tuple(self.names):
-            return
-        i = next(i for i, (got, expected) in enumerate(zip(names, self.names, strict=True)) if got != expected)
-        raise ValueError(f"input: got layer {names[i]!r} at position {i}, expected {self.names[i]!r} as in target")
+
+def check_names(names: Sequence[str] | None, target: Sequence[str] | None, of: str = "target") -> None:
+    """Layers of equal shapes may still be other layers."""
+    if names is None or target is None or tuple(names) == tuple(target):
+        return
+    for i, (got, expected) in enumerate(zip(names, target, strict=False)):
+        if got != expected:
+            raise ValueError(f"input: got layer {got!r} at position {i}, expected {expected!r} as in {of}")
+    raise ValueError(f"input: got {len(names)} layers, expected {len(target)} as in {of}")
 
 
 def _check_device(device: torch.device, match: Match) -> None:
@@ -146,18 +143,17 @@ def _check_device(device: torch.device, match: Match) -> None:
         raise ValueError(f"input: got device {device}, expected {match.target_mean.device} as target")
 
 
-def match_input(
-    input: Moments | Tensor | Sequence[Tensor], match: Match, target: Layers, merge: Merge | None = None
-) -> Tensor:
+def match_input(input: Moments | checks.Features, match: Match, target: Layers, merge: Merge | None = None) -> Tensor:
     """The loss of features, fused with their reduction where nothing is merged, or of moments."""
-    checks.no_forward_mode((match.target_mean, match.target_var), "target")
+    checks.check_tangents((match.target_mean, match.target_var), "target")
     if isinstance(input, Moments):
         return _match_given(input, match, target, merge)
-    layers, signature, shapes, requires_grad = checks.batch_of(input, empty=merge is not None)
+    layers, signature, shapes, requires_grad, names = checks.batch_of(input, empty=merge is not None)
     target.check_shapes(shapes)
+    check_names(names, target.names)
     _check_device(layers[0].device, match)
     same_dtype = match.target_mean.dtype == statistics_dtype(layers[0].dtype)
-    wants_target = wants_grad(match.target_mean) or (match.target_var is not None and wants_grad(match.target_var))
+    wants_target = wants_grad(match.target_mean, match.target_var)
     if merge is None and same_dtype and not wants_target:
         if signature is not None and not (requires_grad and torch.is_grad_enabled()):
             return match_features(layers, target.correction, match, signature=signature)[0]
@@ -171,7 +167,7 @@ def match_input(
 
 def _match_given(input: Moments, match: Match, target: Layers, merge: Merge | None) -> Tensor:
     target.check_shapes(input.shapes)
-    target.check_names(input.names)
+    check_names(input.names, target.names)
     _check_device(input.mean.device, match)
     var = None
     if match.target_var is not None:

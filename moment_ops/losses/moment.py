@@ -33,7 +33,7 @@ def _merge_over(process_group: ProcessGroup, pivot: Tensor, sizes: Sequence[int]
 
 
 def moment_loss(
-    input: Moments | Tensor | Sequence[Tensor],
+    input: Moments | checks.Features,
     target: Moments,
     *,
     mean_weight: Weight = 1.0,
@@ -46,7 +46,8 @@ def moment_loss(
     `r * sum(mean_weight * (m - t)^2 + var_weight * (s - q)^2)` with r = 1/F for "mean", F columns over all layers.
 
     Args:
-        input: features, one (N, ...) Tensor per layer as in the target, or Moments.
+        input: features, one (N, ...) Tensor per layer as in the target, or Moments. The names of a mapping are those of
+            the target, where that has names.
         target: Moments; means alone are matched where it has no variances. It gets gradients where it wants them.
         mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative. The values of a
             Tensor are checked on the CPU alone: elsewhere the host would wait for them.
@@ -90,8 +91,8 @@ class MomentLoss(BufferedLoss):
             parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
             process whose batch has no rows takes part; where no process has rows the loss is NaN.
 
-    Call it with features (one (N, ...) Tensor per layer, as in the target) or with Moments. Returns a scalar, float32
-    (float64 for float64), differentiable twice in eager mode.
+    Call it with features (one (N, ...) Tensor per layer, as in the target; a mapping with its names) or with Moments.
+    Returns a scalar, float32 (float64 for float64), differentiable twice in eager mode.
 
     Averages stay untouched in columns whose batch moments are not finite; the loss shows them. Buffers keep their dtype
     under `.to(torch.bfloat16)` and `.half()`; `state_dict()` holds targets, average and step, and resumes bit for bit.
@@ -127,7 +128,7 @@ class MomentLoss(BufferedLoss):
         state = {} if self.average is None else self.average.new_state(self.target_mean, self.target_var is not None)
         self._set_buffers("_state_names", state)
 
-    def forward(self, input: Moments | Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, input: Moments | checks.Features) -> Tensor:
         """The loss of one batch."""
         # Attributes of modules that are buffers take ten times as long to look up.
         buffers = self._buffers

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from moment_ops.distributed import ProcessGroup, group_size, mean_over_ranks
+from moment_ops.losses.matching import check_names
 from moment_ops.losses.weights import LayerWeight, layer_weights
 from moment_ops.ops import checks
 from moment_ops.ops.gram import gram
@@ -17,7 +18,7 @@ NORMALIZATIONS = ("sum", "mean")
 def _check_maps(features: Any, name: str, *, empty: bool = False) -> list[Tensor]:
     layers = checks.features(features, name)
     for i, x in enumerate(layers):
-        label = name if isinstance(features, Tensor) else f"{name}[{i}]"
+        label = name if isinstance(features, Tensor) else checks.label(name, i, checks.names_of(features))
         if x.dim() != 4:
             raise ValueError(f"{label}: got shape {tuple(x.shape)}, expected (N, C, H, W)")
         if x.numel() == 0 and not (empty and x.shape[1:].numel()):
@@ -79,8 +80,8 @@ def _check_target(target: Any, layers: Sequence[Tensor]) -> list[Tensor]:
 
 
 def style_loss(
-    features: Tensor | Sequence[Tensor],
-    target: Tensor | Sequence[Tensor],
+    features: checks.Features,
+    target: checks.Features,
     *,
     normalize: str = "sum",
     weight: LayerWeight | None = None,
@@ -94,7 +95,7 @@ def style_loss(
     Args:
         features: (N, C, H, W) per layer, of the images that get the style.
         target: (N or 1, C, C) per layer: `gram_matrix` of the style's features with the same `normalize`. A style
-            image of another size needs "mean".
+            image of another size needs "mean". Where both are mappings, their names are the same.
         normalize: "sum" is the published form. "mean" is that of PyTorch's tutorial, whose matrices are divided by
             C H W, and whose loss is their `mse_loss`: 4 / C^2 times the published one, where the sizes are equal.
         weight: a number, or one per layer, finite and not negative; by default 1 / L as published for "sum", and 1 for
@@ -116,6 +117,7 @@ def style_loss(
     alone = group_size(process_group) == 1
     layers = _check_maps(features, "features", empty=not alone)
     targets = _check_target(target, layers)
+    check_names(checks.names_of(features), checks.names_of(target))
     checks.option(normalize, "normalize", NORMALIZATIONS)
     if weight is None:
         weight = 1 / len(layers) if normalize == "sum" else 1.0

@@ -46,6 +46,9 @@ def backend(name: str) -> Iterator[None]:
         name: "auto" (the fastest that can run the given tensors), "cuda", "triton", "cpu" or "reference". A forced
             backend that cannot run raises RuntimeError with the reason. The choice holds for the process; the
             environment variable MOMENT_OPS_BACKEND sets it from the start.
+
+    Every operator looks up the choice when it runs, and so does every backward: outside of the block, backward runs on
+    the backend that is chosen there, whatever ran forward. All backends save the same tensors for it.
     """
     global _forced
     _check_name(name)

@@ -1,39 +1,73 @@
 """Argument checks from shapes, dtypes, devices and strides alone: nothing here reads from a device."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moment_ops.ops import plans
 from moment_ops.ops.layout import feature_shape
+from moment_ops.ops.library import has_tangent, no_forward_mode
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+Features: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Of one layer, of several, or of several with names, in order."""
+
+
+def _layers(input: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """Features as a list, and the names of a mapping."""
+    if isinstance(input, Tensor):
+        return [input], None
+    if not isinstance(input, (list, tuple)) and isinstance(input, Mapping):
+        return list(input.values()), tuple(str(key) for key in input)
+    return input, None
+
+
+def names_of(input: Any) -> tuple[str, ...] | None:
+    """The names of features that are a mapping."""
+    return _layers(input)[1]
+
+
+def label(name: str, i: int, names: Sequence[str] | None) -> str:
+    """What an error calls one layer of several."""
+    return f"{name}[{i if names is None else repr(names[i])}]"
+
+
+def not_nested(x: Tensor, name: str) -> None:
+    """Nested tensors have no shape to speak of."""
+    if x.is_nested:
+        raise TypeError(f"{name}: got a nested Tensor, expected a strided one, whose rows have one shape")
+
+
 def features(input: Any, name: str = "input") -> list[Tensor]:
-    """A tensor or a sequence of tensors as a list of layers, checked."""
-    layers = [input] if isinstance(input, Tensor) else input
+    """A tensor, or a sequence or a mapping of tensors, as a list of layers, checked."""
+    layers, names = _layers(input)
     if not isinstance(layers, (list, tuple)):
-        raise TypeError(f"{name}: got {type(input).__name__}, expected a Tensor or a sequence of Tensors")
+        raise TypeError(f"{name}: got {type(input).__name__}, expected a Tensor, or a sequence or mapping of Tensors")
     if len(layers) == 0:
-        raise ValueError(f"{name}: got an empty sequence, expected at least one Tensor")
+        kind = "sequence" if names is None else "mapping"
+        raise ValueError(f"{name}: got an empty {kind}, expected at least one Tensor")
     for i, x in enumerate(layers):
-        label = name if isinstance(input, Tensor) else f"{name}[{i}]"
+        called = name if isinstance(input, Tensor) else label(name, i, names)
         if not isinstance(x, Tensor):
-            raise TypeError(f"{label}: got {type(x).__name__}, expected a Tensor")
+            raise TypeError(f"{called}: got {type(x).__name__}, expected a Tensor")
+        not_nested(x, called)
         if x.dtype not in FEATURE_DTYPES:
-            raise TypeError(f"{label}: got dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
+            raise TypeError(f"{called}: got dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
         if x.layout != torch.strided:
-            raise TypeError(f"{label}: got layout {x.layout}, expected a strided Tensor")
+            raise TypeError(f"{called}: got layout {x.layout}, expected a strided Tensor")
         if x.dim() == 0:
-            raise ValueError(f"{label}: got a scalar Tensor, expected the batch on dimension 0")
+            raise ValueError(f"{called}: got a scalar Tensor, expected the batch on dimension 0")
         if x.dtype != layers[0].dtype:
-            raise TypeError(f"{label}: got dtype {x.dtype}, expected {layers[0].dtype} as in {name}[0]")
+            first = label(name, 0, names)
+            raise TypeError(f"{called}: got dtype {x.dtype}, expected {layers[0].dtype} as in {first}")
         if x.device != layers[0].device:
-            raise ValueError(f"{label}: got device {x.device}, expected {layers[0].device} as in {name}[0]")
-    no_forward_mode(layers, name)
+            first = label(name, 0, names)
+            raise ValueError(f"{called}: got device {x.device}, expected {layers[0].device} as in {first}")
+    check_tangents(layers, name)
     return list(layers)
 
 
@@ -44,36 +78,44 @@ class Batch(NamedTuple):
     signature: plans.Signature | None
     shapes: tuple[tuple[int, ...], ...]  # of a row of every layer
     requires_grad: bool  # of any layer
+    names: tuple[str, ...] | None  # those of a mapping
 
 
 _BATCHES: plans.Plans[tuple[tuple[tuple[int, ...], ...], bool]] = plans.Plans()
 
 
 def batch_of(input: Any, name: str = "input", *, empty: bool = False) -> Batch:
-    """A tensor or a sequence of tensors with the batch on dimension 0, checked once per signature; as `batch`."""
-    layers = [input] if isinstance(input, Tensor) else input
-
+    """Features with the batch on dimension 0, checked once per signature, as `batch`; names are no part of it."""
+    layers, names = _layers(input)
     signature = plans.signature(layers) if isinstance(layers, (list, tuple)) else None
-    return Batch(layers, signature, *_BATCHES.find(signature, empty, _check_batch, input, name, empty))
+    return Batch(layers, signature, *_BATCHES.find(signature, empty, _check_batch, input, name, empty), names)
 
 
 def _check_batch(input: Any, name: str, empty: bool) -> tuple[tuple[tuple[int, ...], ...], bool]:
     layers = features(input, name)
-    batch(layers, 0, name, empty=empty)
+    batch(layers, 0, name, names_of(input), empty=empty)
     return tuple(tuple(x.shape[1:]) for x in layers), any(x.requires_grad for x in layers)
 
 
-def batch(layers: Sequence[Tensor], dim: int, name: str = "input", *, empty: bool = False) -> None:
+def batch(
+    layers: Sequence[Tensor],
+    dim: int,
+    name: str = "input",
+    names: Sequence[str] | None = None,
+    *,
+    empty: bool = False,
+) -> None:
     """Every layer has the same number of rows, at least one unless they may be empty, and at least one column."""
     rows = layers[0].shape[dim]
     for i, x in enumerate(layers):
-        label = name if len(layers) == 1 else f"{name}[{i}]"
+        called = name if len(layers) == 1 and names is None else label(name, i, names)
         if x.shape[dim] == 0 and not empty:
-            raise ValueError(f"{label}: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
+            raise ValueError(f"{called}: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
         if x.shape[dim] != rows:
-            raise ValueError(f"{label}: got batch size {x.shape[dim]}, expected {rows} as in {name}[0]")
+            first = label(name, 0, names)
+            raise ValueError(f"{called}: got batch size {x.shape[dim]}, expected {rows} as in {first}")
         if x.numel() == 0 and 0 in feature_shape(x, dim):
-            raise ValueError(f"{label}: got shape {tuple(x.shape)} without elements")
+            raise ValueError(f"{called}: got shape {tuple(x.shape)} without elements")
 
 
 def dimensions(dim: Any, layers: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -116,7 +158,7 @@ def channel_bias(bias: Any, x: Tensor) -> None:
         raise ValueError(f"bias: x has shape {tuple(x.shape)}, without channels on dimension 1")
     if bias.dim() != 1 or bias.shape[0] != x.shape[1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({x.shape[1]},)")
-    no_forward_mode([bias], "bias")
+    check_tangents([bias], "bias")
 
 
 def option(value: Any, name: str, options: Sequence[str]) -> str:
@@ -126,9 +168,7 @@ def option(value: Any, name: str, options: Sequence[str]) -> str:
     return value
 
 
-def no_forward_mode(tensors: Sequence[Tensor | None], name: str) -> None:
+def check_tangents(tensors: Sequence[Tensor | None], name: str) -> None:
     """Forward-mode differentiation would silently give zero tangents."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None):
-        raise NotImplementedError(f"{name}: forward-mode differentiation is not supported, use reverse mode")
+    if not torch.compiler.is_compiling() and has_tangent(tensors):
+        raise NotImplementedError(no_forward_mode(name))

@@ -4,14 +4,29 @@ Each public operator has one kernel, in Python, that allocates the outputs and h
 tensors. The extension implements the overloads called `native`, which only fill what they are given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("moment_ops", "DEF")
 # The public operators' names, in the order of their definition.
 OPERATORS: list[str] = []
+
+
+def no_forward_mode(name: str) -> str:
+    """The message of an error."""
+    return f"{name}: forward-mode differentiation is not supported, use reverse mode"
+
+
+def has_tangent(values: Iterable[Any]) -> bool:
+    """Whether a tensor among some values, or in a list among them, has a tangent, which operators would drop."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value])]
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -21,10 +36,16 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     then fail.
     """
     name = schema.partition("(")[0]
+
+    def without_tangents(*arguments: Any) -> Any:
+        if has_tangent(arguments):
+            raise NotImplementedError(no_forward_mode(name))
+        return kernel(*arguments)
+
     if "." not in name:
         OPERATORS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_tangents, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moment_ops::{name}", fake, lib=LIBRARY)
 
 

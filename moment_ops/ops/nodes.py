@@ -1,31 +1,27 @@
 """Derivatives in two forms: for ordinary calls, and for those under the transforms of `torch.func`.
 
 A transform wants a Function with a `setup_context`, for which torch binds a signature at every call: 20 us. Ordinary
-calls take a form without; both are made from the same parts. Under `vmap` the problems of a batch run one by one.
+calls take a form without, from which the other one is made. Under `vmap` the problems of a batch run one by one.
+
+`torch.library.register_autograd` has no form for transforms (torch 2.13): an operator takes its own at the dispatch key
+at which transforms take over.
 """
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.utils import _pytree as pytree
 
-from moment_ops.ops.library import LIBRARY
+from moment_ops.ops.library import LIBRARY, no_forward_mode
 
 _Function = type[torch.autograd.Function]
-# The outputs of a node, and what it keeps for its backward alone, as constants.
-Computed: TypeAlias = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-# The number of outputs of a node that keeps nothing, where it differs between calls.
-MANY = sys.maxsize
 
-
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func` is at work."""
-    return torch._C._are_functorch_transforms_active()
+# Whether a transform of `torch.func` is at work.
+is_transformed = torch._C._are_functorch_transforms_active
 
 
 class _OneByOne(threading.local):
@@ -45,9 +41,13 @@ def under_vmap() -> bool:
     return any(level.key() == TransformType.Vmap for level in stack or ())
 
 
-def wants_grad(x: Tensor) -> bool:
-    """Whether x may want a gradient: of a tensor within a transform only the transform knows."""
-    return x.requires_grad or (is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(x))
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether one of some tensors may want a gradient: of those within a transform only the transform knows."""
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return is_transformed() and any(x is not None and is_wrapped(x) for x in tensors)
 
 
 def _run_one_by_one(function: _Function, size: int, dims: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -66,7 +66,9 @@ def _run_one_by_one(function: _Function, size: int, dims: Any, inputs: tuple[Any
         _one_by_one.active = outer
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
-    return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+    # What is no tensor is the same for all problems.
+    stacked = [torch.stack(same) if isinstance(same[0], Tensor) else same[0] for same in zip(*results, strict=True)]
+    return tuple(stacked), tuple(0 if isinstance(x, Tensor) else None for x in stacked)
 
 
 def _transformed(
@@ -74,81 +76,101 @@ def _transformed(
 ) -> _Function:
     """A Function that every transform takes, but for those of forward mode."""
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(f"{name}: forward-mode differentiation is not supported, use reverse mode")
-
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         return _run_one_by_one(function, info.batch_size, in_dims, inputs)
 
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(no_forward_mode(name))
+
     rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp, "vmap": vmap}
-    function = type(name, (torch.autograd.Function,), {rule: staticmethod(rules[rule]) for rule in rules})
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in rules.items()})
     return function
 
 
-class Node:
-    """A differentiable function.
+class _Record:
+    """The context of a node that runs below transforms: what it is told, for the contexts of every level."""
 
-    A subclass says what it computes, what backward needs of that, and how it goes backward, in static methods:
+    def __init__(self) -> None:
+        self._saved: tuple[Tensor | None, ...] = ()
+        # Of what was saved, among inputs, outputs and what is kept for backward alone.
+        self._places: list[int | None] = []
+        self._materialize_grads = True
 
-        compute(*inputs) -> Computed
-        save(ctx, inputs, outputs, kept) -> None
-        backward(ctx, *gradients of outputs) -> gradients of inputs
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self._saved = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self._materialize_grads = value
+
+    def close(self, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> list[Any]:
+        """Forget the tensors that were saved; returns those to be kept."""
+        known: list[Any] = [*inputs, *outputs]
+        for x in self._saved:
+            place = None if x is None else next((i for i, y in enumerate(known) if y is x), len(known))
+            if place == len(known):
+                known.append(x)
+            self._places.append(place)
+        self._saved = ()
+        return known[len(inputs) + len(outputs) :]
+
+    def tell(self, ctx: Any, inputs: tuple[Any, ...], outputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+        """Tell the context of a level, whose tensors these are."""
+        for name, value in vars(self).items():
+            if not name.startswith("_"):
+                setattr(ctx, name, value)
+        known = *inputs, *outputs, *kept
+        ctx.save_for_backward(*[None if place is None else known[place] for place in self._places])
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(self._materialize_grads)
+
+
+# Of the outputs of a node's form under transforms: before them are their number, whether they are a tuple, the record.
+_FIRST = 3
+
+
+class Node(torch.autograd.Function):
+    """A Function with the context in `forward`, which transforms take too where it is called by `call`.
+
+    Attributes of its context are no tensors, and saved tensors that are neither inputs nor outputs are constants.
     """
 
-    outputs: ClassVar[int] = 1
-    compute: ClassVar[Callable[..., Computed]]
-    backward: ClassVar[Callable[..., Any]]
-    _direct: ClassVar[_Function]
     _under_transforms: ClassVar[_Function]
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        """By default backward needs nothing."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        count = cls.outputs
 
-        class Direct(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                outputs, kept = cls.compute(*inputs)
-                cls.save(ctx, inputs, outputs, kept)
-                return outputs if count > 1 else outputs[0]
+        def forward(*inputs: Any) -> tuple[Any, ...]:
+            record = _Record()
+            result = cls.forward(record, *inputs)
+            outputs = result if isinstance(result, tuple) else (result,)
+            return len(outputs), isinstance(result, tuple), record, *outputs, *record.close(inputs, outputs)
 
-            backward = staticmethod(cls.backward)
-
-        def forward(*inputs: Any) -> tuple[Tensor, ...]:
-            outputs, kept = cls.compute(*inputs)
-            return *outputs, *kept
-
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            cls.save(ctx, inputs, output[:count], output[count:])
-            ctx.mark_non_differentiable(*output[count:])
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            count, _, record, *tensors = output
+            record.tell(ctx, inputs, tensors[:count], tensors[count:])
+            ctx.last = _FIRST + count
 
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return cls.backward(ctx, *grads[:count])
+            return cls.backward(ctx, *grads[_FIRST : ctx.last])
 
-        Direct.__name__ = Direct.__qualname__ = cls.__name__
-        cls._direct = Direct
         cls._under_transforms = _transformed(cls.__name__, forward, setup_context, backward)
 
     @classmethod
     def call(cls, *inputs: Any) -> Any:
-        """The outputs: a tensor, or several in a tuple."""
+        """Apply the function."""
         if torch.compiler.is_compiling() or not is_transformed():
-            return cls._direct.apply(*inputs)
-        results = cls._under_transforms.apply(*inputs)
-        return results[: cls.outputs] if cls.outputs > 1 else results[0]
+            return cls.apply(*inputs)
+        count, several, _, *tensors = cls._under_transforms.apply(*inputs)
+        return tuple(tensors[:count]) if several else tensors[0]
 
 
 class _Below(Node):
-    """Runs a function for what it does; it returns nothing."""
+    """Runs a function for what it does."""
 
     @staticmethod
-    def compute(function: Callable[..., None], *tensors: Tensor) -> Computed:
+    def forward(ctx: Any, function: Callable[..., None], *tensors: Tensor) -> Tensor:
         function(*tensors)
-        return (tensors[0].new_empty(0),), ()
+        return tensors[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
@@ -157,10 +179,10 @@ class _Below(Node):
 
 def below_transforms(function: Callable[..., None], *tensors: Tensor) -> None:
     """Call a function that writes into tensors of its own with the values of others, which transforms may wrap."""
-    if is_transformed():
-        _Below.call(function, *tensors)
-    else:
+    if torch.compiler.is_compiling() or not is_transformed():
         function(*tensors)
+    else:
+        _Below.call(function, *tensors)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -10,7 +10,7 @@ from moment_ops.ops import backends, checks, plans, reference
 from moment_ops.ops.layout import columns_of, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import define, define_native
 from moment_ops.ops.moments import Plan, moments_backward, new_count, packed_moments, plan_moments
-from moment_ops.ops.nodes import Computed, Node, is_transformed, register_derivative
+from moment_ops.ops.nodes import Node, is_transformed, register_derivative
 
 define_native(
     "relu_moments.native(Tensor x, Tensor? bias, int correction, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()"
@@ -285,21 +285,16 @@ class _ReluMoments(torch.autograd.Function):
 class _IdentityMoments(Node):
     """An operator may not return its input, so this is a node around two of them."""
 
-    outputs = 3
-
     @staticmethod
-    def compute(x: Tensor, correction: int, plan: Plan | None) -> Computed:
+    def forward(ctx: Any, x: Tensor, correction: int, plan: Plan | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if plan is None:
             mean, var, _ = torch.ops.moment_ops.moments.default([x], 0, correction, True)
         else:
             mean, var = packed_moments([x], 0, correction, True, plan)
-        return (x.view_as(x), mean, var), ()
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        x, ctx.correction, _ = inputs
-        ctx.save_for_backward(x, outputs[1])
+        ctx.correction = correction
+        ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
+        return x.view_as(x), mean, var
 
     @staticmethod
     def backward(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moment_ops.ops.nodes import Computed, Node
+from moment_ops.ops.nodes import Node
 
 BLOCK = 128
 
@@ -152,12 +152,9 @@ class _Pack(Node):
     """The packed upper triangle. Its gradient stays there: that of a symmetric matrix is symmetrized by its maker."""
 
     @staticmethod
-    def compute(full: Tensor) -> Computed:
-        return (_pack(full),), ()
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        ctx.width = inputs[0].shape[0]
+    def forward(ctx: Any, full: Tensor) -> Tensor:
+        ctx.width = full.shape[0]
+        return _pack(full)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -166,14 +163,14 @@ class _Pack(Node):
 
 class _PackBackward(Node):
     @staticmethod
-    def compute(grad: Tensor, width: int) -> Computed:
+    def forward(ctx: Any, grad: Tensor, width: int) -> Tensor:
         full = grad.new_zeros(width, width)
         for block in range(blocks(width)):
             start = block * BLOCK
             full[start : start + BLOCK, start : start + BLOCK] = diagonal(grad, width, block)
             if panel_width(width, block):
                 full[start : start + BLOCK, start + BLOCK :] = panel(grad, width, block)
-        return (full,), ()
+        return full
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -3,7 +3,7 @@
 import host_kernels
 import pytest
 import torch
-from helpers import exact_moments, mean_bound, mean_error, var_bound, var_error
+from helpers import assert_close, exact_moments, mean_bound, mean_error, var_bound, var_error
 
 # (rows, columns) of one tile, one group of threads, several, and several chunks.
 SHAPES = {"one tile": (8, 36), "one group": (64, 140_000), "groups": (500, 36), "chunks": (5000, 8)}
@@ -58,3 +58,24 @@ def test_a_column_that_is_not_finite_keeps_to_itself(module):
     bad[[7, 9, 11]] = True
     assert torch.equal(~mean.isfinite(), bad)
     assert torch.equal(~var.isfinite(), bad)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("columns", [40, 37])
+def test_the_gradient_of_a_mean_does_not_depend_on_the_features(module, columns, added):
+    x = torch.randn(70, columns)
+    x[3, 5], x[69, 7] = float("nan"), float("inf")
+    mean, _, _ = host_kernels.moments(module, [x], var=False)
+    grad_mean, count = torch.linspace(-1, 1, columns), torch.tensor([70])
+    scale = torch.full((1,), 3.0)
+    grad = [torch.full_like(x, 0.25)] if added else ()
+    (gradient,) = host_kernels.moments_backward(module, [x], mean, count, grad_mean, None, grad, scale=scale)
+    assert_close(gradient, (3 * grad_mean.double() / 70 + 0.25 * added).expand(x.shape))
+
+
+def test_the_gradient_of_a_mean_through_a_relu_depends_on_the_mask_alone(module):
+    y = torch.relu(torch.randn(70, 40))
+    y[3, 5] = float("nan")
+    grad_mean = torch.linspace(-1, 1, 40)
+    gradient = host_kernels.relu_moments_backward(module, y, y.mean(0), None, grad_mean, None)
+    assert_close(gradient, torch.where(y <= 0, 0, grad_mean.double() / 70))

@@ -20,8 +20,8 @@ def dataset_moments(
     """Mean and variance of an extractor's features over all batches, merged in float64; their covariance on request.
 
     Args:
-        extractor: maps a batch of inputs to features (a Tensor or a sequence of Tensors) or to Moments. A module is put
-            into `eval()` mode meanwhile.
+        extractor: maps a batch of inputs to features (a Tensor, or a sequence or mapping of Tensors) or to Moments. A
+            module is put into `eval()` mode meanwhile.
         batches: batches of inputs, of any sizes; of a tuple or list, as data loaders give, the first item is taken.
             A batch on another device than a module's parameters is moved there.
         cov: also the covariance (D, D) of every layer. It needs features, or Moments with covariances; a
@@ -67,7 +67,7 @@ def dataset_moments(
         for module, training in zip(modules, was_training, strict=True):
             module.training = training
     if scatter.rows:
-        return scatter.moments(getattr(extractor, "names", None))
+        return scatter.moments(scatter.names or getattr(extractor, "names", None))
     if total is None:
         raise ValueError("batches: got none, expected at least one")
     return _cast(total, dtype)
@@ -86,6 +86,7 @@ class _Scatter:
 
     def __init__(self) -> None:
         self.rows = 0
+        self.names: tuple[str, ...] | None = None
         self._shapes: tuple[tuple[int, ...], ...] = ()
         # A mean known beforehand, that of the first batch, is taken from all features: what is left of the means is
         # small, and loses nothing in float32.
@@ -94,14 +95,15 @@ class _Scatter:
         self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
 
-    def add(self, features: Tensor | Sequence[Tensor]) -> None:
+    def add(self, features: checks.Features) -> None:
         """Add the rows of a batch."""
-        layers = checks.features(features)
-        checks.batch(layers, 0)
+        layers, _, shapes, _, names = checks.batch_of(features)
         check_memory(layers)
-        shapes = tuple(tuple(x.shape[1:]) for x in layers)
         if self.rows == 0:
             self._start(layers, shapes)
+            self.names = names
+        if names != self.names:
+            raise ValueError(f"batches: got features named {names}, expected {self.names} as in the first batch")
         if shapes != self._shapes:
             raise ValueError(f"batches: got features of shapes {shapes}, expected {self._shapes} as in the first batch")
         rows = layers[0].shape[0]
