@@ -15,25 +15,35 @@ MOMENT_OPS_HOST_DEVICE bool is_finite(A value) {
   return std::abs(value) < std::numeric_limits<A>::infinity();
 }
 
+// A sum that keeps what its rounding drops (Kahan 1965), however many terms it has.
+struct CompensatedSum {
+  double total = 0, dropped = 0;
+
+  MOMENT_OPS_HOST_DEVICE void add(double term) {
+    const double rest = term - dropped, next = total + rest;
+    dropped = (next - total) - rest;
+    total = next;
+  }
+};
+
 // A column's mean and variance from its values, read(row), in double; doubles are scaled by a power of two that leaves
 // room for their squares. False where a value is not finite: the moments stay as they are.
 template <class A, class Read>
 MOMENT_OPS_HOST_DEVICE bool wide_moments(const Read& read, int64_t rows, int64_t correction, A& mean, A& var) {
   constexpr double kDown = sizeof(A) == sizeof(double) ? 0x1p-600 : 1, kUp = 1 / kDown;
-  const auto count = static_cast<double>(rows);
-  double sum = 0;
-  for (int64_t row = 0; row < rows; ++row) sum += static_cast<double>(read(row)) * kDown;
-  if (!is_finite(sum)) return false;
-  const double pivot = sum / count;
-  double rest = 0, m2 = 0;
+  const auto count = static_cast<double>(rows), freedom = static_cast<double>(rows - correction);
+  CompensatedSum sum, rest, m2;
+  for (int64_t row = 0; row < rows; ++row) sum.add(static_cast<double>(read(row)) * kDown);
+  if (!is_finite(sum.total)) return false;
+  const double pivot = sum.total / count;
   for (int64_t row = 0; row < rows; ++row) {
     const double deviation = static_cast<double>(read(row)) * kDown - pivot;
-    rest += deviation;
-    m2 += deviation * deviation;
+    rest.add(deviation);
+    m2.add(deviation * deviation);
   }
-  mean = static_cast<A>((pivot + rest / count) * kUp);
-  const auto freedom = static_cast<double>(rows - correction);
-  var = freedom > 0 ? static_cast<A>((m2 - rest * rest / count) / freedom * kUp * kUp)
+  const double shift = rest.total / count;
+  mean = static_cast<A>((pivot + shift) * kUp);
+  var = freedom > 0 ? static_cast<A>((m2.total - rest.total * shift) / freedom * kUp * kUp)
                     : std::numeric_limits<A>::quiet_NaN();
   return true;
 }
