@@ -92,8 +92,9 @@ double match_columns(const Matching<Average, A>& m, int64_t at, int64_t columns,
   double loss = Loops::quantity(m, m.mean, at, columns, mean, has_var ? var : mean);
   if (has_var) loss += Loops::quantity(m, m.var, at, columns, var, mean);
   if (Average::kStarts && m.update) {
+    uint8_t* started = m.started + at;
     for (int64_t j = 0; j < columns; ++j) {
-      m.started[at + j] |= static_cast<uint8_t>(is_finite(mean[j]) && (!has_var || is_finite(var[j])));
+      started[j] |= static_cast<uint8_t>(is_finite(mean[j]) && (!has_var || is_finite(var[j])));
     }
   }
   return loss;
