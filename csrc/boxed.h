@@ -1,4 +1,4 @@
-// Kernels whose arguments are one struct, for registration: what TORCH_BOX does for functions of many parameters.
+// Boxes kernels whose arguments are one struct, as TORCH_BOX boxes functions of many parameters.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,11 +14,11 @@ namespace moment_ops {
 
 using torch::stable::Tensor;
 
-// An argument on the stack, which is read once: that takes over the reference to a tensor and frees a list.
+// An argument on the stack. It may be read once: reading takes over the reference to a tensor, and frees a list.
 struct Boxed {
   StableIValue value;
 
-  // Of types, not a template: in the way of a template there is the constructor of std::optional, which takes anything.
+  // One function per type: a template would be ambiguous with the constructor of std::optional that takes any type.
   operator bool() { return torch::stable::detail::to<bool>(value); }
   operator int64_t() { return torch::stable::detail::to<int64_t>(value); }
   operator double() { return torch::stable::detail::to<double>(value); }
@@ -28,10 +28,14 @@ struct Boxed {
   operator std::vector<double>() { return torch::stable::detail::to<std::vector<double>>(value); }
 };
 
-template <class Record, void (*kernel)(const Record&)>
+template <class Record>
+Record record_of(void (*kernel)(const Record&));
+
+template <auto kernel>
 void boxed(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
-  STD_TORCH_CHECK(arguments == Record::kCount && outputs == 0, "moment_ops: the schema has ", arguments,
-                  " arguments and ", outputs, " outputs, the kernel ", Record::kCount, " and none");
+  using Record = decltype(record_of(kernel));
+  STD_TORCH_CHECK(arguments == Record::kCount && outputs == 0, "moment_ops: a schema of ", arguments, " arguments and ",
+                  outputs, " outputs for a kernel of ", Record::kCount, " arguments without outputs");
   kernel(read_record<Record>([&](size_t i) { return Boxed{stack[i]}; }));
 }
 

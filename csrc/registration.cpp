@@ -11,5 +11,5 @@ STABLE_TORCH_LIBRARY_IMPL(moment_ops, CPU, library) {
   library.impl("moments_backward.native", TORCH_BOX(&moment_ops::cpu::moments_backward));
   library.impl("relu_moments.native", TORCH_BOX(&moment_ops::cpu::relu_moments));
   library.impl("relu_moments_backward.native", TORCH_BOX(&moment_ops::cpu::relu_moments_backward));
-  library.impl("match_.native", &moment_ops::boxed<moment_ops::MatchArguments<moment_ops::Tensor>, moment_ops::cpu::match_>);
+  library.impl("match_.native", &moment_ops::boxed<&moment_ops::cpu::match_>);
 }

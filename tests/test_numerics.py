@@ -253,3 +253,149 @@ def test_ten_runs_are_the_same_to_the_last_bit():
     first = everything(layers)
     for _ in range(9):
         assert_same_bits(everything(layers), first)
+
+
+def signs(rows: int) -> torch.Tensor:
+    """As many of either, and no runs that would cancel in the sums of a few rows."""
+    return torch.where(torch.randperm(rows) % 2 == 0, 1.0, -1.0).double()[:, None]
+
+
+def assert_exact(actual, exact, dtype):
+    """A few roundings of the statistics, whatever the magnitude."""
+    assert actual.isfinite().all()
+    assert ((actual.double() - exact) / exact).abs().max() <= var_bound(dtype)
+
+
+# Standard deviations whose squares fit, while the sums of squares do not, with means up to ten times as large.
+NEAR_THE_LIMIT = {torch.float32: 1e19, torch.bfloat16: 1e19, torch.float64: 0.7e154}
+
+
+@pytest.mark.parametrize("rows", [2, 5, 64, 600, 4099, 100_000])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", NEAR_THE_LIMIT)
+def test_a_variance_that_fits_comes_out_where_its_sum_does_not_fit(rows, ratio, dtype):
+    x = ((signs(rows) + ratio + torch.rand(rows, 3).double() / 8) * NEAR_THE_LIMIT[dtype]).to(dtype)
+    m = mo.moments(x)
+    mean, var = exact_moments([x.double() / 2.0**500 if dtype == torch.float64 else x])
+    factor = 2.0**500 if dtype == torch.float64 else 1.0
+    assert mean_error(m.mean.double() / factor, mean, var) <= mean_bound(dtype)
+    assert_exact(m.var / factor / factor if dtype == torch.float64 else m.var, var, dtype)
+
+
+@pytest.mark.parametrize("rows", [3, 9, 64, 3001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_mean_comes_out_beside_the_largest_numbers(rows, dtype):
+    """Differences and sums of these do not fit, nor does their variance."""
+    x = torch.tensor([0.9, -0.9, 0.3], dtype=torch.float64).repeat(rows // 3)[:, None] * torch.finfo(dtype).max
+    x = x.to(dtype)
+    m = mo.moments(x)
+    exact = x.double().div(2**10).mean(0)
+    assert ((m.mean.double() / 2**10 - exact) / exact).abs().max() <= 4 * mean_bound(dtype)
+    assert m.var.tolist() == [float("inf")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_largest_number_is_the_mean_of_its_column_without_variance(dtype):
+    largest = torch.finfo(dtype).max
+    m = mo.moments(torch.full((70, 2), largest, dtype=dtype))
+    assert m.mean.tolist() == [largest] * 2
+    assert m.var.tolist() == [0.0] * 2
+
+
+@pytest.mark.parametrize("rows", [2, 700])
+def test_halves_up_to_their_largest_number(rows):
+    x = torch.where(torch.arange(rows) % 2 == 0, 65504.0, -65504.0)[:, None].to(torch.float16)
+    mean, var = exact_moments([x])
+    m = mo.moments(x)
+    assert m.mean.tolist() == mean.tolist() == [0.0]
+    assert var_error(m.var, var) <= var_bound(torch.float16)
+
+
+@pytest.mark.parametrize("rows", [5, 700])
+def test_columns_beside_one_that_overflows_keep_their_bits(rows):
+    x = make_features(rows, [(40,)])[0]
+    clean = mo.moments(x)
+    x[:, 17] *= 1e19
+    m = mo.moments(x)
+    others = torch.arange(40) != 17
+    assert m.var[17].isfinite()
+    assert_same_bits(m.mean[others], clean.mean[others])
+    assert_same_bits(m.var[others], clean.var[others])
+
+
+@pytest.mark.parametrize("layout", ["channels last", "rows apart", "several layers"])
+def test_overflows_are_seen_in_every_layout(layout):
+    x = torch.randn(600, 4, 3, 2) * 1e18
+    input = {
+        "channels last": [x.to(memory_format=torch.channels_last)],
+        "rows apart": [x[::2]],
+        "several layers": [torch.randn(600, 7), x, x[:, 1]],
+    }[layout]
+    m = mo.moments(input)
+    mean, var = exact_moments(input)
+    assert mean_error(m.mean, mean, var) <= mean_bound(torch.float32)
+    assert_exact(m.var, var, torch.float32)
+
+
+def test_pooled_rows_that_overflow():
+    x = torch.randn(64, 3, 5, 5) * 5e18
+    m = mo.moments(x, dim=(0, 2, 3))
+    assert_exact(m.var, x.double().var((0, 2, 3)), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [9, 700])
+def test_moments_behind_a_relu_come_out_where_they_fit(rows, dtype):
+    x = (torch.randn(rows, 6, dtype=torch.float64) * NEAR_THE_LIMIT[dtype]).to(dtype)
+    y, mean, var = torch.ops.moment_ops.relu_moments(x, None, 1)
+    factor = 2.0**500 if dtype == torch.float64 else 1.0
+    exact_mean, exact_var = exact_moments([torch.relu(x.double() / factor)])
+    assert torch.equal(y, torch.relu(x))
+    assert mean_error(mean.double() / factor, exact_mean, exact_var) <= mean_bound(dtype)
+    assert_exact(var.double() / factor / factor, exact_var, dtype)
+
+
+# Behind a large mean, the difference of a feature of the other sign does not fit in any dtype.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("operator", ["moments", "relu_moments"])
+def test_gradients_come_out_where_differences_from_the_mean_do_not_fit(dtype, operator):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([[0.9, 1.0], [-0.9, 2.0], [-0.9, 4.0]], dtype=torch.float64)
+    x[:, 0] *= largest
+    wide = statistics_dtype(dtype)
+    mean = (x.div(4).mean(0) * 4).to(wide)
+    x = x.to(dtype)
+    grad_var = torch.tensor([0.5 / largest, 1.0], dtype=wide)
+    arguments = ([], None, grad_var, [x], mean, torch.tensor([3]), 0, 1, None)
+    if operator == "moments":
+        (dx,) = torch.ops.moment_ops.moments_backward(*arguments)
+    else:
+        dx = torch.ops.moment_ops.relu_moments_backward(None, None, grad_var, x, mean, 1)
+    difference = x.double() / 4 - mean.double() / 4
+    exact = 4 * (grad_var.double() * difference)
+    if operator == "relu_moments":
+        exact = torch.where(x <= 0, 0.0, exact)
+    assert torch.allclose(dx.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("source", ["features", "moments"])
+def test_a_loss_that_fits_comes_out_beside_moments_that_hardly_do(source):
+    """Means of 1e18, variances of 1e36, and targets near them."""
+    x = torch.randn(300, 8, dtype=torch.float64) * 1e18 + 1e18
+    x = x.float()
+    mean, var = exact_moments([x])
+    target = mo.Moments((mean * 0.9).float(), var.float(), shapes=((8,),))
+    layers = x.clone().requires_grad_()
+    loss = mo.moment_loss(layers if source == "features" else mo.moments(layers), target, var_weight=1e-37)
+    wide = x.double().requires_grad_()
+    exact_mean, exact_var = exact_moments([wide])
+    difference = exact_var - target.var.double()
+    exact = ((exact_mean - target.mean.double()) ** 2 + 1e-37 * difference**2).sum() / 8
+    assert torch.allclose(loss.double(), exact, rtol=1e-4)
+    grad, exact_grad = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, layers), (exact, wide)))
+    assert (grad.double() - exact_grad).abs().max() <= 1e-3 * exact_grad.abs().max()
+
+
+def test_a_loss_that_does_not_fit_is_infinite():
+    loss = mo.moment_loss(torch.randn(20, 3) * 1e18, make_target([(3,)]))
+    assert loss.item() == float("inf")

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/reduce_columns.h"
 #include "cpu/stream_store.h"
+#include "device/range.h"
 
 namespace moment_ops::cpu {
 
@@ -18,17 +21,18 @@ inline constexpr int kBackwardRows = 4;
 inline constexpr int64_t kBackwardStrip = 2048;
 inline constexpr int64_t kBackwardColumns = 256;
 
-// out = grad + a + b * (x - mean); MASKED, 0 where x <= 0: the mask of torch's ReLU on its output, which NaN passes.
-// Without b, the gradient of a mean alone, which features that are NaN do not touch.
+// out = grad + a + b * (x - mean), with b and mean as in scaled_gradient; MASKED, 0 where x <= 0: the mask of torch's
+// ReLU on its output, which NaN passes. Without b, the gradient of a mean alone, which features that are NaN do not
+// touch.
 template <int ROWS, bool ADD, bool MASKED, bool VAR, class T, class A>
 inline void apply_rows(const T* __restrict x, int64_t x_stride, const T* __restrict grad, int64_t grad_stride,
-                       const A* __restrict a, const A* __restrict b, const A* __restrict mean, int64_t columns,
-                       T* __restrict out, int64_t out_stride) {
+                       const A* __restrict a, const A* __restrict b, const A* __restrict mean, A scale,
+                       int64_t columns, T* __restrict out, int64_t out_stride) {
 #pragma GCC ivdep
   for (int64_t j = 0; j < columns; ++j) {
     for (int r = 0; r < ROWS; ++r) {
       const A feature = load(x[r * x_stride + j]);
-      A value = VAR ? a[j] + b[j] * (feature - mean[j]) : a[j];
+      A value = VAR ? scaled_gradient(a[j], b[j], feature, mean[j], scale) : a[j];
       if (ADD) value += load(grad[r * grad_stride + j]);
       if (MASKED) value = feature <= 0 ? A(0) : value;
       store(out[r * out_stride + j], value);
@@ -39,33 +43,34 @@ inline void apply_rows(const T* __restrict x, int64_t x_stride, const T* __restr
 template <class T, bool MASKED>
 struct BackwardLoops;
 
-#define MOMENT_OPS_BACKWARD_LOOPS(T, MASKED)                                                                        \
-  template <>                                                                                                       \
-  struct BackwardLoops<T, MASKED> {                                                                                 \
-    using A = accumulate_t<T>;                                                                                      \
-    template <int ROWS>                                                                                             \
-    static inline void rows(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a,           \
-                            const A* b, const A* mean, int64_t columns, T* out, int64_t out_stride) {               \
-      if (grad && b) {                                                                                              \
-        apply_rows<ROWS, true, MASKED, true>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
-      } else if (grad) {                                                                                            \
-        apply_rows<ROWS, true, MASKED, false>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
-      } else if (b) {                                                                                               \
-        apply_rows<ROWS, false, MASKED, true>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
-      } else {                                                                                                      \
-        apply_rows<ROWS, false, MASKED, false>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride); \
-      }                                                                                                             \
-    }                                                                                                               \
-    MOMENT_OPS_CLONES static void tile(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride,            \
-                                       const A* a, const A* b, const A* mean, int64_t columns, T* out,              \
-                                       int64_t out_stride) {                                                        \
-      rows<kBackwardRows>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);                    \
-    }                                                                                                               \
-    MOMENT_OPS_CLONES static void single(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride,          \
-                                         const A* a, const A* b, const A* mean, int64_t columns, T* out,            \
-                                         int64_t out_stride) {                                                      \
-      rows<1>(x, x_stride, grad, grad_stride, a, b, mean, columns, out, out_stride);                                \
-    }                                                                                                               \
+#define MOMENT_OPS_BACKWARD_LOOPS(T, MASKED)                                                                           \
+  template <>                                                                                                          \
+  struct BackwardLoops<T, MASKED> {                                                                                    \
+    using A = accumulate_t<T>;                                                                                         \
+    template <int ROWS>                                                                                                \
+    static inline void rows(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a, const A* b,  \
+                            const A* mean, A scale, int64_t columns, T* out, int64_t out_stride) {                     \
+      const auto run = [&](auto add, auto var) {                                                                       \
+        apply_rows<ROWS, decltype(add)::value, MASKED, decltype(var)::value>(x, x_stride, grad, grad_stride, a, b, mean \
+                                                                             scale, columns, out, out_stride);         \
+      };                                                                                                               \
+      const std::true_type yes;                                                                                        \
+      const std::false_type no;                                                                                        \
+      if (grad && b) return run(yes, yes);                                                                             \
+      if (grad) return run(yes, no);                                                                                   \
+      if (b) return run(no, yes);                                                                                      \
+      run(no, no);                                                                                                     \
+    }                                                                                                                  \
+    MOMENT_OPS_CLONES static void tile(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a,   \
+                                       const A* b, const A* mean, A scale, int64_t columns, T* out,                    \
+                                       int64_t out_stride) {                                                           \
+      rows<kBackwardRows>(x, x_stride, grad, grad_stride, a, b, mean, scale, columns, out, out_stride);                \
+    }                                                                                                                  \
+    MOMENT_OPS_CLONES static void single(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a, \
+                                         const A* b, const A* mean, A scale, int64_t columns, T* out,                  \
+                                         int64_t out_stride) {                                                         \
+      rows<1>(x, x_stride, grad, grad_stride, a, b, mean, scale, columns, out, out_stride);                            \
+    }                                                                                                                  \
   };
 MOMENT_OPS_BACKWARD_LOOPS(double, false)
 MOMENT_OPS_BACKWARD_LOOPS(float, false)
@@ -81,6 +86,7 @@ MOMENT_OPS_BACKWARD_LOOPS(BFloat16, true)
 template <class A>
 struct Coefficients {
   std::vector<A> a, b, mean, buffer;
+  A scale = 1;  // of differences, as in scaled_gradient
 
   explicit Coefficients(int64_t columns) : a(columns), b(columns), mean(columns), buffer(columns) {}
 
@@ -99,7 +105,17 @@ struct Coefficients {
       for (int64_t j = 0; j < columns; ++j) b[j] = values[j] == 0 ? A(0) : values[j] * A(var_scale);
     }
     const A* values = gather(layer, packed_mean, begin, end, buffer.data());
-    std::copy_n(values, columns, mean.begin());
+    int32_t large = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      mean[j] = values[j];
+      large |= std::abs(values[j]) >= kLargeMean<A>;
+    }
+    scale = large != 0 ? A(0.5) : A(1);
+    if (large == 0) return;
+    for (int64_t j = 0; j < columns; ++j) {
+      b[j] /= scale;
+      mean[j] *= scale;
+    }
   }
 };
 
@@ -146,7 +162,7 @@ inline void column_gradients(const std::vector<Tensor>& grad, const std::optiona
           const int64_t columns = std::min(kBackwardColumns, strip.end - begin);
           const int64_t at = begin - strip.begin;
           apply(x + begin, layer.row_stride, g ? g + begin : nullptr, g_stride, c.a.data() + at,
-                grad_var ? c.b.data() + at : nullptr, c.mean.data() + at, columns, stream ? buffer : y + begin,
+                grad_var ? c.b.data() + at : nullptr, c.mean.data() + at, c.scale, columns, stream ? buffer : y + begin,
                 stream ? kBackwardColumns : output.row_stride);
           for (int64_t r = 0; stream && r < step; ++r) {
             stream_store(buffer + r * kBackwardColumns, y + r * output.row_stride + begin, columns * sizeof(T));

@@ -14,6 +14,7 @@
 
 #include "device/convert.h"
 #include "device/merge.h"
+#include "device/range.h"
 
 namespace moment_ops::cpu {
 
@@ -158,12 +159,25 @@ struct StripMoments {
     }
   }
 
-  // Means become absolute and m2 the variance: NaN where there are no degrees of freedom, as in torch.
-  void finish(int64_t columns, int64_t rows, int64_t correction) {
+  // Means become absolute and m2 the variance: NaN where there are no degrees of freedom, as in torch. False where
+  // something that is not finite came out.
+  bool finish(int64_t columns, int64_t rows, int64_t correction) {
     const A scale = rows > correction ? A(1 / static_cast<double>(rows - correction)) : std::numeric_limits<A>::quiet_NaN();
+    int32_t not_finite = 0;
     for (int64_t j = 0; j < columns; ++j) {
       mean[j] += pivot[j];
+      not_finite |= !is_finite(mean[j]) | !is_finite(m2[j]);
       m2[j] *= scale;
+    }
+    return not_finite == 0;
+  }
+
+  // Works out anew, from read(row, column), what is not finite. Out of line: hardly ever.
+  template <class Read>
+  __attribute__((noinline)) void widen_range(int64_t columns, int64_t rows, int64_t correction, const Read& read) {
+    for (int64_t j = 0; j < columns; ++j) {
+      if (is_finite(mean[j]) && (rows <= correction || is_finite(m2[j]))) continue;
+      wide_moments([&](int64_t row) { return read(row, j); }, rows, correction, mean[j], m2[j]);
     }
   }
 };

@@ -92,8 +92,9 @@ double match_columns(const Matching<Average, A>& m, int64_t at, int64_t columns,
   double loss = Loops::quantity(m, m.mean, at, columns, mean, has_var ? var : mean);
   if (has_var) loss += Loops::quantity(m, m.var, at, columns, var, mean);
   if (Average::kStarts && m.update) {
+    uint8_t* started = m.started + at;
     for (int64_t j = 0; j < columns; ++j) {
-      m.started[at + j] |= static_cast<uint8_t>(is_finite(mean[j]) && (!has_var || is_finite(var[j])));
+      started[j] |= static_cast<uint8_t>(is_finite(mean[j]) && (!has_var || is_finite(var[j])));
     }
   }
   return loss;
@@ -126,17 +127,16 @@ double match_features(const MatchColumns<A>& match, const MatchArguments<Tensor>
       from.target_var && !std::all_of(layers.begin(), layers.end(), [](const Layer& l) { return l.logical_order; });
   std::vector<A> var(keep_var ? from.target_mean.numel() : 0);
   std::vector<double> losses(strips.size(), 0.0);
-  reduce_columns<T>(layers, strips, [&](int64_t index, const Strip& strip, StripMoments<A>& moments) {
+  const auto match_strip = [&](int64_t index, const Strip& strip, const A* means, const A* variances) {
     const Layer& layer = layers[strip.layer];
-    const int64_t columns = strip.end - strip.begin;
-    moments.finish(columns, layer.rows, from.correction);
-    scatter(layer, moments.mean.data(), strip.begin, strip.end, mean);
+    scatter(layer, means, strip.begin, strip.end, mean);
     if (layer.logical_order) {
-      losses[index] = match(layer.offset + strip.begin, columns, moments.mean.data(), moments.m2.data());
+      losses[index] = match(layer.offset + strip.begin, strip.end - strip.begin, means, variances);
     } else if (keep_var) {
-      scatter(layer, moments.m2.data(), strip.begin, strip.end, var.data());
+      scatter(layer, variances, strip.begin, strip.end, var.data());
     }
-  });
+  };
+  reduce_columns<T>(layers, strips, from.correction, match_strip);
   double loss = std::accumulate(losses.begin(), losses.end(), 0.0);
   for (const Layer& layer : layers) {
     if (layer.logical_order) continue;

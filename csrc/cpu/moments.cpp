@@ -13,13 +13,12 @@ void moments(std::vector<Tensor> input, int64_t dim, int64_t correction, Tensor 
     using A = accumulate_t<T>;
     A* mean_out = static_cast<A*>(mean.mutable_data_ptr());
     A* var_out = var ? static_cast<A*>(var->mutable_data_ptr()) : nullptr;
-    const auto store_moments = [&](int64_t, const Strip& strip, StripMoments<A>& moments) {
+    const auto store_moments = [&](int64_t, const Strip& strip, const A* means, const A* variances) {
       const Layer& layer = layers[strip.layer];
-      moments.finish(strip.end - strip.begin, layer.rows, correction);
-      scatter(layer, moments.mean.data(), strip.begin, strip.end, mean_out);
-      if (var_out) scatter(layer, moments.m2.data(), strip.begin, strip.end, var_out);
+      scatter(layer, means, strip.begin, strip.end, mean_out);
+      if (var_out) scatter(layer, variances, strip.begin, strip.end, var_out);
     };
-    reduce_columns<T>(layers, make_strips<A>(layers), store_moments);
+    reduce_columns<T>(layers, make_strips<A>(layers), correction, store_moments);
   });
 }
 

@@ -97,13 +97,20 @@ MOMENT_OPS_COLUMN_LOOPS(Half)
 MOMENT_OPS_COLUMN_LOOPS(BFloat16)
 #undef MOMENT_OPS_COLUMN_LOOPS
 
-// Reduces a block of rows of a strip as they lie in memory; other blocks may compute the rows first.
+// Where the rows of a strip come from: as they lie in memory. Another source may compute them first, block by block.
 template <class T>
-struct ReadBlock {
+struct RowsInMemory {
   using A = accumulate_t<T>;
+
+  // The moments of a block of rows.
   void operator()(const Layer& layer, const Strip& strip, int64_t row, int64_t rows, StripMoments<A>& out) const {
     ColumnLoops<T>::block(layer.data<T>() + row * layer.row_stride + strip.begin, layer.row_stride, rows,
                           strip.end - strip.begin, out.pivot.data(), out.mean.data(), out.m2.data());
+  }
+
+  // A value of a block that was reduced.
+  A value(const Layer& layer, int64_t row, int64_t column) const {
+    return load(layer.data<T>()[row * layer.row_stride + column]);
   }
 };
 
@@ -115,22 +122,22 @@ struct Scratch {
 };
 
 // Rows [begin, end) of a strip, one block after another, into the worker's tree.
-template <class A, class Block>
+template <class A, class Source>
 inline void reduce_blocks(const Layer& layer, const Strip& strip, int64_t begin, int64_t end, Scratch<A>& mine,
-                          const Block& block) {
+                          const Source& source) {
   const int64_t columns = strip.end - strip.begin;
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, end - row);
-    block(layer, strip, row, rows, mine.strip);
+    source(layer, strip, row, rows, mine.strip);
     mine.strip.widen(columns, mine.tree.next());
     mine.tree.push(rows, 1);
   }
 }
 
-// Calls epilogue(strip number, strip, moments) once per strip.
-template <class T, class Epilogue, class Block = ReadBlock<T>>
-inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<Strip>& strips, Epilogue epilogue,
-                           const Block& block = {}) {
+// Calls epilogue(strip number, strip, means, variances) once per strip.
+template <class T, class Epilogue, class Source = RowsInMemory<T>>
+inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<Strip>& strips, int64_t correction,
+                           Epilogue epilogue, const Source& source = {}) {
   using A = accumulate_t<T>;
   struct Piece {
     int64_t strip, chunk;
@@ -146,6 +153,16 @@ inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<S
   }
   std::vector<double> partial(partials);
   std::vector<Scratch<A>> scratch(torch::stable::get_num_threads());
+  const auto finish = [&](int64_t index, StripMoments<A>& moments) {
+    const Strip& strip = strips[index];
+    const Layer& layer = layers[strip.layer];
+    const int64_t columns = strip.end - strip.begin;
+    if (!moments.finish(columns, layer.rows, correction)) {
+      const auto read = [&](int64_t row, int64_t column) { return source.value(layer, row, strip.begin + column); };
+      moments.widen_range(columns, layer.rows, correction, read);
+    }
+    epilogue(index, strip, moments.mean.data(), moments.m2.data());
+  };
 
   for_each_piece(pieces.size(), workers_for(elements), [&](int64_t i, int64_t worker) {
     const auto [index, chunk] = pieces[i];
@@ -155,16 +172,16 @@ inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<S
     Scratch<A>& mine = scratch[worker];
     mine.strip.resize(columns);
     if (layer.rows <= kBlockRows) {
-      block(layer, strip, 0, layer.rows, mine.strip);
-      return epilogue(index, strip, mine.strip);
+      source(layer, strip, 0, layer.rows, mine.strip);
+      return finish(index, mine.strip);
     }
     mine.tree.start(columns);
     const int64_t begin = chunk * strip.chunk_rows;
-    reduce_blocks(layer, strip, begin, std::min(begin + strip.chunk_rows, layer.rows), mine, block);
+    reduce_blocks(layer, strip, begin, std::min(begin + strip.chunk_rows, layer.rows), mine, source);
     const double* moments = mine.tree.finish();
     if (strip.chunks == 1) {
       mine.strip.narrow(columns, moments);
-      epilogue(index, strip, mine.strip);
+      finish(index, mine.strip);
     } else {
       std::copy(moments, moments + 2 * columns, partial.data() + strip.partial + 2 * chunk * columns);
     }
@@ -185,7 +202,7 @@ inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<S
       mine.tree.push(rows, (rows + kBlockRows - 1) / kBlockRows);
     }
     mine.strip.narrow(columns, mine.tree.finish());
-    epilogue(index, strip, mine.strip);
+    finish(index, mine.strip);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include "cpu/column_gradients.h"
 #include "cpu/reduce_columns.h"
+#include "data.h"
 
 namespace moment_ops::cpu {
 namespace {
@@ -84,6 +85,23 @@ std::vector<A> column_bias(const Layer& layer, const std::optional<Tensor>& bias
   return result;
 }
 
+// Rows that become relu(x + bias) on their way and are kept in `y`.
+template <class T>
+struct ReluRows {
+  using A = accumulate_t<T>;
+  T* y;
+  int64_t y_stride;
+  std::vector<A> bias;
+
+  void operator()(const Layer& layer, const Strip& strip, int64_t row, int64_t rows, StripMoments<A>& out) const {
+    ReluLoops<T>::block(layer.data<T>() + row * layer.row_stride + strip.begin, layer.row_stride,
+                        bias.empty() ? nullptr : bias.data() + strip.begin, rows, strip.end - strip.begin,
+                        y + row * y_stride + strip.begin, y_stride, out.pivot.data(), out.mean.data(), out.m2.data());
+  }
+
+  A value(const Layer&, int64_t row, int64_t column) const { return load(y[row * y_stride + column]); }
+};
+
 }  // namespace
 
 void relu_moments(Tensor x, std::optional<Tensor> bias, int64_t correction, Tensor y, Tensor mean, Tensor var) {
@@ -92,23 +110,12 @@ void relu_moments(Tensor x, std::optional<Tensor> bias, int64_t correction, Tens
   dispatch_dtype(x, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    A* mean_out = static_cast<A*>(mean.mutable_data_ptr());
-    A* var_out = static_cast<A*>(var.mutable_data_ptr());
-    T* out = static_cast<T*>(y.mutable_data_ptr());
-    const std::vector<A> per_column = column_bias<T, A>(layers[0], bias);
-    const auto relu_rows = [&](const Layer& layer, const Strip& strip, int64_t row, int64_t rows,
-                               StripMoments<A>& moments) {
-      ReluLoops<T>::block(layer.data<T>() + row * layer.row_stride + strip.begin, layer.row_stride,
-                          bias ? per_column.data() + strip.begin : nullptr, rows, strip.end - strip.begin,
-                          out + row * output.row_stride + strip.begin, output.row_stride, moments.pivot.data(),
-                          moments.mean.data(), moments.m2.data());
+    const ReluRows<T> rows{data<T>(y), output.row_stride, column_bias<T, A>(layers[0], bias)};
+    const auto store_moments = [&](int64_t, const Strip& strip, const A* means, const A* variances) {
+      scatter(layers[0], means, strip.begin, strip.end, data<A>(mean));
+      scatter(layers[0], variances, strip.begin, strip.end, data<A>(var));
     };
-    const auto store_moments = [&](int64_t, const Strip& strip, StripMoments<A>& moments) {
-      moments.finish(strip.end - strip.begin, output.rows, correction);
-      scatter(layers[0], moments.mean.data(), strip.begin, strip.end, mean_out);
-      scatter(layers[0], moments.m2.data(), strip.begin, strip.end, var_out);
-    };
-    reduce_columns<T>(layers, make_strips<A>(layers, kTapStripBytes), store_moments, relu_rows);
+    reduce_columns<T>(layers, make_strips<A>(layers, kTapStripBytes), correction, store_moments, rows);
   });
 }
 

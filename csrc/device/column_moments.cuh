@@ -6,6 +6,7 @@
 // added atomically, so results are the same bit for bit in every run.
 #pragma once
 
+#include "device/range.h"
 #include "device/thread_share.cuh"
 #include "device/vector.h"
 
@@ -187,14 +188,48 @@ __device__ __forceinline__ void fold_chunks(const ColumnLayer& layer, StripColum
   }
 }
 
-// One block's share of a strip. `rows_of(column)` is the source of a thread's rows.
-template <int WIDTH, class A, class RowsOf>
-__device__ __forceinline__ StripColumns reduce_strip(const ColumnLayer& layer, Workspace workspace,
+// Where the rows of a layer come from: `rows_of.rows<WIDTH>(column)` is what a thread reads of WIDTH columns.
+template <class T>
+struct FeaturesOf {
+  const ColumnLayer& layer;
+
+  template <int WIDTH>
+  __device__ __forceinline__ FeatureRows<T, WIDTH> rows(int64_t column) const {
+    return {static_cast<const T*>(layer.x) + column, layer.row_stride};
+  }
+};
+
+// The moments of a thread's columns of a complete strip, from sums of squares to variances: NaN where there are no degrees
+// of freedom, as in torch. Read again where something that is not finite came out, hardly ever.
+template <class A, int WIDTH, class RowsOf>
+__device__ __forceinline__ void finish_columns(const ColumnLayer& layer, const StripColumns& strip, int64_t correction,
+                                               BlockMoments<WIDTH>& moments, const RowsOf& rows_of) {
+  const int64_t freedom = layer.rows - correction;
+  const A scale = freedom > 0 ? A(1) / A(freedom) : A(NAN);
+#pragma unroll 1
+  for (int j = static_cast<int>(threadIdx.x); j < strip.count; j += kThreads) {
+    const int at = moments.at(j);
+    A mean = static_cast<A>(moments.mean[at]), m2 = static_cast<A>(moments.m2[at]), var = m2 * scale;
+    if (!(is_finite(mean) && is_finite(m2))) {
+      const auto source = rows_of.template rows<1>(strip.first + j);
+      const auto read = [&](int64_t row) { return source.value(source.load(static_cast<int>(row)))[0]; };
+      wide_moments(read, layer.rows, correction, mean, var);
+    }
+    moments.mean[at] = static_cast<double>(mean);
+    moments.m2[at] = static_cast<double>(var);
+  }
+}
+
+// One block's share of a strip, whose means and variances the block that completes it finds in `moments`.
+template <class A, int WIDTH, class RowsOf>
+__device__ __forceinline__ StripColumns reduce_strip(const ColumnLayer& layer, Workspace workspace, int64_t correction,
                                                      BlockMoments<WIDTH>& moments, const RowsOf& rows_of) {
   const ThreadShare share = thread_share<WIDTH>(layer, kReductionTile);
   A pivot[WIDTH] = {};
   Partial<A, WIDTH> mine = {};
-  if (share.rows.begin < share.rows.end) mine = reduce_rows<WIDTH>(rows_of(share.column), share.rows, pivot);
+  if (share.rows.begin < share.rows.end) {
+    mine = reduce_rows<WIDTH>(rows_of.template rows<WIDTH>(share.column), share.rows, pivot);
+  }
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
     const int at = moments.at(static_cast<int>(threadIdx.x) * WIDTH + c);
@@ -217,17 +252,9 @@ __device__ __forceinline__ StripColumns reduce_strip(const ColumnLayer& layer, W
     strip.done = arrives_last(workspace.tickets + layer.first_strip + strip.index, layer.chunks);
     if (strip.done) fold_chunks(layer, strip, mean, m2, moments);
   }
+  if (strip.done) finish_columns<A>(layer, strip, correction, moments, rows_of);
   return strip;
 }
-
-template <int WIDTH, class T>
-struct FeaturesOf {
-  const ColumnLayer& layer;
-
-  __device__ __forceinline__ FeatureRows<T, WIDTH> operator()(int64_t column) const {
-    return {static_cast<const T*>(layer.x) + column, layer.row_stride};
-  }
-};
 
 template <class A>
 struct MomentsOutput {
@@ -236,24 +263,16 @@ struct MomentsOutput {
   int64_t correction;
 };
 
-// The variance's factor: NaN where there are no degrees of freedom, as in torch.
-template <class A>
-__device__ __forceinline__ A variance_scale(const ColumnLayer& layer, int64_t correction) {
-  const int64_t freedom = layer.rows - correction;
-  return freedom > 0 ? A(1) / A(freedom) : A(NAN);
-}
-
 template <int WIDTH, class A, class RowsOf>
 __device__ __forceinline__ void moments_strip(const ColumnLayer& layer, Workspace workspace,
                                               BlockMoments<WIDTH>& moments, const MomentsOutput<A>& out,
                                               const RowsOf& rows_of) {
-  const StripColumns strip = reduce_strip<WIDTH, A>(layer, workspace, moments, rows_of);
+  const StripColumns strip = reduce_strip<A>(layer, workspace, out.correction, moments, rows_of);
   if (!strip.done) return;
-  const A scale = variance_scale<A>(layer, out.correction);
   for (int j = static_cast<int>(threadIdx.x); j < strip.count; j += kThreads) {
     const int64_t packed = layer.packed(strip.first + j);
     out.mean[packed] = static_cast<A>(moments.mean[moments.at(j)]);
-    if (out.var != nullptr) out.var[packed] = static_cast<A>(moments.m2[moments.at(j)]) * scale;
+    if (out.var != nullptr) out.var[packed] = static_cast<A>(moments.m2[moments.at(j)]);
   }
 }
 
@@ -264,10 +283,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   constexpr int WIDTH = kVectorBytes / sizeof(T);
   __shared__ BlockMoments<WIDTH> moments;
   const ColumnLayer& layer = list.layers[find_layer(list, blockIdx.x)];
+  const FeaturesOf<T> features{layer};
   if (layer.vectors) {
-    moments_strip<WIDTH>(layer, workspace, moments, out, FeaturesOf<WIDTH, T>{layer});
+    moments_strip(layer, workspace, moments, out, features);
   } else {
-    moments_strip<1>(layer, workspace, reinterpret_cast<BlockMoments<1>&>(moments), out, FeaturesOf<1, T>{layer});
+    moments_strip(layer, workspace, reinterpret_cast<BlockMoments<1>&>(moments), out, features);
   }
 }
 

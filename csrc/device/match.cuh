@@ -137,15 +137,14 @@ template <int WIDTH, class T, class Average, class A>
 __device__ __forceinline__ void match_strip(const ColumnLayer& layer, Workspace workspace, BlockMoments<WIDTH>& moments,
                                             const LossWorkspace& losses, double* shared_losses,
                                             const Matching<Average, A>& matching) {
-  const StripColumns strip = reduce_strip<WIDTH, A>(layer, workspace, moments, FeaturesOf<WIDTH, T>{layer});
+  const StripColumns strip = reduce_strip<A>(layer, workspace, matching.correction, moments, FeaturesOf<T>{layer});
   if (!strip.done) return;
   const int64_t step = load_step(matching);
-  const A scale = variance_scale<A>(layer, matching.correction);
   const auto column = [&](int i) -> MatchColumn<A> {
     const int j = i * kThreads + static_cast<int>(threadIdx.x);
     if (j >= strip.count) return {};
     return {true, layer.offset + strip.first + j, static_cast<A>(moments.mean[moments.at(j)]),
-            static_cast<A>(moments.m2[moments.at(j)]) * scale};
+            static_cast<A>(moments.m2[moments.at(j)])};
   };
   constexpr int COUNT = WIDTH < kMatchColumns<A> ? WIDTH : kMatchColumns<A>;
   double loss = 0;

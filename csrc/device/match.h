@@ -1,19 +1,12 @@
 // `match_` as kernels have it, on the CPU and on GPUs: addresses and numbers.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "device/averages.h"
+#include "device/range.h"
 
 namespace moment_ops {
-
-// By magnitude: `value - value == 0` of a product is contracted to fma(a, b, -(a * b)), the product's rounding.
-template <class A>
-MOMENT_OPS_HOST_DEVICE bool is_finite(A value) {
-  return std::abs(value) < std::numeric_limits<A>::infinity();
-}
 
 // For what an average keeps of a column: arrays have one place at least.
 template <class Average>

@@ -1,6 +1,7 @@
 // Gradients of moments: out = [grad +] a + b * (x - mean), for a list of layers in one launch.
 #pragma once
 
+#include "device/range.h"
 #include "device/thread_share.cuh"
 #include "device/vector.h"
 
@@ -22,10 +23,10 @@ struct BackwardArguments {
   int32_t first_layer;   // of this launch
 };
 
-// Of WIDTH columns.
+// Of WIDTH columns, as in scaled_gradient.
 template <class A, int WIDTH>
 struct Coefficients {
-  A a[WIDTH], b[WIDTH], mean[WIDTH];
+  A a[WIDTH], b[WIDTH], mean[WIDTH], scale;
   bool has_var;  // without, features that are NaN do not touch the gradient of their mean
 };
 
@@ -50,13 +51,17 @@ __device__ __forceinline__ Coefficients<A, WIDTH> load_coefficients(const int64_
   const auto share = [&](int64_t count) { return static_cast<double>(scale) / static_cast<double>(count); };
   const A mean_scale = static_cast<A>(share(rows));
   const A var_scale = static_cast<A>(2 * share(rows - moments.correction));
+  bool large = false;
+#pragma unroll
+  for (int c = 0; c < WIDTH; ++c) large |= std::abs(result.mean[c]) >= kLargeMean<A>;
+  result.scale = large ? A(0.5) : A(1);
 #pragma unroll
   for (int c = 0; c < WIDTH; ++c) {
     result.a[c] = moments.grad_mean != nullptr ? result.a[c] * mean_scale : A(0);
     // A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
     const bool sends = result.has_var && result.b[c] != A(0);
-    result.b[c] = sends ? result.b[c] * var_scale : A(0);
-    if (!result.has_var) result.mean[c] = A(0);
+    result.b[c] = sends ? result.b[c] * var_scale * (large ? A(2) : A(1)) : A(0);
+    result.mean[c] = result.has_var ? result.mean[c] * result.scale : A(0);
   }
   return result;
 }
@@ -98,7 +103,7 @@ struct BackwardRows {
 #pragma unroll
       for (int c = 0; c < WIDTH; ++c) {
         const A x = tile.x[r][c];
-        A sum = of.a[c] + of.b[c] * ((of.has_var ? x : A(0)) - of.mean[c]);
+          A sum = scaled_gradient(of.a[c], of.b[c], of.has_var ? x : A(0), of.mean[c], of.scale);
         if constexpr (ADD) sum += tile.grad[r][c];
         result[c] = RELU && x <= A(0) ? A(0) : sum;
       }

@@ -42,13 +42,14 @@ struct ReluRows {
   }
 };
 
-template <int WIDTH, class T>
+template <class T>
 struct ReluOf {
   const ColumnLayer& layer;
   const ReluArguments<T>& arguments;
 
-  __device__ __forceinline__ ReluRows<T, WIDTH> operator()(int64_t column) const {
-    ReluRows<T, WIDTH> rows{FeaturesOf<WIDTH, T>{layer}(column), arguments.y + column, arguments.y_stride,
+  template <int WIDTH>
+  __device__ __forceinline__ ReluRows<T, WIDTH> rows(int64_t column) const {
+    ReluRows<T, WIDTH> rows{FeaturesOf<T>{layer}.template rows<WIDTH>(column), arguments.y + column, arguments.y_stride,
                             arguments.bias != nullptr, {}};
     if (rows.has_bias) {
       int64_t at[WIDTH];
@@ -68,11 +69,11 @@ __global__ void __launch_bounds__(kThreads, 4)
                         MomentsOutput<A> out) {
   constexpr int WIDTH = kVectorBytes / sizeof(T);
   __shared__ BlockMoments<WIDTH> moments;
+  const ReluOf<T> results{layer, arguments};
   if (layer.vectors) {
-    moments_strip<WIDTH>(layer, workspace, moments, out, ReluOf<WIDTH, T>{layer, arguments});
+    moments_strip(layer, workspace, moments, out, results);
   } else {
-    moments_strip<1>(layer, workspace, reinterpret_cast<BlockMoments<1>&>(moments), out,
-                     ReluOf<1, T>{layer, arguments});
+    moments_strip(layer, workspace, reinterpret_cast<BlockMoments<1>&>(moments), out, results);
   }
 }
 

@@ -1,5 +1,6 @@
 """Every operator in plain PyTorch: any dtype, device and layout. The definition that kernels are tested against."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,20 +20,37 @@ def moments(input: Sequence[Tensor], dim: int, correction: int, var: bool) -> tu
     """Packed mean and variance, (F,) each.
 
     The first row is subtracted before anything is summed, and sums are in float64: a constant column then has
-    variance 0 exactly, and a mean far from zero, or a row far from all others, costs no digits.
+    variance 0 exactly, and a mean far from zero, or a row far from all others, costs no digits. Results come out
+    wherever they fit, whatever the sums on the way to them.
     """
     means, variances = [], []
     for x in input:
         rows = _rows(x, dim)
-        pivot = rows[0].detach()
-        shifted = _wide(rows) - _wide(pivot)
+        wide, scale = _with_room(rows)
+        pivot = wide[0].detach()
+        shifted = wide - pivot
         shifted_mean = shifted.mean(0)
-        means.append((pivot + shifted_mean).to(rows.dtype))
+        means.append(((pivot + shifted_mean) / scale).to(rows.dtype))
         if var:
-            m2 = (shifted - shifted_mean).square().sum(0).to(rows.dtype)
+            m2 = (shifted - shifted_mean).square().sum(0)
             freedom = rows.shape[0] - correction
-            variances.append(m2 / freedom if freedom > 0 else torch.full_like(m2, float("nan")))
+            variance = m2 / freedom / scale / scale if freedom > 0 else torch.full_like(m2, float("nan"))
+            variances.append(variance.to(rows.dtype))
     return torch.cat(means), torch.cat(variances) if var else None
+
+
+def _with_room(rows: Tensor) -> tuple[Tensor, Tensor | float]:
+    """(rows, scale) in float64 where the device has it, multiplied by `scale`, an exact power of two per column.
+
+    It is 1 but for columns whose sums of squares may overflow: values beside which those that it loses do not count.
+    """
+    wide = _wide(rows)
+    if wide.dtype != rows.dtype:
+        return wide, 1.0
+    exponent = math.log2(torch.finfo(wide.dtype).max)
+    largest = wide.detach().abs().amax(0)
+    scale = torch.ones_like(largest).masked_fill(largest > 2.0 ** (0.4 * exponent), 2.0 ** -round(0.6 * exponent))
+    return wide * scale, scale
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -49,7 +67,7 @@ def coefficients(
         a = grad_mean / count
     if grad_var is not None:
         # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-        b = torch.where(grad_var == 0, grad_var, 2 * grad_var / (count - correction))
+        b = torch.where(grad_var == 0, grad_var, 2 * (grad_var / (count - correction)))
     if scale is not None:
         a = None if a is None else a * scale
         b = None if b is None else b * scale
@@ -84,7 +102,8 @@ def moments_backward(
         )
         dx = torch.zeros_like(rows) if a is None else a.expand_as(rows)
         if b is not None:
-            dx = dx + b * (rows - mean[packed])
+            # Halves, as the difference of two numbers that are may not be one.
+            dx = dx + 2 * (b * (rows / 2 - mean[packed] / 2))
         moved = x.movedim(dim, 0).shape
         dx = dx.reshape(moved).movedim(0, dim)
         if grad:

@@ -83,6 +83,30 @@ def test_a_column_that_is_not_finite_keeps_to_itself(emulated):
     numerics.test_a_column_that_is_not_finite_keeps_to_itself(emulated)
 
 
+@pytest.mark.parametrize("shape", [(8, 36), (70, 37), (600, 8)], ids=str)
+@pytest.mark.parametrize("dtype", numerics.NEAR_THE_LIMIT)
+@pytest.mark.parametrize("source", ["features", "relu"])
+def test_a_variance_that_fits_comes_out_where_its_sum_does_not_fit(emulated, shape, dtype, source):
+    numerics.test_a_variance_that_fits_comes_out_where_its_sum_does_not_fit(emulated, shape, dtype, source)
+
+
+@pytest.mark.parametrize("rows", [3, 66, 600])
+def test_a_mean_comes_out_beside_the_largest_numbers(any_arithmetic, rows):
+    numerics.test_a_mean_comes_out_beside_the_largest_numbers(any_arithmetic, torch.float32, rows)
+
+
+@pytest.mark.parametrize("average", ["none", "moving"])
+def test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(any_arithmetic, average):
+    numerics.test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(any_arithmetic, average)
+
+
+@pytest.mark.parametrize("columns", [1, 64])
+@pytest.mark.parametrize("dtype", numerics.NEAR_THE_LIMIT)
+@pytest.mark.parametrize("operator", ["moments", "relu_moments"])
+def test_gradients_come_out_where_differences_from_the_mean_do_not_fit(emulated, dtype, columns, operator):
+    numerics.test_gradients_come_out_where_differences_from_the_mean_do_not_fit(emulated, dtype, columns, operator)
+
+
 @pytest.mark.parametrize("shapes", [[(13, 67), (13, 64)], [(130, 40)]], ids=["layers", "groups"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", ["mean", "var", "both", "added", "scaled"])
