@@ -74,7 +74,7 @@ inline std::vector<Strip> make_strips(const std::vector<Layer>& layers, int64_t 
   return strips;
 }
 
-// The inner loop, per feature dtype and x86-64 level.
+// The inner loops, per feature dtype and x86-64 level.
 template <class T>
 struct ColumnLoops;
 
@@ -89,6 +89,10 @@ struct ColumnLoops;
         return [=](int r, int64_t column) { return load(tile[r * row_stride + column]); };                         \
       };                                                                                                           \
       block_moments<8>(tile_at, rows, columns, pivot, mean, m2);                                                   \
+    }                                                                                                              \
+    MOMENT_OPS_CLONES static bool finish(StripMoments<A>& moments, int64_t columns, int64_t rows,                  \
+                                         int64_t correction) {                                                     \
+      return moments.finish(columns, rows, correction);                                                            \
     }                                                                                                              \
   };
 MOMENT_OPS_COLUMN_LOOPS(double)
@@ -157,7 +161,7 @@ inline void reduce_columns(const std::vector<Layer>& layers, const std::vector<S
     const Strip& strip = strips[index];
     const Layer& layer = layers[strip.layer];
     const int64_t columns = strip.end - strip.begin;
-    if (!moments.finish(columns, layer.rows, correction)) {
+    if (!ColumnLoops<T>::finish(moments, columns, layer.rows, correction)) {
       const auto read = [&](int64_t row, int64_t column) { return source.value(layer, row, strip.begin + column); };
       moments.widen_range(columns, layer.rows, correction, read);
     }
