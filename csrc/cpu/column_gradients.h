@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/reduce_columns.h"
@@ -50,16 +49,19 @@ struct BackwardLoops;
     template <int ROWS>                                                                                                \
     static inline void rows(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a, const A* b,  \
                             const A* mean, A scale, int64_t columns, T* out, int64_t out_stride) {                     \
-      const auto run = [&](auto add, auto var) {                                                                       \
-        apply_rows<ROWS, decltype(add)::value, MASKED, decltype(var)::value>(x, x_stride, grad, grad_stride, a, b, mean \
-                                                                             scale, columns, out, out_stride);         \
-      };                                                                                                               \
-      const std::true_type yes;                                                                                        \
-      const std::false_type no;                                                                                        \
-      if (grad && b) return run(yes, yes);                                                                             \
-      if (grad) return run(yes, no);                                                                                   \
-      if (b) return run(no, yes);                                                                                      \
-      run(no, no);                                                                                                     \
+      if (grad && b) {                                                                                                 \
+        apply_rows<ROWS, true, MASKED, true>(x, x_stride, grad, grad_stride, a, b, mean, scale, columns, out,          \
+                                             out_stride);                                                              \
+      } else if (grad) {                                                                                               \
+        apply_rows<ROWS, true, MASKED, false>(x, x_stride, grad, grad_stride, a, b, mean, scale, columns, out,         \
+                                              out_stride);                                                             \
+      } else if (b) {                                                                                                  \
+        apply_rows<ROWS, false, MASKED, true>(x, x_stride, grad, grad_stride, a, b, mean, scale, columns, out,         \
+                                              out_stride);                                                             \
+      } else {                                                                                                         \
+        apply_rows<ROWS, false, MASKED, false>(x, x_stride, grad, grad_stride, a, b, mean, scale, columns, out,        \
+                                               out_stride);                                                            \
+      }                                                                                                                \
     }                                                                                                                  \
     MOMENT_OPS_CLONES static void tile(const T* x, int64_t x_stride, const T* grad, int64_t grad_stride, const A* a,   \
                                        const A* b, const A* mean, A scale, int64_t columns, T* out,                    \
