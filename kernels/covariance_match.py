@@ -8,7 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels import _launch, _plan
-from moment_ops.kernels._common import double, is_finite, pick, pick_integer
+from moment_ops.kernels._averages import (
+    OPTIONS,
+    Entries,
+    Vectors,
+    average_argument,
+    load_started,
+    numbers_of,
+    option_arguments,
+    store_started,
+    vectors_of,
+)
+from moment_ops.kernels._common import is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import triangle_groups
 from moment_ops.kernels._product_tiles import Architecture, architecture_of, forward_tile, product_mode
 from moment_ops.kernels._triangle import BLOCK, packed_block
@@ -21,17 +32,7 @@ from moment_ops.kernels.covariance import (
     shifts_launches,
     unit_columns,
 )
-from moment_ops.kernels.match import (
-    AVERAGE_SCALARS,
-    COUNTS,
-    MOVING,
-    average_arguments,
-    bias_corrections,
-    finish_loss,
-    loss_arguments,
-    match_quantity,
-    vectors_of,
-)
+from moment_ops.kernels.match import COUNTS, finish_loss, loss_arguments, match_quantity
 from moment_ops.ops.records import CovarianceMatch
 
 
@@ -56,13 +57,8 @@ def match_quarter(
     packed_start,
     weight,
     vectors,
-    started,
-    scalars,
-    bias_correction1,
-    bias_correction2,
-    AVERAGE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    KEEP: tl.constexpr,
+    average,
+    numbers,
     TILE: tl.constexpr,
 ):
     """Match a quarter of a tile; returns its share of the loss, float64."""
@@ -80,20 +76,14 @@ def match_quarter(
     target_stride = tl.where(target_is_full, width.to(tl.int64), stride)
     goal = tl.load(target + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
     finite = is_finite(value)
-    begun = finite
-    if AVERAGE == MOVING:
-        begun = tl.load(started + packed, mask=mask, other=0) != 0
-    share = match_quantity(
-        value, goal, finite, begun, packed, mask, vectors, weight, scalars, bias_correction1, bias_correction2,
-        False, AVERAGE, UPDATE, KEEP,
-    )  # fmt: skip
-    if AVERAGE == MOVING and UPDATE:
-        tl.store(started + packed, (begun | finite).to(tl.uint8), mask=mask)
+    entries = Entries(packed, mask, finite, load_started(average, packed, mask, finite))
+    share = match_quantity(value, goal, weight, vectors, entries, average, numbers)
+    store_started(average, entries)
     # Blocks beside the diagonal stand for two of the matrix.
     return share * tl.where(row // SIDE == column // SIDE, 1.0, 2.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction", "reduction", *AVERAGE_SCALARS, *COUNTS])
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction", *OPTIONS, "reduction", *COUNTS])
 def covariance_match_kernel(
     inputs,  # LAYERS x (rows, D)
     starts,
@@ -112,26 +102,19 @@ def covariance_match_kernel(
     chunk_rows,
     chunks,
     correction,
-    vectors,  # (anything, anything, grad, average, exp_avg, exp_avg_sq), (F) each
-    reduction: tl.int64,  # bits of float64, as all scalars
-    decay: tl.int64,
-    lr: tl.int64,
-    beta1: tl.int64,
-    beta2: tl.int64,
-    eps: tl.int64,
-    gradient_scale: tl.int64,
-    started,  # (F) uint8, or None
-    step,  # () int64, or None
-    loss,  # ()
-    losses,  # (entries) float64 zeros
-    ticket,  # () int32 zero
+    vectors,
+    option0: tl.int64,  # bits of float64, as all scalars
+    option1: tl.int64,
+    option2: tl.int64,
+    option3: tl.int64,
+    option4: tl.int64,
+    option5: tl.int64,
+    reduction: tl.int64,
+    average,
+    loss,
     arrivals,
     entries,
     first_entry,
-    AVERAGE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    KEEP: tl.constexpr,
-    FOLD: tl.constexpr,
     LAYERS: tl.constexpr,
     VECTOR: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -151,9 +134,7 @@ def covariance_match_kernel(
     )  # fmt: skip
     if complete:
         program = tl.program_id(0)
-        scalars = (double(reduction), double(decay), double(lr), double(beta1), double(beta2), double(eps),
-                   double(gradient_scale))  # fmt: skip
-        bias_correction1, bias_correction2 = bias_corrections(step, scalars, AVERAGE, UPDATE)
+        numbers = numbers_of(average, reduction, option0, option1, option2, option3, option4, option5)
         target = pick(targets, starts, program, LAYERS)
         target_is_full = pick_integer(full, starts, program, LAYERS) != 0
         packed_start = pick_integer(packed, starts, program, LAYERS).to(tl.int64) * VECTOR
@@ -164,18 +145,16 @@ def covariance_match_kernel(
             for quarter in tl.static_range(4):
                 share += match_quarter(
                     parts[quarter], rows, correction, rest + offset, row, column, width, quarter, target,
-                    target_is_full, packed_start, weight, vectors, started, scalars, bias_correction1,
-                    bias_correction2, AVERAGE, UPDATE, KEEP, TILE,
+                    target_is_full, packed_start, weight, vectors, average, numbers, TILE,
                 )  # fmt: skip
         else:
             for quarter in range(4):
                 sums = fold_quarter(partials, first, tiles, chunks, quarter, TILE)
                 share += match_quarter(
                     sums, rows, correction, rest + offset, row, column, width, quarter, target, target_is_full,
-                    packed_start, weight, vectors, started, scalars, bias_correction1, bias_correction2, AVERAGE,
-                    UPDATE, KEEP, TILE,
+                    packed_start, weight, vectors, average, numbers, TILE,
                 )  # fmt: skip
-        finish_loss(share, first_entry + first, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
+        finish_loss(share, first_entry + first, loss, arrivals, entries, average)
 
 
 def weight_bits(value: float) -> int:
@@ -197,13 +176,12 @@ def covariance_match_launches(
     mode = product_mode(match.precision, x[0].dtype, True, architecture)
     tile = forward_tile(mode, architecture, len(x[0]), [layer.shape[1] for layer in x])
     groups = triangle_groups(x, tile, architecture)
-    vectors = [mean, mean, mean if grad is None else grad, *vectors_of(match.average, match.state, 0, mean)]
     shared = {
         **loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss),
-        "vectors": tuple(vectors),
+        "vectors": Vectors(None, None, grad, vectors_of(match.average, match.state, 0)),
         "reduction": _plan.bits(1.0),
-        **average_arguments(match.average, match.options, match.state, match.update),
-        "KEEP": grad is not None,
+        **option_arguments(match.average, match.options),
+        "average": average_argument(match.average, match.state, match.update),
     }
     launches, first = shifts_launches(x, mean, shift, rest), 0
     for group in groups:
