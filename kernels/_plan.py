@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels._order import inner_columns
+from moment_ops.kernels._records import Layers, Strip
 
 # Layers per launch. Kernel arguments are limited to 4 KiB on every driver; a layer takes up to 64 bytes of them.
 MAX_LAYERS = 32
@@ -83,15 +85,32 @@ class Group:
         return max(1, _FOLD_ELEMENTS * 32 * self.tile.warps // self.tile.columns)
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """The compile-time arguments that every kernel over layers has."""
-        return {
-            "LAYERS": len(self.starts),
-            "VECTOR": self.vector,
-            "PERMUTED": self.permuted,
-            "BLOCK_ROWS": self.tile.rows,
-            "BLOCK_COLUMNS": self.tile.columns,
-        }
+    def strip(self) -> Strip:
+        """The tile of the kernels."""
+        return Strip(*map(tl.constexpr, (self.permuted, self.tile.rows, self.tile.columns, self.fold_chunks)))
+
+    def record(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor] | None = None,
+        grads: Sequence[Tensor] | None = None,
+    ) -> Layers:
+        """The layers of the kernels, without positions."""
+        return Layers(
+            inputs=self.tensors(inputs),
+            grads=None if grads is None else self.tensors(grads),
+            outputs=None if outputs is None else self.tensors(outputs),
+            starts=self.starts,
+            columns=self.columns,
+            strides=self.strides[0],
+            grad_strides=None if grads is None else self.strides[2],
+            output_strides=None if outputs is None else self.strides[1],
+            offsets=self.offsets,
+            inners=self.inners,
+            positions=None,
+            triangles=None,
+            VECTOR=tl.constexpr(self.vector),
+        )
 
 
 @dataclass(frozen=True)

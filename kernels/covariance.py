@@ -25,55 +25,42 @@ from moment_ops.kernels._product_tiles import (
     product_mode,
 )
 from moment_ops.kernels._products import multiply, promote
+from moment_ops.kernels._records import Rows
 from moment_ops.kernels._reduce import reduce_columns, variance
 from moment_ops.kernels._triangle import BLOCK, block_pair
-from moment_ops.kernels.moments import reduction_arguments
+from moment_ops.kernels.moments import CUT, reduction_arguments
 
 # Eight 16-bit columns per thread, their mean in float64 besides; as where moments are folded.
 _SHIFT_REGISTERS = 168
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction"])
+@triton.jit(do_not_specialize=[*CUT])
 def shifts_kernel(
-    inputs,  # LAYERS x (rows, columns)
-    starts,
-    columns,
-    strides,
-    offsets,
-    inners,
+    layers,
     mean_out,  # (F)
     shift_out,  # (F)
     rest_out,  # (F)
-    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
-    tickets,  # (programs) int32 zeros, or None
+    partials,
     rows,
     chunk_rows,
     chunks,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    strip,
 ):
     """The mean of every column, a shift close to it, and the rest."""
-    complete, mean, var, packed, mask, _ = reduce_columns(
-        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        None, None, None, None, tl.float32, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS,
-        True,
-    )  # fmt: skip
-    if complete:
-        shift = mean.to(tl.float32)
-        tl.store(mean_out + packed, shift, mask=mask)
-        if inputs[0].dtype.element_ty.primitive_bitwidth == 16:
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    got = reduce_columns(layers, None, None, partials, cut, tl.float32, strip, WIDE=True)
+    if got.complete:
+        shift = got.mean.to(tl.float32)
+        tl.store(mean_out + got.packed, shift, mask=got.mask)
+        if layers.inputs[0].dtype.element_ty.primitive_bitwidth == 16:
             # A multiple of an eighth of the deviation has few bits: differences from it then have few, too.
-            exponent = (var.to(tl.int32, bitcast=True) >> 23) - 127
+            exponent = (got.var.to(tl.int32, bitcast=True) >> 23) - 127
             unit = (((exponent >> 1) + 125) << 23).to(tl.float32, bitcast=True)
             coarse = tl.floor(shift / unit + 0.5) * unit
-            shift = tl.where((var > 0) & (exponent > -127) & (exponent < 128), coarse, shift)
-        tl.store(shift_out + packed, shift, mask=mask)
-        tl.store(rest_out + packed, (mean - shift.to(tl.float64)).to(tl.float32), mask=mask)
+            shift = tl.where((got.var > 0) & (exponent > -127) & (exponent < 128), coarse, shift)
+        tl.store(shift_out + got.packed, shift, mask=got.mask)
+        tl.store(rest_out + got.packed, (got.mean - shift.to(tl.float64)).to(tl.float32), mask=got.mask)
 
 
 @triton.jit

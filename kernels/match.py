@@ -27,8 +27,9 @@ from moment_ops.kernels._averages import (
 )
 from moment_ops.kernels._common import arrive, double, is_finite
 from moment_ops.kernels._order import is_native
+from moment_ops.kernels._records import Rows
 from moment_ops.kernels._reduce import reduce_columns
-from moment_ops.kernels.moments import moments, reduction_arguments
+from moment_ops.kernels.moments import CUT, moments, reduction_arguments
 from moment_ops.ops.records import Match
 
 _FOLD_LOSSES = 1024
@@ -112,7 +113,6 @@ def finish_loss(share, index, loss, arrivals, entries, average):
 
 # Integers that Triton would compile a kernel for each value of.
 COUNTS = ("arrivals", "entries", "first_entry")
-_ROWS = ("rows", "chunk_rows", "chunks", "correction")
 _SCALES = ("mean_scale", "var_scale", "reduction")
 
 
@@ -137,11 +137,11 @@ def match_kernel(
     arrivals,
     entries,
     first_entry,
-    BLOCK_COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The matching loss of given moments."""
     program = tl.program_id(0)
-    packed = program.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    packed = program.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = packed < columns
     batch_mean = tl.load(mean + packed, mask=mask, other=0.0)
     batch_var = batch_mean
@@ -154,17 +154,11 @@ def match_kernel(
     finish_loss(share, first_entry + program, loss, arrivals, entries, average)
 
 
-@triton.jit(do_not_specialize=[*_ROWS, *_SCALES, *OPTIONS, *COUNTS])
+@triton.jit(do_not_specialize=[*CUT, *_SCALES, *OPTIONS, *COUNTS])
 def match_features_kernel(
-    inputs,  # LAYERS x (rows, columns)
-    starts,
-    columns,
-    strides,
-    offsets,
-    inners,
+    layers,
     mean_out,  # (F)
-    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
-    tickets,  # (programs) int32 zeros, or None
+    partials,
     rows,
     chunk_rows,
     chunks,
@@ -185,26 +179,18 @@ def match_features_kernel(
     arrivals,
     entries,
     first_entry,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    strip,
 ):
     """The matching loss of features: the program that completes a strip's moments matches them in registers."""
-    complete, mean, var, packed, mask, first = reduce_columns(
-        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        None, None, None, None, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS,
-        BLOCK_CHUNKS,
-    )  # fmt: skip
-    if complete:
-        tl.store(mean_out + packed, mean, mask=mask)
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    got = reduce_columns(layers, None, None, partials, cut, mean_out.dtype.element_ty, strip)
+    if got.complete:
+        tl.store(mean_out + got.packed, got.mean, mask=got.mask)
         share = match_columns(
-            mean, var, packed, mask, mean_vectors, var_vectors, (mean_scale, var_scale), average, reduction, option0,
-            option1, option2, option3, option4, option5,
+            got.mean, got.var, got.packed, got.mask, mean_vectors, var_vectors, (mean_scale, var_scale), average,
+            reduction, option0, option1, option2, option3, option4, option5,
         )  # fmt: skip
-        finish_loss(share, first_entry + first, loss, arrivals, entries, average)
+        finish_loss(share, first_entry + got.first, loss, arrivals, entries, average)
 
 
 def loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
@@ -248,7 +234,7 @@ def match_launches(
         "first_entry": 0,
         **loss_arguments(programs, programs, loss),
         **match_arguments(match, grad_mean, grad_var),
-        "BLOCK_COLUMNS": tile.columns,
+        "COLUMNS": tile.columns,
     }
     return [_plan.Launch(match_kernel, programs, arguments, tile.warps, _MATCH_REGISTERS)]
 

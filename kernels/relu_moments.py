@@ -6,46 +6,31 @@ from torch import Tensor
 
 from moment_ops.kernels import _launch, _plan
 from moment_ops.kernels._order import in_memory_order, is_native, restore_logical_order, vector_in_memory_order
+from moment_ops.kernels._records import Rows
 from moment_ops.kernels._reduce import reduce_columns
-from moment_ops.kernels.moments import backward_launches, reduction_arguments
+from moment_ops.kernels.moments import CUT, backward_launches, reduction_arguments
 
 
-@triton.jit(do_not_specialize=["channel_columns", "rows", "chunk_rows", "chunks", "correction"])
+@triton.jit(do_not_specialize=["channel_columns", *CUT])
 def relu_moments_kernel(
-    inputs,  # LAYERS x (rows, columns)
-    outputs,  # likewise
-    starts,
-    columns,
-    strides,
-    output_strides,
-    offsets,
-    inners,
+    layers,
     bias,  # (columns / channel_columns) or None
     channel_columns,
     mean_out,  # (F)
     var_out,  # (F)
-    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
-    tickets,  # (programs) int32 zeros, or None
+    partials,
     rows,
     chunk_rows,
     chunks,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    strip,
 ):
     """relu(x + bias), and its moments, packed."""
-    complete, mean, var, packed, mask, _ = reduce_columns(
-        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        outputs, output_strides, bias, channel_columns, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS,
-    )  # fmt: skip
-    if complete:
-        tl.store(mean_out + packed, mean, mask=mask)
-        tl.store(var_out + packed, var, mask=mask)
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    got = reduce_columns(layers, bias, channel_columns, partials, cut, mean_out.dtype.element_ty, strip)
+    if got.complete:
+        tl.store(mean_out + got.packed, got.mean, mask=got.mask)
+        tl.store(var_out + got.packed, got.var, mask=got.mask)
 
 
 def relu_moments_launches(
@@ -63,9 +48,7 @@ def relu_moments_launches(
     (x,), (y,) = in_memory_order([x]), in_memory_order([y])
     (group,) = _plan.groups("tap", [x], [y])
     arguments = {
-        **reduction_arguments(group, [x], correction),
-        "outputs": group.tensors([y]),
-        "output_strides": group.strides[1],
+        **reduction_arguments(group, [x], correction, [y]),
         "bias": bias,
         "channel_columns": channel_columns,
         "mean_out": mean,
