@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels._plan import encoded, padded
@@ -19,6 +20,7 @@ from moment_ops.kernels._product_tiles import (
     most_layers,
     processors,
 )
+from moment_ops.kernels._records import Layers
 from moment_ops.ops import triangle
 
 # The most chunks of rows; in rows, what a tile costs besides them, and a chunk the program that folds it.
@@ -55,6 +57,24 @@ class TileGroup:
     def integers(self, values: Sequence[int]) -> tuple[int, ...]:
         """Likewise, integers."""
         return encoded(padded([values[i] for i in self.layers], 0))
+
+    def record(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor] | None = None) -> Layers:
+        """The layers of the kernels."""
+        return Layers(
+            inputs=self.tensors(inputs),
+            grads=None,
+            outputs=None if outputs is None else self.tensors(outputs),
+            starts=self.starts,
+            columns=self.widths,
+            strides=self.strides[0],
+            grad_strides=None,
+            output_strides=None if outputs is None else self.strides[1],
+            offsets=self.offsets,
+            inners=None,
+            positions=None,
+            triangles=self.packed,
+            VECTOR=tl.constexpr(self.vector),
+        )
 
     @property
     def long(self) -> bool:

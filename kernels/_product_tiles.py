@@ -4,10 +4,12 @@ An architecture is named as Triton names it: 90 is sm_90 of NVIDIA, "gfx942" is 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import triton.language as tl
 
+from moment_ops.kernels import _records
 from moment_ops.kernels._plan import MAX_LAYERS
 from moment_ops.ops import backends, triangle
 
@@ -35,6 +37,11 @@ class ProductTile(NamedTuple):
     def resident(self) -> int:
         """Programs that share a multiprocessor: the registers of eight warps with 64 sums a thread fill it."""
         return 3 if self.warps < 8 else 1
+
+    def record(self, mode: str, promoted: int = 0) -> _records.ProductTile:
+        """The tile of the kernels."""
+        values = (mode, operand_dtype(), self.rows, self.columns, self.depth, self.steps, self.stages, promoted)
+        return _records.ProductTile(*map(tl.constexpr, values))
 
 
 # Without tensor cores operands and sums share the registers; a sum of 32 products is promoted. Larger tiles read less
@@ -188,8 +195,6 @@ def gram_gradient_tile(mode: str, architecture: Architecture) -> ProductTile:
     return _GRAM_GRADIENTS[_family(architecture)][mode]
 
 
-def operand_dtype() -> Any:
+def operand_dtype() -> tl.dtype:
     """The dtype of bfloat16 operands: the interpreter cannot multiply them."""
-    import triton.language as tl
-
     return tl.float32 if backends.interpreted() else tl.bfloat16

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,6 +23,7 @@ from moment_ops.kernels._averages import (
 from moment_ops.kernels._common import is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import triangle_groups
 from moment_ops.kernels._product_tiles import Architecture, architecture_of, forward_tile, product_mode
+from moment_ops.kernels._records import Rows, Shifts
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import (
     covariances,
@@ -33,6 +35,7 @@ from moment_ops.kernels.covariance import (
     unit_columns,
 )
 from moment_ops.kernels.match import COUNTS, finish_loss, loss_arguments, match_quantity
+from moment_ops.kernels.moments import CUT
 from moment_ops.ops.records import CovarianceMatch
 
 
@@ -42,62 +45,53 @@ def weight_of(bits):
     return ((bits >> 4) & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
 
 
+class Targets(NamedTuple):
+    """Layers' targets."""
+
+    targets: Any  # (D, D), or packed
+    full: Any  # whether it is (D, D)
+    weights: Any  # as `weight_bits` has them
+
+
+class Target(NamedTuple):
+    """One of them."""
+
+    target: Any
+    full: Any
+    weight: Any  # float32
+
+
 @triton.jit
-def match_quarter(
-    sums,
-    rows,
-    correction,
-    rest,
-    row,
-    column,
-    width,
-    quarter,
-    target,
-    target_is_full,
-    packed_start,
-    weight,
-    vectors,
-    average,
-    numbers,
-    TILE: tl.constexpr,
-):
+def match_quarter(sums, target, packed_start, vectors, average, numbers, cut, shifts, got, quarter, TILE: tl.constexpr):
     """Match a quarter of a tile; returns its share of the loss, float64."""
     SIDE: tl.constexpr = BLOCK // TILE
+    row, column, width = got.row, got.column, got.width
     row_columns = row * TILE + tl.arange(0, TILE)
     column_columns = column * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4)
-    value = covariances(sums, rows, correction, rest, row_columns, column_columns, width, True)
+    value = covariances(sums, cut, shifts, got, row_columns, column_columns)
     mask = (row_columns < width)[:, None] & (column_columns < width)[None, :]  # (TILE, TILE / 4)
     offset, stride = packed_block(width, row // SIDE, column // SIDE)
     full_offset = (row // SIDE * BLOCK).to(tl.int64) * width + column // SIDE * BLOCK
     inner_row = (row % SIDE * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
     inner_column = (column % SIDE * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4))[None, :]
     packed = (packed_start + offset) + (inner_row * stride + inner_column)
-    target_offset = tl.where(target_is_full, full_offset, offset)
-    target_stride = tl.where(target_is_full, width.to(tl.int64), stride)
-    goal = tl.load(target + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
+    target_offset = tl.where(target.full, full_offset, offset)
+    target_stride = tl.where(target.full, width.to(tl.int64), stride)
+    goal = tl.load(target.target + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
     finite = is_finite(value)
     entries = Entries(packed, mask, finite, load_started(average, packed, mask, finite))
-    share = match_quantity(value, goal, weight, vectors, entries, average, numbers)
+    share = match_quantity(value, goal, target.weight, vectors, entries, average, numbers)
     store_started(average, entries)
     # Blocks beside the diagonal stand for two of the matrix.
     return share * tl.where(row // SIDE == column // SIDE, 1.0, 2.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction", *OPTIONS, "reduction", *COUNTS])
+@triton.jit(do_not_specialize=[*CUT, *OPTIONS, "reduction", *COUNTS])
 def covariance_match_kernel(
-    inputs,  # LAYERS x (rows, D)
-    starts,
-    widths,
-    strides,
-    offsets,
-    packed,
-    targets,  # LAYERS x (D, D), or packed
-    full,  # which of them are (D, D)
-    weights,
-    shift,  # (columns)
-    rest,  # (columns)
-    partials,  # (programs, TILE, TILE) float32, or None
-    tickets,  # (programs) int32 zeros, or None
+    layers,
+    targets,
+    shifts,
+    partials,
     rows,
     chunk_rows,
     chunks,
@@ -115,46 +109,31 @@ def covariance_match_kernel(
     arrivals,
     entries,
     first_entry,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CENTERED: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    TILE: tl.constexpr,
-    LONG: tl.constexpr,
-    PROMOTED: tl.constexpr,
+    tile,
 ):
     """The matching loss of covariances: the program that completes a tile matches it."""
-    complete, total, first, tiles, width, offset, row, column = products(
-        inputs, starts, widths, strides, offsets, shift, partials, tickets, rows, chunk_rows, chunks, LAYERS, VECTOR,
-        CENTERED, MODE, BF16, DEPTH, STEPS, STAGES, TILE, LONG, PROMOTED,
-    )  # fmt: skip
-    if complete:
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    SIDE: tl.constexpr = tile.COLUMNS
+    got = products(layers, shifts, partials, cut, tile)
+    if got.complete:
         program = tl.program_id(0)
         numbers = numbers_of(average, reduction, option0, option1, option2, option3, option4, option5)
-        target = pick(targets, starts, program, LAYERS)
-        target_is_full = pick_integer(full, starts, program, LAYERS) != 0
-        packed_start = pick_integer(packed, starts, program, LAYERS).to(tl.int64) * VECTOR
-        weight = weight_of(pick(weights, starts, program, LAYERS))
+        matrix = pick(targets.targets, layers, program)
+        is_full = pick_integer(targets.full, layers, program) != 0
+        start = pick_integer(layers.triangles, layers, program).to(tl.int64) * layers.VECTOR
+        target = Target(matrix, is_full, weight_of(pick(targets.weights, layers, program)))
         share = tl.zeros((), tl.float64)
         if partials is None:
-            parts = quarters(total, TILE)
+            parts = quarters(got.total, SIDE)
             for quarter in tl.static_range(4):
                 share += match_quarter(
-                    parts[quarter], rows, correction, rest + offset, row, column, width, quarter, target,
-                    target_is_full, packed_start, weight, vectors, average, numbers, TILE,
-                )  # fmt: skip
+                    parts[quarter], target, start, vectors, average, numbers, cut, shifts, got, quarter, SIDE
+                )
         else:
             for quarter in range(4):
-                sums = fold_quarter(partials, first, tiles, chunks, quarter, TILE)
-                share += match_quarter(
-                    sums, rows, correction, rest + offset, row, column, width, quarter, target, target_is_full,
-                    packed_start, weight, vectors, average, numbers, TILE,
-                )  # fmt: skip
-        finish_loss(share, first_entry + first, loss, arrivals, entries, average)
+                sums = fold_quarter(partials.partials, got.first, got.tiles, chunks, quarter, SIDE)
+                share += match_quarter(sums, target, start, vectors, average, numbers, cut, shifts, got, quarter, SIDE)
+        finish_loss(share, first_entry + got.first, loss, arrivals, entries, average)
 
 
 def weight_bits(value: float) -> int:
@@ -172,7 +151,7 @@ def covariance_match_launches(
     architecture: Architecture,
 ) -> list[_plan.Launch]:
     """The launches of `covariance_match_`: those that come last complete the loss."""
-    shift, rest = _launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1)
+    shifts = Shifts(*_launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1))
     mode = product_mode(match.precision, x[0].dtype, True, architecture)
     tile = forward_tile(mode, architecture, len(x[0]), [layer.shape[1] for layer in x])
     groups = triangle_groups(x, tile, architecture)
@@ -183,14 +162,15 @@ def covariance_match_launches(
         **option_arguments(match.average, match.options),
         "average": average_argument(match.average, match.state, match.update),
     }
-    launches, first = shifts_launches(x, mean, shift, rest), 0
+    launches, first = shifts_launches(x, mean, shifts), 0
     for group in groups:
         arguments = {
-            **product_arguments(group, x, shift, rest, correction, True, mode, tile),
-            "packed": group.packed,
-            "targets": group.tensors(match.target),
-            "full": group.integers([int(t.dim() == 2) for t in match.target]),
-            "weights": tuple(map(weight_bits, _plan.padded([match.weight[i] for i in group.layers], 0.0))),
+            **product_arguments(group, x, shifts, correction, mode, tile),
+            "targets": Targets(
+                group.tensors(match.target),
+                group.integers([int(t.dim() == 2) for t in match.target]),
+                tuple(map(weight_bits, _plan.padded([match.weight[i] for i in group.layers], 0.0))),
+            ),
             "first_entry": first,
             **shared,
         }

@@ -10,6 +10,7 @@ from torch import Tensor
 from moment_ops.kernels import covariance, covariance_backward, covariance_match
 from moment_ops.kernels._plan import Launch
 from moment_ops.kernels._product_tiles import Architecture
+from moment_ops.kernels._records import Shifts
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
 from moment_ops.ops import triangle
 from moment_ops.ops.averages import AVERAGES
@@ -33,7 +34,9 @@ def _covariance(architecture: Architecture, shape: tuple[int, int], dtype: torch
 
 
 def _shifts(architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype) -> Launch:
-    return covariance.shifts_launches([_empty(*shape, dtype=dtype)], *(_empty(shape[1]) for _ in range(3)))[0]
+    return covariance.shifts_launches(
+        [_empty(*shape, dtype=dtype)], _empty(shape[1]), Shifts(_empty(shape[1]), _empty(shape[1]))
+    )[0]
 
 
 def _match(
