@@ -6,12 +6,13 @@ The rows of a layer lie in several tensors, its groups; all layers have the same
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import triton.language as tl
 from torch import Tensor
 
 from moment_ops.kernels._plan import encoded, padded
 from moment_ops.kernels._product_tiles import Architecture, ProductTile, most_layers
+from moment_ops.kernels._records import GroupedLayers
 
 # Programs that keep a large GPU busy; each leaves a tile in the workspace, 32 KiB.
 _PROGRAMS = 528
@@ -42,17 +43,35 @@ class Batch:
     # For every layer, one for every group.
     strides: tuple[tuple[int, ...], ...]
 
-    def tensors(self, tensors: Sequence[Tensor], layers: int) -> tuple[Tensor, ...]:
+    def tensors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The launch's tensors out of the whole list's, padded: for every layer, one for every group."""
-        return self._nested([tensors[group * layers : (group + 1) * layers] for group in range(self.groups)])
-
-    def integers(self, values: Sequence[int], layers: int) -> tuple[int, ...]:
-        """Likewise, integers."""
-        return encoded(self.tensors(values, layers))  # type: ignore[arg-type]
-
-    def _nested(self, groups: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+        count = len(tensors) // self.groups
+        groups = [tensors[group * count : (group + 1) * count] for group in range(self.groups)]
         chosen = padded([tuple(group[i] for group in groups) for i in self.layers], tuple(g[0] for g in groups))
         return tuple(value for values in chosen for value in values)
+
+    def integers(self, values: Sequence[int]) -> tuple[int, ...]:
+        """Likewise, integers."""
+        return encoded(self.tensors(values))  # type: ignore[arg-type]
+
+    def record(
+        self, inputs: Sequence[Tensor], shifts: Sequence[Tensor], outputs: Sequence[Tensor] | None = None
+    ) -> GroupedLayers:
+        """The layers of the kernels, as all have them."""
+        return GroupedLayers(
+            inputs=self.tensors(inputs),
+            outputs=None if outputs is None else self.tensors(outputs),
+            shifts=self.tensors(shifts),
+            factors=None,
+            strides=self.strides[0],
+            output_strides=None if outputs is None else self.strides[1],
+            wanted=None,
+            starts=self.starts,
+            columns=self.widths,
+            firsts=self.firsts,
+            positions=None,
+            VECTOR=tl.constexpr(self.vector),
+        )
 
     def every(self, step: int) -> tuple[int, ...]:
         """First programs of the layers where each has `step` of them."""

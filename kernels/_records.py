@@ -28,6 +28,23 @@ class Layers(NamedTuple):
     VECTOR: Any  # columns, strides and offsets are that many times as large
 
 
+class GroupedLayers(NamedTuple):
+    """Layers of a launch whose rows lie in several tensors, its groups: tensors and strides, one for each of them."""
+
+    inputs: Any  # (n, D)
+    outputs: Any
+    shifts: Any  # (D)
+    factors: Any  # of the rows, for all layers of the whole list in one tensor
+    strides: Any
+    output_strides: Any
+    wanted: Any  # whether an output is
+    starts: Any
+    columns: Any
+    firsts: Any  # rows of the groups, alike for all layers
+    positions: Any
+    VECTOR: Any
+
+
 class Strip(NamedTuple):
     """The columns of a program, of which it has so many rows in registers at a time."""
 
