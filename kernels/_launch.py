@@ -47,28 +47,30 @@ def workspace(size: int, dtype: torch.dtype, device: torch.device, *, zeroed: bo
     return tensor
 
 
-class _Pointer(NamedTuple):
-    """An address of a later call: so many bytes into a tensor."""
+class _Values(NamedTuple):
+    """Arguments of a later call, or a tuple among them, without addresses."""
 
-    tensor: int  # position among the call's tensors, workspaces last
-    offset: int
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]  # positions; of the call's tensors, workspaces last, which; bytes into it
+    tuples: list[tuple[int, "_Values"]]  # positions, and tuples that have pointers
 
-    def of(self, addresses: Sequence[int]) -> int:
-        return addresses[self.tensor] + self.offset
+    def addressed(self, addresses: Sequence[int]) -> list[Any]:
+        values = self.values.copy()
+        for position, tensor, offset in self.pointers:
+            values[position] = addresses[tensor] + offset
+        for position, inner in self.tuples:
+            values[position] = tuple(inner.addressed(addresses))
+        return values
 
 
 class _Prepared(NamedTuple):
     """A launch of later calls."""
 
     launch: Callable[..., None]
-    arguments: list[Any]
-    pointers: list[tuple[int, Any]]  # positions among the arguments, and pointers or nested tuples of them
+    arguments: _Values
 
     def run(self, addresses: Sequence[int]) -> None:
-        arguments = self.arguments.copy()
-        for position, pointers in self.pointers:
-            arguments[position] = _addressed(pointers, addresses)
-        self.launch(*arguments)
+        self.launch(*self.arguments.addressed(addresses))
 
 
 class _Call(NamedTuple):
@@ -83,43 +85,42 @@ class _Call(NamedTuple):
             launch.run(addresses)
 
 
-def _addressed(pointers: Any, addresses: Sequence[int]) -> Any:
-    if pointers.__class__ is _Pointer:
-        return pointers.of(addresses)
-    return tuple([_addressed(pointer, addresses) for pointer in pointers])
-
-
 class _Unclear(Exception):
     """A pointer does not tell which tensor it belongs to."""
 
 
-def _pointers(value: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> Any:
-    """Which tensor each tensor in `value`, nested tuples of them, is a view of; None where there is none."""
-    if isinstance(value, tuple) and value and isinstance(value[0], Tensor | tuple):
-        found = tuple(_pointers(entry, tensors, workspaces) for entry in value)
-        return found if None not in found else None
-    if not isinstance(value, Tensor):
-        return None
+def _pointer(value: Tensor, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> tuple[int, int]:
+    """Which of the call's tensors it is a view of, and where it begins there."""
     storage = value.untyped_storage().data_ptr()
     for i, tensor in enumerate(workspaces):
         if tensor.untyped_storage().data_ptr() == storage:
-            return _Pointer(len(tensors) + i, value.data_ptr() - tensor.data_ptr())
+            return len(tensors) + i, value.data_ptr() - tensor.data_ptr()
     same = [i for i, tensor in enumerate(tensors) if tensor is value]
     same = same or [i for i, tensor in enumerate(tensors) if tensor.data_ptr() == value.data_ptr()]
     if len(same) != 1:
         raise _Unclear
-    return _Pointer(same[0], 0)
+    return same[0], 0
+
+
+def _values(arguments: Sequence[Any], tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> _Values:
+    found = _Values(list(arguments), [], [])
+    for i, value in enumerate(arguments):
+        if isinstance(value, Tensor):
+            found.pointers.append((i, *_pointer(value, tensors, workspaces)))
+            found.values[i] = None
+        elif isinstance(value, tuple):
+            inner = _values(value, tensors, workspaces)
+            if inner.pointers or inner.tuples:
+                found.tuples.append((i, inner))
+                found.values[i] = None
+    return found
 
 
 def _prepared(
     launch: _plan.Launch, compiled: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]
 ) -> _Prepared:
     arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
-    found = [(i, _pointers(value, tensors, workspaces)) for i, value in enumerate(arguments)]
-    pointers = [(i, pointer) for i, pointer in found if pointer is not None]
-    for i, _ in pointers:
-        arguments[i] = None
-    return _Prepared(compiled[(launch.programs, 1, 1)], arguments, pointers)
+    return _Prepared(compiled[(launch.programs, 1, 1)], _values(arguments, tensors, workspaces))
 
 
 _calls: Plans[_Call] = Plans()

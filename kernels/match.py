@@ -71,7 +71,7 @@ def match_columns(mean, var, packed, mask, mean_vectors, var_vectors, scales, av
     """Match means, and variances where they have targets; returns the columns' share of the loss, float64."""
     # A column counts as finite where all of its moments that are matched are.
     finite = is_finite(mean)
-    if var_vectors is not None:
+    if var_vectors.target is not None:
         finite = finite & is_finite(var)
     entries = Entries(packed, mask, finite, load_started(average, packed, mask, finite))
     # Loads first: biases are corrected while they are in flight.
@@ -80,7 +80,7 @@ def match_columns(mean, var, packed, mask, mean_vectors, var_vectors, scales, av
     latest = load_averages(mean_vectors, average, packed, mask)
     numbers = numbers_of(average, reduction, option0, option1, option2, option3, option4, option5)
     loss = match_loaded(mean, target, weight, latest, double(scales[0]), mean_vectors, entries, average, numbers)
-    if var_vectors is not None:
+    if var_vectors.target is not None:
         target = tl.load(var_vectors.target + packed, mask=mask, other=0.0)
         loss += match_quantity(var, target, double(scales[1]), var_vectors, entries, average, numbers)
     store_started(average, entries)
@@ -122,7 +122,7 @@ def match_kernel(
     var,  # (columns) or None
     columns,
     mean_vectors,
-    var_vectors,  # or None
+    var_vectors,  # without a target, where variances are not matched
     mean_scale: tl.int64,  # bits of float64, as all scalars
     var_scale: tl.int64,
     reduction: tl.int64,
@@ -145,7 +145,7 @@ def match_kernel(
     mask = packed < columns
     batch_mean = tl.load(mean + packed, mask=mask, other=0.0)
     batch_var = batch_mean
-    if var_vectors is not None:
+    if var_vectors.target is not None:
         batch_var = tl.load(var + packed, mask=mask, other=0.0)
     share = match_columns(
         batch_mean, batch_var, packed, mask, mean_vectors, var_vectors, (mean_scale, var_scale), average, reduction,
@@ -164,7 +164,7 @@ def match_features_kernel(
     chunks,
     correction,
     mean_vectors,
-    var_vectors,  # or None
+    var_vectors,  # without a target, where variances are not matched
     mean_scale: tl.int64,  # bits of float64, as all scalars
     var_scale: tl.int64,
     reduction: tl.int64,
@@ -206,13 +206,11 @@ def loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
 
 def match_arguments(match: Match, grad_mean: Tensor, grad_var: Tensor | None) -> dict[str, Any]:
     """What the kernels that match have in common."""
-    mean_averages, var_averages = (vectors_of(match.average, match.state, quantity) for quantity in (0, 1))
-    var_vectors = None
-    if match.target_var is not None:
-        var_vectors = Vectors(match.target_var, match.var_weight, grad_var, var_averages)
+    mean_averages = vectors_of(match.average, match.state, 0)
+    var_averages = () if match.target_var is None else vectors_of(match.average, match.state, 1)
     return {
         "mean_vectors": Vectors(match.target_mean, match.mean_weight, grad_mean, mean_averages),
-        "var_vectors": var_vectors,
+        "var_vectors": Vectors(match.target_var, match.var_weight, grad_var, var_averages),
         "mean_scale": _plan.bits(match.mean_scale),
         "var_scale": _plan.bits(match.var_scale),
         "reduction": _plan.bits(match.reduction),
