@@ -20,6 +20,7 @@ from test_covariance import (  # noqa: F401
 
 import moment_ops as mo
 from moment_ops.kernels import _covariance_plan, _product_tiles, covariance, covariance_backward, covariance_match
+from moment_ops.kernels._records import Shifts
 from moment_ops.kernels._triangle import block_pair, packed_block
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance_match_backward
@@ -151,7 +152,7 @@ def test_features_of_16_bits_lose_nothing_on_tensor_cores(dtype, ratio):
 def test_what_a_shift_leaves_of_a_mean_is_an_eighth_of_the_deviation(dtype):
     x = (torch.randn(300, 200) * torch.logspace(-9, 3, 200) + torch.randn(200)).to(dtype)
     mean, shift, rest = torch.empty(3, 200)
-    for launch in covariance.shifts_launches([x], mean, shift, rest):
+    for launch in covariance.shifts_launches([x], mean, Shifts(shift, rest)):
         covariance._plan.run([launch], x.device)
     exact_mean = x.double().mean(0)
     std = x.double().std(0, correction=0)

@@ -25,7 +25,7 @@ from test_moments import backward_in_float64
 
 import moment_ops as mo
 from moment_ops.kernels import _plan
-from moment_ops.kernels.match import complement_of_power
+from moment_ops.kernels._averages import complement_of_power
 from moment_ops.ops.moments import moments, moments_backward
 
 pytestmark = pytest.mark.usefixtures("backend")

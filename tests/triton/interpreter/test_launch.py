@@ -20,7 +20,8 @@ SHAPES = ((300, 5, 4), (300, 70), (300, 1))
 def at_address(original, value):
     """Arguments as the interpreter takes them, from those of a compiled kernel: addresses become tensors."""
     if isinstance(original, tuple):
-        return tuple(at_address(*pair) for pair in zip(original, value, strict=True))
+        values = [at_address(*pair) for pair in zip(original, value, strict=True)]
+        return type(original)(*values) if hasattr(original, "_fields") else tuple(values)
     if not isinstance(original, torch.Tensor):
         return value
     size = original.untyped_storage().nbytes() - original.storage_offset() * original.element_size()
