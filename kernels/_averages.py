@@ -1,7 +1,7 @@
 """The running averages of the operators that match: their arguments and their steps, here and nowhere else in kernels.
 
-An average is what `moment_ops/ops/averages.py` says it is: its number, its vectors and its options. The device functions
-mirror csrc/device/match.h.
+An average is what `moment_ops/ops/averages.py` says it is: its number, its vectors and its options. The device
+functions mirror csrc/device/match.h.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels._common import double
-from moment_ops.kernels._plan import bits
+from moment_ops.kernels._common import bits, double
 from moment_ops.ops.averages import AVERAGES
 
 NONE = tl.constexpr(AVERAGES["none"].number)

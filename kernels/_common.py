@@ -1,11 +1,18 @@
 """Device functions that kernels share: finding a program's layer, columns and rows, merging moments, arriving last."""
 
+import struct
+
 import triton
 import triton.language as tl
 
-from moment_ops.kernels._plan import ROW_BYTES
+from moment_ops.kernels._tiles import STRIP_BYTES
 
-ROW_BITS = tl.constexpr(8 * ROW_BYTES)
+STRIP_BITS = tl.constexpr(8 * STRIP_BYTES)
+
+
+def bits(value: float) -> int:
+    """The bits of a float64 as a signed integer: a Python float would be rounded to float32 on its way."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Calls of operators: what one launches is worked out once for all calls that are alike.
+"""Launches, and calls of operators: what one launches is worked out once for all calls that are alike.
 
 Calls are alike where tensors agree in shape, strides, dtype, device and address modulo 16, and all else is equal. What
 is remembered of a call has neither tensors nor addresses: compiled kernels, their integers, and which of the call's
@@ -7,13 +7,45 @@ tensors each pointer belongs to.
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moment_ops.kernels import _plan
-from moment_ops.ops.plans import Plans
+# Calls that are remembered: a network has a few per batch size.
+MOST_CALLS = 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments, as it is launched."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+    registers: int | None = None
+
+    def options(self, hip: bool) -> dict[str, int]:
+        """Compiler options."""
+        # In large kernels ptxas, left to itself, spills to reach the next step of occupancy. ROCm has no such option.
+        if self.registers is None or hip:
+            return {"num_warps": self.warps}
+        return {"num_warps": self.warps, "maxnreg": self.registers}
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def start(launches: Sequence[Launch], device: torch.device) -> list[Any]:
+    """Launch on the current stream of the tensors' device; the compiled kernels, None of the interpreter's."""
+    hip = torch.version.hip is not None
+    with on(device):
+        return [launch.kernel[(launch.programs,)](**launch.arguments, **launch.options(hip)) for launch in launches]
 
 
 class Workspace(NamedTuple):
@@ -116,14 +148,12 @@ def _values(arguments: Sequence[Any], tensors: Sequence[Tensor], workspaces: Seq
     return found
 
 
-def _prepared(
-    launch: _plan.Launch, compiled: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]
-) -> _Prepared:
+def _prepared(launch: Launch, compiled: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> _Prepared:
     arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
     return _Prepared(compiled[(launch.programs, 1, 1)], _values(arguments, tensors, workspaces))
 
 
-_calls: Plans[_Call] = Plans()
+_calls: dict[Hashable, _Call] = {}
 
 
 def _described(argument: Any, tensors: list[Tensor]) -> Hashable:
@@ -136,7 +166,7 @@ def _described(argument: Any, tensors: list[Tensor]) -> Hashable:
     return argument
 
 
-def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *arguments: Any) -> None:
+def run(make: Callable[..., list[Launch]], device: torch.device, *arguments: Any) -> None:
     """Launch `make(*arguments)` on the current stream of the device.
 
     Args:
@@ -147,7 +177,7 @@ def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *argument
     key = make, _described(arguments, tensors)
     call = _calls.get(key)
     if call is not None:
-        with _plan.on(device):
+        with on(device):
             call.run(tensors)
         return
     allocated: list[tuple[Workspace, Tensor]] = []
@@ -156,7 +186,7 @@ def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *argument
         launches = [launch for launch in make(*arguments) if launch.programs]
     finally:
         _allocated.workspaces = None
-    compiled = _plan.run(launches, device)
+    compiled = start(launches, device)
     # The interpreter compiles nothing.
     if None in compiled:
         return
@@ -165,4 +195,6 @@ def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *argument
         prepared = [_prepared(*each, tensors, workspaces) for each in zip(launches, compiled, strict=True)]
     except _Unclear:
         return
-    _calls.put(key, _Call([described for described, _ in allocated], prepared))
+    if len(_calls) >= MOST_CALLS:
+        _calls.pop(next(iter(_calls)), None)
+    _calls[key] = _Call([described for described, _ in allocated], prepared)

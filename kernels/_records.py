@@ -3,8 +3,8 @@
 Tuples have an entry for each layer of a launch; their integers come sixteenfold (`encoded` in _plan.py says why). None
 stands for what is absent. Names in capitals are constants, `tl.constexpr`.
 
-Other integers, and bits of float64, are parameters of their own: in a tuple Triton would compile a kernel for those that
-are 1, and for those that 16 divides. Kernels gather them.
+Other integers, and bits of float64, are parameters of their own: in a tuple Triton would compile a kernel for those
+that are 1, and for those that 16 divides. Kernels gather them.
 """
 
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ class ProductTile(NamedTuple):
     DEPTH: Any
     STEPS: Any
     STAGES: Any
-    PROMOTED: Any  # entries whose products are summed before they are added to the sum over all, which is in memory; or 0
+    PROMOTED: Any  # entries whose products are summed before they are added to a sum in memory; or 0
 
 
 class Rows(NamedTuple):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from moment_ops.kernels._common import (
-    ROW_BITS,
+    STRIP_BITS,
     arrive,
     locate,
     merge,
@@ -175,13 +175,15 @@ class Moments(NamedTuple):
 
 
 @triton.jit
-def reduce_columns(layers, bias, channel_columns, partials, cut, dtype: tl.constexpr, strip, WIDE: tl.constexpr = False):
+def reduce_columns(
+    layers, bias, channel_columns, partials, cut, dtype: tl.constexpr, strip, WIDE: tl.constexpr = False
+):
     """The moments of a program's strip.
 
     With outputs, of a single layer, the moments are those of relu(x + bias), which is kept there; the bias is that of
     packed column // channel_columns. WIDE: the mean is returned in float64.
     """
-    LANES: tl.constexpr = ROW_BITS // layers.inputs[0].dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = STRIP_BITS // layers.inputs[0].dtype.element_ty.primitive_bitwidth
     COLUMNS: tl.constexpr = strip.COLUMNS
     program = tl.program_id(0)
     strips, chunk, left, width = locate(layers, program, strip)

@@ -13,24 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _column_plan, _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, product_mode
 from moment_ops.kernels._common import arrive, pick, pick_integer
 from moment_ops.kernels._covariance_plan import PROMOTED_ROWS, TileGroup, triangle_groups
-from moment_ops.kernels._product_tiles import (
-    Architecture,
-    ProductTile,
-    architecture_of,
-    forward_tile,
-    product_mode,
-)
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
 from moment_ops.kernels._records import Partials, Rows, Shifts
 from moment_ops.kernels._reduce import reduce_columns, variance
+from moment_ops.kernels._tiles import REDUCTION_REGISTERS, SHIFT_REGISTERS, ProductTile, forward_tile
 from moment_ops.kernels._triangle import BLOCK, block_pair
 from moment_ops.kernels.moments import CUT, reduction_arguments
-
-# Eight 16-bit columns per thread, their mean in float64 besides; as where moments are folded.
-_SHIFT_REGISTERS = 168
 
 
 @triton.jit(do_not_specialize=[*CUT])
@@ -263,10 +256,10 @@ def unit_columns(layers: Sequence[Tensor]) -> list[Tensor]:
     return [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in layers]
 
 
-def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shifts: Shifts) -> list[_plan.Launch]:
+def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shifts: Shifts) -> list[Launch]:
     """The launches that fill the mean and the shifts of (N, D) layers."""
     return [
-        _plan.Launch(
+        Launch(
             shifts_kernel,
             group.programs,
             {
@@ -276,9 +269,9 @@ def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shifts: Shifts) -> l
                 **reduction_arguments(group, layers, correction=0),
             },
             group.tile.warps,
-            _SHIFT_REGISTERS if group.itemsize == 2 else _plan.REGISTERS,
+            SHIFT_REGISTERS if group.itemsize == 2 else REDUCTION_REGISTERS,
         )
-        for group in _plan.groups("reduce", layers)
+        for group in _column_plan.groups("reduce", layers)
     ]
 
 
@@ -306,7 +299,7 @@ def product_arguments(
 
 def covariance_launches(
     x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor, architecture: Architecture
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `covariance` of x (N, D)."""
     shifts = Shifts(*_launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1))
     mode = product_mode(precision, x.dtype, centered, architecture)
@@ -315,7 +308,7 @@ def covariance_launches(
     arguments = {**product_arguments(group, [x], shifts, correction, mode, tile), "cov": cov}
     if not centered:
         arguments["shifts"] = None
-    launch = _plan.Launch(covariance_kernel, group.programs, arguments, tile.warps, tile.registers)
+    launch = Launch(covariance_kernel, group.programs, arguments, tile.warps, tile.registers)
     return [*shifts_launches([x], mean, shifts), launch]
 
 

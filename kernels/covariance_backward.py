@@ -6,16 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, gradient_mode
 from moment_ops.kernels._common import pick, pick_integer
 from moment_ops.kernels._covariance_plan import output_groups
-from moment_ops.kernels._product_tiles import (
-    Architecture,
-    architecture_of,
-    backward_tile,
-    gradient_mode,
-)
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
+from moment_ops.kernels._tiles import backward_tile
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import unit_columns
 
@@ -147,7 +144,7 @@ def backward_launches(
     precision: str,
     out: Sequence[Tensor],
     architecture: Architecture,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of the backward of layers (N, D) whose columns are neighbours, and of their outputs.
 
     grad: packed matrices, or the (D, D) one of the only layer.
@@ -167,7 +164,7 @@ def backward_launches(
             "PACKED": grad.dim() == 1,
             "tile": tile.record(mode),
         }
-        launches.append(_plan.Launch(covariance_backward_kernel, group.programs, arguments, tile.warps, tile.registers))
+        launches.append(Launch(covariance_backward_kernel, group.programs, arguments, tile.warps, tile.registers))
     return launches
 
 

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, product_mode
 from moment_ops.kernels._averages import (
     OPTIONS,
     Entries,
@@ -20,10 +21,12 @@ from moment_ops.kernels._averages import (
     store_started,
     vectors_of,
 )
-from moment_ops.kernels._common import is_finite, pick, pick_integer
+from moment_ops.kernels._common import bits, is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import triangle_groups
-from moment_ops.kernels._product_tiles import Architecture, architecture_of, forward_tile, product_mode
+from moment_ops.kernels._launch import Launch
+from moment_ops.kernels._plan import padded
 from moment_ops.kernels._records import Rows, Shifts
+from moment_ops.kernels._tiles import forward_tile
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import (
     covariances,
@@ -149,7 +152,7 @@ def covariance_match_launches(
     mean: Tensor,
     grad: Tensor | None,
     architecture: Architecture,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `covariance_match_`: those that come last complete the loss."""
     shifts = Shifts(*_launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1))
     mode = product_mode(match.precision, x[0].dtype, True, architecture)
@@ -158,7 +161,7 @@ def covariance_match_launches(
     shared = {
         **loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss),
         "vectors": Vectors(None, None, grad, vectors_of(match.average, match.state, 0)),
-        "reduction": _plan.bits(1.0),
+        "reduction": bits(1.0),
         **option_arguments(match.average, match.options),
         "average": average_argument(match.average, match.state, match.update),
     }
@@ -169,12 +172,12 @@ def covariance_match_launches(
             "targets": Targets(
                 group.tensors(match.target),
                 group.integers([int(t.dim() == 2) for t in match.target]),
-                tuple(map(weight_bits, _plan.padded([match.weight[i] for i in group.layers], 0.0))),
+                tuple(map(weight_bits, padded([match.weight[i] for i in group.layers], 0.0))),
             ),
             "first_entry": first,
             **shared,
         }
-        launches.append(_plan.Launch(covariance_match_kernel, group.programs, arguments, tile.warps, tile.registers))
+        launches.append(Launch(covariance_match_kernel, group.programs, arguments, tile.warps, tile.registers))
         first += group.programs
     return launches
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moment_ops.kernels._product_tiles import Architecture
 from torch import Tensor
 
 from moment_ops.kernels import covariance, covariance_backward, covariance_match
 from moment_ops.kernels._plan import Launch
-from moment_ops.kernels._product_tiles import Architecture
 from moment_ops.kernels._records import Shifts
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
 from moment_ops.ops import triangle

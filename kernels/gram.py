@@ -12,16 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _gram_plan, _launch, _plan
+from moment_ops.kernels import _gram_plan, _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, gram_mode
 from moment_ops.kernels._common import pick_integer
-from moment_ops.kernels._product_tiles import (
-    Architecture,
-    architecture_of,
-    gram_gradient_tile,
-    gram_mode,
-    gram_tile,
-)
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
+from moment_ops.kernels._tiles import gram_gradient_tile, gram_tile
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
 
@@ -223,7 +219,7 @@ def gram_backward_kernel(
 
 def gram_launches(
     rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor, architecture: Architecture
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `gram`, products and their sums, of rows and shifts whose columns are neighbours."""
     mode = gram_mode(rows[0].dtype, architecture)
     tile = gram_tile(mode, architecture)
@@ -234,7 +230,7 @@ def gram_launches(
     for batch in _gram_plan.triangle_batches(rows, shift, layers, tile, architecture):
         partials = _launch.workspace(batch.programs * tile.rows * tile.columns, out.dtype, out.device)
         products = {
-            "layers": batch.record(rows, shift),
+            "layers": batch.grouped(rows, shift),
             "partials": partials,
             "rows": total,
             "chunk_blocks": batch.chunk_blocks,
@@ -249,8 +245,8 @@ def gram_launches(
             "PART": _FOLD_SIDE,
             "CHUNKS": _FOLD_CHUNKS,
         }
-        launches.append(_plan.Launch(gram_kernel, batch.programs, products, tile.warps, tile.registers))
-        launches.append(_plan.Launch(gram_fold_kernel, parts * len(batch.layers), sums, 4))
+        launches.append(Launch(gram_kernel, batch.programs, products, tile.warps, tile.registers))
+        launches.append(Launch(gram_fold_kernel, parts * len(batch.layers), sums, 4))
     return launches
 
 
@@ -261,7 +257,7 @@ def backward_launches(
     wanted: Sequence[bool],
     out: Sequence[Tensor],
     architecture: Architecture,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `gram_backward`; `out` has a tensor for each of `rows`, any where none is wanted.
 
     factors: (L, R, 4 * ceil(R / 4)) float32, symmetric, zero beyond R.
@@ -270,11 +266,11 @@ def backward_launches(
     mode = gram_mode(rows[0].dtype, architecture)
     tile = gram_gradient_tile(mode, architecture)
     return [
-        _plan.Launch(
+        Launch(
             gram_backward_kernel,
             batch.programs,
             {
-                "layers": batch.record(rows, shift, out)._replace(
+                "layers": batch.grouped(rows, shift, out)._replace(
                     factors=factors, wanted=batch.integers(wanted), positions=batch.positions
                 ),
                 "rows": total,

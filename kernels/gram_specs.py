@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable
 
 import torch
+from moment_ops.kernels._product_tiles import Architecture
 from torch import Tensor
 
 from moment_ops.kernels import gram
 from moment_ops.kernels._plan import Launch
-from moment_ops.kernels._product_tiles import Architecture
 from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
 from moment_ops.kernels.covariance_specs import _matrix_products, _vectors
 

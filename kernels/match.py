@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _column_plan, _launch
 from moment_ops.kernels._averages import (
     OPTIONS,
     Entries,
@@ -25,17 +25,16 @@ from moment_ops.kernels._averages import (
     store_started,
     vectors_of,
 )
-from moment_ops.kernels._common import arrive, double, is_finite
+from moment_ops.kernels._common import arrive, bits, double, is_finite
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._order import is_native
 from moment_ops.kernels._records import Rows
 from moment_ops.kernels._reduce import reduce_columns
+from moment_ops.kernels._tiles import MATCH_REGISTERS, MATCH_TILES, REDUCTION_REGISTERS
 from moment_ops.kernels.moments import CUT, moments, reduction_arguments
 from moment_ops.ops.records import Match
 
 _FOLD_LOSSES = 1024
-_MATCH_TILE = {4: _plan.Tile(1, 512, 4), 8: _plan.Tile(1, 256, 4)}
-# 1,024 threads, whose vectors are in flight together.
-_MATCH_REGISTERS = 64
 
 
 @triton.jit
@@ -211,9 +210,9 @@ def match_arguments(match: Match, grad_mean: Tensor, grad_var: Tensor | None) ->
     return {
         "mean_vectors": Vectors(match.target_mean, match.mean_weight, grad_mean, mean_averages),
         "var_vectors": Vectors(match.target_var, match.var_weight, grad_var, var_averages),
-        "mean_scale": _plan.bits(match.mean_scale),
-        "var_scale": _plan.bits(match.var_scale),
-        "reduction": _plan.bits(match.reduction),
+        "mean_scale": bits(match.mean_scale),
+        "var_scale": bits(match.var_scale),
+        "reduction": bits(match.reduction),
         **option_arguments(match.average, match.options),
         "average": average_argument(match.average, match.state, match.update),
     }
@@ -221,9 +220,9 @@ def match_arguments(match: Match, grad_mean: Tensor, grad_var: Tensor | None) ->
 
 def match_launches(
     mean: Tensor, var: Tensor | None, match: Match, loss: Tensor, grad_mean: Tensor, grad_var: Tensor | None
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launch of `match_` from moments."""
-    tile = _MATCH_TILE[mean.element_size()]
+    tile = MATCH_TILES[mean.element_size()]
     programs = triton.cdiv(mean.numel(), tile.columns)
     arguments = {
         "mean": mean,
@@ -234,7 +233,7 @@ def match_launches(
         **match_arguments(match, grad_mean, grad_var),
         "COLUMNS": tile.columns,
     }
-    return [_plan.Launch(match_kernel, programs, arguments, tile.warps, _MATCH_REGISTERS)]
+    return [Launch(match_kernel, programs, arguments, tile.warps, MATCH_REGISTERS)]
 
 
 def match_features_launches(
@@ -245,9 +244,9 @@ def match_features_launches(
     mean: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor | None,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `match_` from features: those that come last complete the loss."""
-    groups = _plan.groups("reduce", layers)
+    groups = _column_plan.groups("reduce", layers)
     shared = loss_arguments(sum(g.programs for g in groups), sum(g.strips for g in groups), loss)
     shared |= match_arguments(match, grad_mean, grad_var)
     launches, first = [], 0
@@ -258,7 +257,7 @@ def match_features_launches(
             **reduction_arguments(group, layers, correction),
             **shared,
         }
-        launch = _plan.Launch(match_features_kernel, group.programs, arguments, group.tile.warps, _plan.REGISTERS)
+        launch = Launch(match_features_kernel, group.programs, arguments, group.tile.warps, REDUCTION_REGISTERS)
         launches.append(launch)
         first += group.programs
     return launches

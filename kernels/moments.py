@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _column_plan, _launch
 from moment_ops.kernels._common import (
-    ROW_BITS,
+    STRIP_BITS,
     locate,
     pick,
     pick_integer,
@@ -18,6 +18,7 @@ from moment_ops.kernels._common import (
     strip_columns,
     tile_at,
 )
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._order import (
     in_memory_order,
     restore_logical_order,
@@ -26,6 +27,7 @@ from moment_ops.kernels._order import (
 )
 from moment_ops.kernels._records import Partials, Rows
 from moment_ops.kernels._reduce import reduce_columns
+from moment_ops.kernels._tiles import ADDED_PASS_REGISTERS, PASS_REGISTERS, REDUCTION_REGISTERS
 
 # Integers that Triton would compile a kernel for each value of.
 CUT = ("rows", "chunk_rows", "chunks", "correction")
@@ -94,7 +96,7 @@ def moments_backward_kernel(
 ):
     """`[grad +] a + b * (x - mean)` for every layer; zero where RECTIFIED features are not positive, NaN aside."""
     accumulate = mean.dtype.element_ty
-    LANES: tl.constexpr = ROW_BITS // layers.inputs[0].dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = STRIP_BITS // layers.inputs[0].dtype.element_ty.primitive_bitwidth
     COLUMNS: tl.constexpr = strip.COLUMNS
     ROWS: tl.constexpr = strip.ROWS * COLUMNS // LANES
     READS: tl.constexpr = RECTIFIED or grad_var is not None
@@ -137,7 +139,7 @@ def moments_backward_kernel(
 
 
 def reduction_arguments(
-    group: _plan.Group, layers: Sequence[Tensor], correction: int, outputs: Sequence[Tensor] | None = None
+    group: _column_plan.ColumnGroup, layers: Sequence[Tensor], correction: int, outputs: Sequence[Tensor] | None = None
 ) -> dict[str, Any]:
     """What the kernels that reduce over rows have in common, workspace included."""
     x = layers[0]
@@ -158,18 +160,18 @@ def reduction_arguments(
     }
 
 
-def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None) -> list[_plan.Launch]:
+def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None) -> list[Launch]:
     """The launches of `moments` over layers whose rows are on dimension 0."""
     layers = in_memory_order(layers)
     return [
-        _plan.Launch(
+        Launch(
             moments_kernel,
             group.programs,
             {"mean_out": mean, "var_out": var, **reduction_arguments(group, layers, correction)},
             group.tile.warps,
-            _plan.REGISTERS,
+            REDUCTION_REGISTERS,
         )
-        for group in _plan.groups("reduce", layers)
+        for group in _column_plan.groups("reduce", layers)
     ]
 
 
@@ -193,14 +195,14 @@ def backward_launches(
     scale: Tensor | None,
     out: Sequence[Tensor],
     rectified: bool = False,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `moments_backward` over layers whose rows are on dimension 0.
 
     rectified: layers are outputs of ReLUs, and the gradients are those of their inputs.
     """
     grad, layers, out = in_memory_order(grad), in_memory_order(layers), in_memory_order(out)
     launches = []
-    for group in _plan.groups("apply", layers, out, *([grad] if grad else [])):
+    for group in _column_plan.groups("apply", layers, out, *([grad] if grad else [])):
         arguments = {
             "layers": group.record(layers, out, grad or None)._replace(positions=group.positions),
             "grad_mean": grad_mean,
@@ -214,8 +216,8 @@ def backward_launches(
             "strip": group.strip,
             "RECTIFIED": rectified,
         }
-        registers = _plan.ADDED_PASS_REGISTERS if grad else _plan.PASS_REGISTERS
-        launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps, registers))
+        registers = ADDED_PASS_REGISTERS if grad else PASS_REGISTERS
+        launches.append(Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps, registers))
     return launches
 
 

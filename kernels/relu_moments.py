@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _column_plan, _launch
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._order import in_memory_order, is_native, restore_logical_order, vector_in_memory_order
 from moment_ops.kernels._records import Rows
 from moment_ops.kernels._reduce import reduce_columns
+from moment_ops.kernels._tiles import REDUCTION_REGISTERS
 from moment_ops.kernels.moments import CUT, backward_launches, reduction_arguments
 
 
@@ -35,7 +37,7 @@ def relu_moments_kernel(
 
 def relu_moments_launches(
     x: Tensor, bias: Tensor | None, correction: int, y: Tensor, mean: Tensor, var: Tensor
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launch of `relu_moments`; x and y have the same columns."""
     channel_columns = 1
     if bias is not None:
@@ -46,7 +48,7 @@ def relu_moments_launches(
             bias = vector_in_memory_order(bias, [x])
             channel_columns = 1
     (x,), (y,) = in_memory_order([x]), in_memory_order([y])
-    (group,) = _plan.groups("tap", [x], [y])
+    (group,) = _column_plan.groups("tap", [x], [y])
     arguments = {
         **reduction_arguments(group, [x], correction, [y]),
         "bias": bias,
@@ -54,7 +56,7 @@ def relu_moments_launches(
         "mean_out": mean,
         "var_out": var,
     }
-    return [_plan.Launch(relu_moments_kernel, group.programs, arguments, group.tile.warps, _plan.REGISTERS)]
+    return [Launch(relu_moments_kernel, group.programs, arguments, group.tile.warps, REDUCTION_REGISTERS)]
 
 
 def relu_moments(x: Tensor, bias: Tensor | None, correction: int, y: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -72,7 +74,7 @@ def relu_moments_backward_launches(
     mean: Tensor,
     correction: int,
     out: Tensor,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launch of `relu_moments_backward`; y, grad and out have the same columns."""
     ordered_mean = vector_in_memory_order(mean, [y])
     assert ordered_mean is not None
