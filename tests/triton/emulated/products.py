@@ -9,7 +9,7 @@ from torch import Tensor
 from emulated.cases import LAYOUTS, Case, empty_like
 from emulated.columns import OPTIONS
 from moment_ops.kernels import covariance, covariance_backward, covariance_match, gram
-from moment_ops.kernels._plan import Launch
+from moment_ops.kernels._launch import Launch
 from moment_ops.ops import reference_covariance, reference_gram, triangle
 from moment_ops.ops.records import CovarianceMatch
 
