@@ -10,8 +10,7 @@ from emulated.cases import LAYOUTS, Case, empty_like
 from emulated.columns import OPTIONS
 from moment_ops.kernels import covariance, covariance_backward, covariance_match, gram
 from moment_ops.kernels._launch import Launch
-from moment_ops.ops import reference_covariance, reference_gram, triangle
-from moment_ops.ops.records import CovarianceMatch
+from moment_ops.ops import records, reference_covariance, reference_gram, triangle
 
 # Relative Frobenius error of a precision.
 BOUNDS = {"ieee": 1e-6, "bf16x3": 2e-5, "tf32": 1e-3, "bf16": 4e-3}
@@ -100,9 +99,9 @@ class CovarianceMatch(Case):
             self.layers, 1, match, self.loss, self.mean, self.grad, architecture
         )
 
-    def _match(self, targets: list[Tensor], state: list[Tensor], precision: str | None = None) -> CovarianceMatch:
+    def _match(self, targets: list[Tensor], state: list[Tensor], precision: str | None = None) -> records.CovarianceMatch:
         averaging = self.average, OPTIONS[self.average], state, self.update
-        return CovarianceMatch(targets, self.weights, *averaging, True, precision or self.precision)
+        return records.CovarianceMatch(targets, self.weights, *averaging, True, precision or self.precision)
 
     def check(self) -> None:
         state = [s.double() if s.is_floating_point() else s for s in self.before]
