@@ -91,7 +91,7 @@ def test_more_chunks_than_are_folded_at_a_time(monkeypatch):
 
 
 def test_a_thread_merges_no_more_rows_than_float32_bears(monkeypatch):
-    monkeypatch.setattr(_column_plan, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(_column_plan, "_MERGED_ROWS", 16)
     monkeypatch.setattr(_column_plan, "IN_FLIGHT", 0)
     _column_plan._groups.cache_clear()
     layers = make_features(1100, ((5,), (2, 2)))
