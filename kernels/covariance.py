@@ -25,6 +25,11 @@ from moment_ops.kernels._tiles import REDUCTION_REGISTERS, SHIFT_REGISTERS, Prod
 from moment_ops.kernels._triangle import BLOCK, block_pair
 from moment_ops.kernels.moments import CUT, reduction_arguments
 
+# The operators whose kernels these are, and the dtypes that they take; a literal, so that it is read without Triton.
+OPERATORS = {
+    "covariance": ("float32", "bfloat16", "float16"),
+}
+
 
 @triton.jit(do_not_specialize=[*CUT])
 def shifts_kernel(

@@ -16,6 +16,12 @@ from moment_ops.kernels._tiles import backward_tile
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import unit_columns
 
+# The operators whose kernels these are, and the dtypes that they take; a literal, so that it is read without Triton.
+OPERATORS = {
+    "covariance_backward": ("float32", "bfloat16", "float16"),
+    "covariance_match_backward": ("float32", "bfloat16", "float16"),
+}
+
 
 @triton.jit
 def symmetric_rows(matrix, width, begin, lane, first_column, mask, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):

@@ -41,6 +41,11 @@ from moment_ops.kernels.match import COUNTS, finish_loss, loss_arguments, match_
 from moment_ops.kernels.moments import CUT
 from moment_ops.ops.records import CovarianceMatch
 
+# The operators whose kernels these are, and the dtypes that they take; a literal, so that it is read without Triton.
+OPERATORS = {
+    "covariance_match_": ("float32", "bfloat16", "float16"),
+}
+
 
 @triton.jit
 def weight_of(bits):

@@ -21,6 +21,12 @@ from moment_ops.kernels._tiles import gram_gradient_tile, gram_tile
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
 
+# The operators whose kernels these are, and the dtypes that they take; a literal, so that it is read without Triton.
+OPERATORS = {
+    "gram": ("float32", "bfloat16", "float16"),
+    "gram_backward": ("float32", "bfloat16", "float16"),
+}
+
 # Sides of the parts of a tile that are folded, and chunks that are loaded at a time.
 _FOLD_SIDE = 32
 _FOLD_CHUNKS = 8

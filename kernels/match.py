@@ -34,6 +34,11 @@ from moment_ops.kernels._tiles import MATCH_REGISTERS, MATCH_TILES, REDUCTION_RE
 from moment_ops.kernels.moments import CUT, moments, reduction_arguments
 from moment_ops.ops.records import Match
 
+# The operators whose kernels these are, and the dtypes that they take; a literal, so that it is read without Triton.
+OPERATORS = {
+    "match_": ("float32", "bfloat16", "float16", "float64"),
+}
+
 _FOLD_LOSSES = 1024
 
 

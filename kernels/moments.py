@@ -29,6 +29,12 @@ from moment_ops.kernels._records import Partials, Rows
 from moment_ops.kernels._reduce import reduce_columns
 from moment_ops.kernels._tiles import ADDED_PASS_REGISTERS, PASS_REGISTERS, REDUCTION_REGISTERS
 
+# The operators whose kernels these are, and the dtypes that they take; a literal, so that it is read without Triton.
+OPERATORS = {
+    "moments": ("float32", "bfloat16", "float16", "float64"),
+    "moments_backward": ("float32", "bfloat16", "float16", "float64"),
+}
+
 # Integers that Triton would compile a kernel for each value of.
 CUT = ("rows", "chunk_rows", "chunks", "correction")
 

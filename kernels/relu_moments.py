@@ -12,6 +12,12 @@ from moment_ops.kernels._reduce import reduce_columns
 from moment_ops.kernels._tiles import REDUCTION_REGISTERS
 from moment_ops.kernels.moments import CUT, backward_launches, reduction_arguments
 
+# The operators whose kernels these are, and the dtypes that they take; a literal, so that it is read without Triton.
+OPERATORS = {
+    "relu_moments": ("float32", "bfloat16", "float16", "float64"),
+    "relu_moments_backward": ("float32", "bfloat16", "float16", "float64"),
+}
+
 
 @triton.jit(do_not_specialize=["channel_columns", *CUT])
 def relu_moments_kernel(

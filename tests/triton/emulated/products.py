@@ -99,7 +99,9 @@ class CovarianceMatch(Case):
             self.layers, 1, match, self.loss, self.mean, self.grad, architecture
         )
 
-    def _match(self, targets: list[Tensor], state: list[Tensor], precision: str | None = None) -> records.CovarianceMatch:
+    def _match(
+        self, targets: list[Tensor], state: list[Tensor], precision: str | None = None
+    ) -> records.CovarianceMatch:
         averaging = self.average, OPTIONS[self.average], state, self.update
         return records.CovarianceMatch(targets, self.weights, *averaging, True, precision or self.precision)
 

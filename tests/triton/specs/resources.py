@@ -88,19 +88,30 @@ class Spec:
     architectures: tuple[int, ...]
 
 
-def compile_launch(launch: Launch, architecture: int | str) -> Any:
-    """Compile what a launch would compile on a GPU: of compute capability 90, or of AMD's gfx942; needs no driver."""
+def specialization(launch: Launch, architecture: int | str) -> tuple[Any, ...]:
+    """(signature, constants, attributes, options): all that a launch on a GPU is compiled for, and remembered by.
+
+    architecture: a compute capability, 90, or AMD's, "gfx942".
+    """
     kernel = launch.kernel
-    hip = isinstance(architecture, str)
-    target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", architecture, 32)
-    backend = make_backend(target)
-    keywords = {**launch.arguments, **launch.options(hip), "debug": False}
+    backend = make_backend(_target(architecture))
+    keywords = {**launch.arguments, **launch.options(isinstance(architecture, str)), "debug": False}
     # As JITFunction.run does, which wants a driver.
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**keywords)
-    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    bound, found, options = bind(**keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, found, options)
+    return signature, constants, attributes, options
+
+
+def _target(architecture: int | str) -> GPUTarget:
+    return GPUTarget("hip", architecture, 64) if isinstance(architecture, str) else GPUTarget("cuda", architecture, 32)
+
+
+def compile_launch(launch: Launch, architecture: int | str) -> Any:
+    """Compile what a launch would compile on a GPU; needs no driver."""
+    signature, constants, attributes, options = specialization(launch, architecture)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=_target(architecture), options=options.__dict__)
 
 
 def machine_code(compiled: Any) -> code.Function:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from specs.resources import named
 
 from emulated.cases import LAYOUTS, always, planned
 from emulated.columns import OPTIONS
@@ -53,9 +54,10 @@ BRANCHES = {
 def test_shapes_take_the_branches_that_they_are_named_after(shape, architecture):
     rows, width, plan = SHAPES[shape]
     with planned(plan):
-        arguments = Covariance(rows, width, F32, "bf16x3").launches(architecture)[-1].arguments
-    blocks = -(-arguments["chunk_rows"] // arguments["PROMOTED"]) if arguments["LONG"] else 1
-    assert (arguments["TILE"], arguments["chunks"], blocks) == BRANCHES[shape]
+        arguments = named(Covariance(rows, width, F32, "bf16x3").launches(architecture)[-1])
+    promoted = arguments["tile.PROMOTED"]
+    blocks = -(-arguments["chunk_rows"] // promoted) if promoted else 1
+    assert (arguments["tile.COLUMNS"], arguments["chunks"], blocks) == BRANCHES[shape]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
