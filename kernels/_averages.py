@@ -19,8 +19,7 @@ NONE = tl.constexpr(AVERAGES["none"].number)
 MOVING = tl.constexpr(AVERAGES["moving"].number)
 ADAM = tl.constexpr(AVERAGES["adam"].number)
 
-# Parameters of a kernel, bits of float64: an average's options, in its order, and zeros. Not in a tuple, where Triton
-# would compile a kernel for each of their values.
+# Parameters of a kernel, bits of float64: an average's options, in its order, and zeros.
 OPTIONS = ("option0", "option1", "option2", "option3", "option4", "option5")
 
 
@@ -166,9 +165,13 @@ def load_averages(vectors, average, packed, mask):
 
 
 @triton.jit
-def numbers_of(average, reduction, option0, option1, option2, option3, option4, option5):
-    """The scalars of the step that is about to be made, from their bits; Adam's corrections, 1 for other averages."""
-    options = (double(option0), double(option1), double(option2), double(option3), double(option4), double(option5))
+def numbers_of(average, reduction, options):
+    """The scalars of the step that is about to be made, from their bits; Adam's corrections, 1 for other averages.
+
+    options: as many as there are OPTIONS.
+    """
+    options = (double(options[0]), double(options[1]), double(options[2]), double(options[3]), double(options[4]),
+               double(options[5]))  # fmt: skip
     first = tl.full((), 1.0, tl.float64)
     second = tl.full((), 1.0, tl.float64)
     if average.KIND == ADAM and average.UPDATE:

@@ -69,13 +69,13 @@ def locate_tile(layers, program, tile):
     first = pick_integer(layers.starts, layers, program)
     width = pick_integer(layers.columns, layers, program) * layers.VECTOR
     blocks = tl.cdiv(width, BLOCK)
-    SIDE: tl.constexpr = BLOCK // tile.COLUMNS
-    tiles = blocks * (blocks + 1) // 2 * (SIDE * SIDE)
+    TILES: tl.constexpr = BLOCK // tile.COLUMNS
+    tiles = blocks * (blocks + 1) // 2 * (TILES * TILES)
     local = program - first
     index = local % tiles
-    row, column = block_pair(index // (SIDE * SIDE), blocks)
-    row = row * SIDE + index % (SIDE * SIDE) // SIDE
-    column = column * SIDE + index % SIDE
+    row, column = block_pair(index // (TILES * TILES), blocks)
+    row = row * TILES + index % (TILES * TILES) // TILES
+    column = column * TILES + index % TILES
     return tiles, local // tiles, width, row, column
 
 

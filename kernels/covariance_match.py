@@ -64,34 +64,37 @@ class Targets(NamedTuple):
 class Target(NamedTuple):
     """One of them."""
 
-    target: Any
+    matrix: Any
     full: Any
     weight: Any  # float32
 
 
 @triton.jit
-def match_quarter(sums, target, packed_start, vectors, average, numbers, cut, shifts, got, quarter, TILE: tl.constexpr):
-    """Match a quarter of a tile; returns its share of the loss, float64."""
-    SIDE: tl.constexpr = BLOCK // TILE
+def match_quarter(sums, of_layer, start, vectors, average, numbers, cut, shifts, got, quarter, SIDE: tl.constexpr):
+    """Match a quarter of a tile; returns its share of the loss, float64.
+
+    of_layer: the target; start: where the layer's triangle begins in packed vectors.
+    """
+    TILES: tl.constexpr = BLOCK // SIDE
     row, column, width = got.row, got.column, got.width
-    row_columns = row * TILE + tl.arange(0, TILE)
-    column_columns = column * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4)
+    row_columns = row * SIDE + tl.arange(0, SIDE)
+    column_columns = column * SIDE + quarter * (SIDE // 4) + tl.arange(0, SIDE // 4)
     value = covariances(sums, cut, shifts, got, row_columns, column_columns)
-    mask = (row_columns < width)[:, None] & (column_columns < width)[None, :]  # (TILE, TILE / 4)
-    offset, stride = packed_block(width, row // SIDE, column // SIDE)
-    full_offset = (row // SIDE * BLOCK).to(tl.int64) * width + column // SIDE * BLOCK
-    inner_row = (row % SIDE * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
-    inner_column = (column % SIDE * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4))[None, :]
-    packed = (packed_start + offset) + (inner_row * stride + inner_column)
-    target_offset = tl.where(target.full, full_offset, offset)
-    target_stride = tl.where(target.full, width.to(tl.int64), stride)
-    goal = tl.load(target.target + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
+    mask = (row_columns < width)[:, None] & (column_columns < width)[None, :]  # (SIDE, SIDE / 4)
+    offset, stride = packed_block(width, row // TILES, column // TILES)
+    full_offset = (row // TILES * BLOCK).to(tl.int64) * width + column // TILES * BLOCK
+    inner_row = (row % TILES * SIDE + tl.arange(0, SIDE)).to(tl.int64)[:, None]
+    inner_column = (column % TILES * SIDE + quarter * (SIDE // 4) + tl.arange(0, SIDE // 4))[None, :]
+    packed = (start + offset) + (inner_row * stride + inner_column)
+    target_offset = tl.where(of_layer.full, full_offset, offset)
+    target_stride = tl.where(of_layer.full, width.to(tl.int64), stride)
+    target = tl.load(of_layer.matrix + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
     finite = is_finite(value)
     entries = Entries(packed, mask, finite, load_started(average, packed, mask, finite))
-    share = match_quantity(value, goal, target.weight, vectors, entries, average, numbers)
+    share = match_quantity(value, target, of_layer.weight, vectors, entries, average, numbers)
     store_started(average, entries)
     # Blocks beside the diagonal stand for two of the matrix.
-    return share * tl.where(row // SIDE == column // SIDE, 1.0, 2.0).to(tl.float64)
+    return share * tl.where(row // TILES == column // TILES, 1.0, 2.0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=[*CUT, *OPTIONS, "reduction", *COUNTS])
@@ -125,7 +128,7 @@ def covariance_match_kernel(
     got = products(layers, shifts, partials, cut, tile)
     if got.complete:
         program = tl.program_id(0)
-        numbers = numbers_of(average, reduction, option0, option1, option2, option3, option4, option5)
+        numbers = numbers_of(average, reduction, (option0, option1, option2, option3, option4, option5))
         matrix = pick(targets.targets, layers, program)
         is_full = pick_integer(targets.full, layers, program) != 0
         start = pick_integer(layers.triangles, layers, program).to(tl.int64) * layers.VECTOR

@@ -42,6 +42,13 @@ OPERATORS = {
 _FOLD_LOSSES = 1024
 
 
+class Quantities(NamedTuple):
+    """What is matched, `Vectors` each."""
+
+    mean: Any
+    var: Any  # without a target where variances are not matched
+
+
 @triton.jit
 def load_weight(vectors, packed, mask):
     """1 where there is none."""
@@ -70,23 +77,22 @@ def match_quantity(value, target, scale, vectors, entries, average, numbers):
 
 
 @triton.jit
-def match_columns(mean, var, packed, mask, mean_vectors, var_vectors, scales, average, reduction, option0, option1,
-                  option2, option3, option4, option5):  # fmt: skip
+def match_columns(mean, var, packed, mask, vectors, scales, average, options):
     """Match means, and variances where they have targets; returns the columns' share of the loss, float64."""
     # A column counts as finite where all of its moments that are matched are.
     finite = is_finite(mean)
-    if var_vectors.target is not None:
+    if vectors.var.target is not None:
         finite = finite & is_finite(var)
     entries = Entries(packed, mask, finite, load_started(average, packed, mask, finite))
     # Loads first: biases are corrected while they are in flight.
-    target = tl.load(mean_vectors.target + packed, mask=mask, other=0.0)
-    weight = load_weight(mean_vectors, packed, mask)
-    latest = load_averages(mean_vectors, average, packed, mask)
-    numbers = numbers_of(average, reduction, option0, option1, option2, option3, option4, option5)
-    loss = match_loaded(mean, target, weight, latest, double(scales[0]), mean_vectors, entries, average, numbers)
-    if var_vectors.target is not None:
-        target = tl.load(var_vectors.target + packed, mask=mask, other=0.0)
-        loss += match_quantity(var, target, double(scales[1]), var_vectors, entries, average, numbers)
+    target = tl.load(vectors.mean.target + packed, mask=mask, other=0.0)
+    weight = load_weight(vectors.mean, packed, mask)
+    latest = load_averages(vectors.mean, average, packed, mask)
+    numbers = numbers_of(average, scales[2], options)
+    loss = match_loaded(mean, target, weight, latest, double(scales[0]), vectors.mean, entries, average, numbers)
+    if vectors.var.target is not None:
+        target = tl.load(vectors.var.target + packed, mask=mask, other=0.0)
+        loss += match_quantity(var, target, double(scales[1]), vectors.var, entries, average, numbers)
     store_started(average, entries)
     return loss
 
@@ -115,7 +121,7 @@ def finish_loss(share, index, loss, arrivals, entries, average):
             tl.store(average.step, tl.load(average.step) + 1)
 
 
-# Integers that Triton would compile a kernel for each value of.
+# Integers whose values do not specialise a kernel.
 COUNTS = ("arrivals", "entries", "first_entry")
 _SCALES = ("mean_scale", "var_scale", "reduction")
 
@@ -125,8 +131,7 @@ def match_kernel(
     mean,  # (columns)
     var,  # (columns) or None
     columns,
-    mean_vectors,
-    var_vectors,  # without a target, where variances are not matched
+    vectors,
     mean_scale: tl.int64,  # bits of float64, as all scalars
     var_scale: tl.int64,
     reduction: tl.int64,
@@ -149,12 +154,10 @@ def match_kernel(
     mask = packed < columns
     batch_mean = tl.load(mean + packed, mask=mask, other=0.0)
     batch_var = batch_mean
-    if var_vectors.target is not None:
+    if vectors.var.target is not None:
         batch_var = tl.load(var + packed, mask=mask, other=0.0)
-    share = match_columns(
-        batch_mean, batch_var, packed, mask, mean_vectors, var_vectors, (mean_scale, var_scale), average, reduction,
-        option0, option1, option2, option3, option4, option5,
-    )  # fmt: skip
+    scales, options = (mean_scale, var_scale, reduction), (option0, option1, option2, option3, option4, option5)
+    share = match_columns(batch_mean, batch_var, packed, mask, vectors, scales, average, options)
     finish_loss(share, first_entry + program, loss, arrivals, entries, average)
 
 
@@ -167,8 +170,7 @@ def match_features_kernel(
     chunk_rows,
     chunks,
     correction,
-    mean_vectors,
-    var_vectors,  # without a target, where variances are not matched
+    vectors,
     mean_scale: tl.int64,  # bits of float64, as all scalars
     var_scale: tl.int64,
     reduction: tl.int64,
@@ -190,10 +192,8 @@ def match_features_kernel(
     got = reduce_columns(layers, None, None, partials, cut, mean_out.dtype.element_ty, strip)
     if got.complete:
         tl.store(mean_out + got.packed, got.mean, mask=got.mask)
-        share = match_columns(
-            got.mean, got.var, got.packed, got.mask, mean_vectors, var_vectors, (mean_scale, var_scale), average,
-            reduction, option0, option1, option2, option3, option4, option5,
-        )  # fmt: skip
+        scales, options = (mean_scale, var_scale, reduction), (option0, option1, option2, option3, option4, option5)
+        share = match_columns(got.mean, got.var, got.packed, got.mask, vectors, scales, average, options)
         finish_loss(share, first_entry + got.first, loss, arrivals, entries, average)
 
 
@@ -213,8 +213,10 @@ def match_arguments(match: Match, grad_mean: Tensor, grad_var: Tensor | None) ->
     mean_averages = vectors_of(match.average, match.state, 0)
     var_averages = () if match.target_var is None else vectors_of(match.average, match.state, 1)
     return {
-        "mean_vectors": Vectors(match.target_mean, match.mean_weight, grad_mean, mean_averages),
-        "var_vectors": Vectors(match.target_var, match.var_weight, grad_var, var_averages),
+        "vectors": Quantities(
+            Vectors(match.target_mean, match.mean_weight, grad_mean, mean_averages),
+            Vectors(match.target_var, match.var_weight, grad_var, var_averages),
+        ),
         "mean_scale": bits(match.mean_scale),
         "var_scale": bits(match.var_scale),
         "reduction": bits(match.reduction),

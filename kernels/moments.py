@@ -35,7 +35,7 @@ OPERATORS = {
     "moments_backward": ("float32", "bfloat16", "float16", "float64"),
 }
 
-# Integers that Triton would compile a kernel for each value of.
+# Integers whose values do not specialise a kernel.
 CUT = ("rows", "chunk_rows", "chunks", "correction")
 
 

@@ -150,7 +150,7 @@ def _average(launch: Launch) -> str:
 def _match_features(launch: Launch, rows: int, shapes: list[tuple[int, ...]], layout: str) -> Case:
     arguments = named(launch)
     update = arguments["average.UPDATE"]
-    weighted, var = _present(launch, "mean_vectors.weight", "var_vectors.target")
+    weighted, var = _present(launch, "vectors.mean.weight", "vectors.var.target")
     average = _average(launch)
     return columns.MatchFeatures(
         rows, shapes, _dtype(launch), average, layout, update or average == "none", weighted, var
@@ -159,7 +159,7 @@ def _match_features(launch: Launch, rows: int, shapes: list[tuple[int, ...]], la
 
 def _match(launch: Launch) -> Iterator[Small]:
     arguments = named(launch)
-    weighted, var = _present(launch, "mean_vectors.weight", "var_vectors.target")
+    weighted, var = _present(launch, "vectors.mean.weight", "vectors.var.target")
     average, update = _average(launch), arguments["average.UPDATE"]
     # Two programs, the second with a tail of a multiple of 16.
     count = arguments["COLUMNS"] + 16
