@@ -93,7 +93,7 @@ class Group:
 
     @staticmethod
     def nested(values: Sequence[Sequence[int]], unit: int = 1) -> tuple[int, ...]:
-        """Of every layer several integers."""
+        """Several integers of every layer."""
         chosen = padded([[value // unit for value in of] for of in values], [0] * len(values[0]))
         return encoded([value for of in chosen for value in of])
 
@@ -149,21 +149,17 @@ def group(
 ) -> G:
     """The launch of the layers at `positions`, which have so many programs each."""
     chosen = [layers[i] for i in positions]
-    starts, start = [], 0
-    for count in counts:
-        starts.append(start)
-        start += count
-    rows = sum(chosen[0].rows)
-    if start > _LAST or max(layer.columns for layer in chosen) >= 2**31:
+    rows, programs = sum(chosen[0].rows), sum(counts)
+    if programs > _LAST or max(layer.columns for layer in chosen) >= 2**31:
         most = f"{_LAST} programs and layers of 2**31 columns"
-        raise ValueError(f"a launch over {rows} rows takes at most {most}, got {start} programs")
+        raise ValueError(f"a launch over {rows} rows takes at most {most}, got {programs} programs")
     return kind(
         layers=tuple(positions),
         rows=rows,
         parts=len(chosen[0].rows),
-        programs=start,
+        programs=programs,
         vector=vector,
-        starts=first_programs(starts),
+        starts=first_programs(running(counts)),
         columns=encoded(padded([layer.columns // vector for layer in chosen], 1)),
         positions=encoded(padded(list(positions), 0)),
         strides=tuple(

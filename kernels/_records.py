@@ -54,7 +54,7 @@ class Strip(NamedTuple):
     FOLD_CHUNKS: Any  # chunks of rows that are folded at a time
 
 
-class ProductTile(NamedTuple):
+class Tile(NamedTuple):
     """The products of a program, of which it sums STEPS times DEPTH at a time."""
 
     MODE: Any  # of _products.py

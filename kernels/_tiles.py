@@ -59,10 +59,10 @@ class ProductTile(NamedTuple):
         """Programs that share a multiprocessor: the registers of eight warps with 64 sums a thread fill it."""
         return 3 if self.warps < 8 else 1
 
-    def record(self, mode: str, promoted: int = 0) -> _records.ProductTile:
+    def record(self, mode: str, promoted: int = 0) -> _records.Tile:
         """The tile of the kernels."""
         values = (mode, operand_dtype(), self.rows, self.columns, self.depth, self.steps, self.stages, promoted)
-        return _records.ProductTile(*map(tl.constexpr, values))
+        return _records.Tile(*map(tl.constexpr, values))
 
 
 # Without tensor cores operands and sums share the registers; a sum of 32 products is promoted. Larger tiles read less
