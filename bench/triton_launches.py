@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan, match, moments, relu_moments
+from moment_ops.kernels import _launch, match, moments, relu_moments
 from moment_ops.ops.records import Match
 
 ADAM = [1e-3, 0.5, 0.999, 1e-8, 0.0]
@@ -21,7 +21,7 @@ class _Compiled:
 
 def _look_up(fill: Callable[..., None], *arguments: object) -> Callable[[], None]:
     """A call like one that has been worked out."""
-    with patch.object(_plan, "run", lambda launches, device: [_Compiled() for _ in launches]):
+    with patch.object(_launch, "start", lambda launches, device: [_Compiled() for _ in launches]):
         fill(*arguments)
     return lambda: fill(*arguments)
 
@@ -52,11 +52,11 @@ def launches(call: Callable[[], None]) -> int:
     """How many kernels a call launches."""
     counted = 0
 
-    def count(planned: list[_plan.Launch], device: torch.device) -> list[None]:
+    def count(planned: list[_launch.Launch], device: torch.device) -> list[None]:
         nonlocal counted
         counted += len(planned)
         return [None for _ in planned]
 
-    with patch.object(_plan, "run", count), patch.object(_launch, "_calls", _launch.Plans()):
+    with patch.object(_launch, "start", count), patch.object(_launch, "_calls", {}):
         call()
     return counted

@@ -1,11 +1,18 @@
 """Device functions that kernels share: finding a program's layer, columns and rows, merging moments, arriving last."""
 
+import struct
+
 import triton
 import triton.language as tl
 
-from moment_ops.kernels._plan import ROW_BYTES
+from moment_ops.kernels._tiles import STRIP_BYTES
 
-ROW_BITS = tl.constexpr(8 * ROW_BYTES)
+STRIP_BITS = tl.constexpr(8 * STRIP_BYTES)
+
+
+def bits(value: float) -> int:
+    """The bits of a float64 as a signed integer: a Python float would be rounded to float32 on its way."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @triton.jit
@@ -21,63 +28,51 @@ def is_finite(value):
 
 
 @triton.jit
-def pick(values, starts, program, LAYERS: tl.constexpr):
-    """The entry of the layer that a program works on; `starts` are the layers' first programs, sixteenfold.
+def pick(values, layers, program):
+    """The entry of the layer that a program works on.
 
     A chain of selects, not a table in memory: it keeps what is known about the pointers' alignment, and nothing has to
     be copied to the device.
     """
     encoded = program * 16
     picked = values[0]
-    for i in tl.static_range(1, LAYERS):
-        picked = tl.where(encoded >= starts[i], values[i], picked)
+    for i in tl.static_range(1, len(layers.starts)):
+        picked = tl.where(encoded >= layers.starts[i], values[i], picked)
     return picked
 
 
 @triton.jit
-def pick_integer(values, starts, program, LAYERS: tl.constexpr):
-    """As `pick`, of integers that come sixteenfold (`encoded` in _plan.py says why)."""
-    return pick(values, starts, program, LAYERS) >> 4
+def pick_integer(values, layers, program):
+    """As `pick`, of integers, which come sixteenfold."""
+    return pick(values, layers, program) >> 4
 
 
 @triton.jit
-def locate(starts, columns, program, LAYERS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def locate(layers, program, strip):
     """Where a program works: (strips, chunk, begin, width).
 
     strips: of the layer; chunk: of the rows; begin: the first column, in memory order; width: the layer's columns.
     """
-    local = program - pick_integer(starts, starts, program, LAYERS)
-    # Multiplying by VECTOR tells the compiler that loads may be that wide.
-    width = pick_integer(columns, starts, program, LAYERS) * VECTOR
-    strips = tl.cdiv(width, BLOCK_COLUMNS)
-    return strips, local // strips, local % strips * BLOCK_COLUMNS, width
+    local = program - pick_integer(layers.starts, layers, program)
+    # Multiplying by VECTOR tells the compiler that accesses may be that wide.
+    width = pick_integer(layers.columns, layers, program) * layers.VECTOR
+    strips = tl.cdiv(width, strip.COLUMNS)
+    return strips, local // strips, local % strips * strip.COLUMNS, width
 
 
 @triton.jit
-def strip_columns(
-    begin,
-    width,
-    starts,
-    offsets,
-    inners,
-    program,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    PERMUTED: tl.constexpr,
-):
-    """A strip's columns, over and over for LANES of them: (column, mask, packed), (LANES).
+def strip_columns(layers, program, strip, begin, width, LANES: tl.constexpr):
+    """The columns of a strip that begins there, over and over for LANES of them: (column, mask, packed), (LANES).
 
     column: in memory order; packed: int64 positions in the packed vectors, where a channels-last layer has its columns
     transposed.
     """
-    lane = tl.arange(0, LANES) % BLOCK_COLUMNS
+    lane = tl.arange(0, LANES) % strip.COLUMNS
     mask = lane < width - begin
     column = begin + lane
-    first = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
-    if PERMUTED:
-        inner = pick_integer(inners, starts, program, LAYERS)
+    first = pick_integer(layers.offsets, layers, program).to(tl.int64) * layers.VECTOR
+    if strip.PERMUTED:
+        inner = pick_integer(layers.inners, layers, program)
         packed = first + (column % inner) * (width // inner) + column // inner
     else:
         packed = first + column
@@ -85,23 +80,23 @@ def strip_columns(
 
 
 @triton.jit
-def tile_at(begin, x, stride, ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def tile_at(begin, x, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, LANES) pointers to the tile from row `begin` on; x: (LANES) pointers to row 0.
 
     The lanes of a wide strip read a row at once; those of a narrow one read as many rows as it fits into them, and the
     next rows are as far on. `begin` is added first: a thread then keeps a pointer in registers, not one for each row.
     """
     LANES: tl.constexpr = x.shape[0]
-    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
-    group = tl.arange(0, LANES) // BLOCK_COLUMNS
+    GROUPS: tl.constexpr = LANES // COLUMNS
+    group = tl.arange(0, LANES) // COLUMNS
     return (x + group * stride + begin * stride)[None, :] + tl.arange(0, ROWS)[:, None] * (GROUPS * stride)
 
 
 @triton.jit
-def rows_of_lanes(rows, LANES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def rows_of_lanes(rows, LANES: tl.constexpr, COLUMNS: tl.constexpr):
     """How many of `rows` rows each lane has; (LANES)."""
-    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
-    return (rows + (GROUPS - 1) - tl.arange(0, LANES) // BLOCK_COLUMNS) // GROUPS
+    GROUPS: tl.constexpr = LANES // COLUMNS
+    return (rows + (GROUPS - 1) - tl.arange(0, LANES) // COLUMNS) // GROUPS
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Calls of operators: what one launches is worked out once for all calls that are alike.
+"""Launches, and calls of operators: what one launches is worked out once for all calls that are alike.
 
 Calls are alike where tensors agree in shape, strides, dtype, device and address modulo 16, and all else is equal. What
 is remembered of a call has neither tensors nor addresses: compiled kernels, their integers, and which of the call's
@@ -7,13 +7,45 @@ tensors each pointer belongs to.
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moment_ops.kernels import _plan
-from moment_ops.ops.plans import Plans
+# Calls that are remembered: a network has a few per batch size.
+MOST_CALLS = 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments, as it is launched."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+    registers: int | None = None
+
+    def options(self, hip: bool) -> dict[str, int]:
+        """Compiler options."""
+        # In large kernels ptxas, left to itself, spills to reach the next step of occupancy. ROCm has no such option.
+        if self.registers is None or hip:
+            return {"num_warps": self.warps}
+        return {"num_warps": self.warps, "maxnreg": self.registers}
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def start(launches: Sequence[Launch], device: torch.device) -> list[Any]:
+    """Launch on the current stream of the tensors' device; the compiled kernels, None of the interpreter's."""
+    hip = torch.version.hip is not None
+    with on(device):
+        return [launch.kernel[(launch.programs,)](**launch.arguments, **launch.options(hip)) for launch in launches]
 
 
 class Workspace(NamedTuple):
@@ -47,28 +79,30 @@ def workspace(size: int, dtype: torch.dtype, device: torch.device, *, zeroed: bo
     return tensor
 
 
-class _Pointer(NamedTuple):
-    """An address of a later call: so many bytes into a tensor."""
+class _Values(NamedTuple):
+    """Arguments of a later call, or a tuple among them, without addresses."""
 
-    tensor: int  # position among the call's tensors, workspaces last
-    offset: int
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]  # positions; of the call's tensors, workspaces last, which; bytes into it
+    tuples: list[tuple[int, "_Values"]]  # positions, and tuples that have pointers
 
-    def of(self, addresses: Sequence[int]) -> int:
-        return addresses[self.tensor] + self.offset
+    def addressed(self, addresses: Sequence[int]) -> list[Any]:
+        values = self.values.copy()
+        for position, tensor, offset in self.pointers:
+            values[position] = addresses[tensor] + offset
+        for position, inner in self.tuples:
+            values[position] = tuple(inner.addressed(addresses))
+        return values
 
 
 class _Prepared(NamedTuple):
     """A launch of later calls."""
 
     launch: Callable[..., None]
-    arguments: list[Any]
-    pointers: list[tuple[int, Any]]  # positions among the arguments, and pointers or nested tuples of them
+    arguments: _Values
 
     def run(self, addresses: Sequence[int]) -> None:
-        arguments = self.arguments.copy()
-        for position, pointers in self.pointers:
-            arguments[position] = _addressed(pointers, addresses)
-        self.launch(*arguments)
+        self.launch(*self.arguments.addressed(addresses))
 
 
 class _Call(NamedTuple):
@@ -83,46 +117,43 @@ class _Call(NamedTuple):
             launch.run(addresses)
 
 
-def _addressed(pointers: Any, addresses: Sequence[int]) -> Any:
-    if pointers.__class__ is _Pointer:
-        return pointers.of(addresses)
-    return tuple([_addressed(pointer, addresses) for pointer in pointers])
-
-
 class _Unclear(Exception):
     """A pointer does not tell which tensor it belongs to."""
 
 
-def _pointers(value: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> Any:
-    """Which tensor each tensor in `value`, nested tuples of them, is a view of; None where there is none."""
-    if isinstance(value, tuple) and value and isinstance(value[0], Tensor | tuple):
-        found = tuple(_pointers(entry, tensors, workspaces) for entry in value)
-        return found if None not in found else None
-    if not isinstance(value, Tensor):
-        return None
+def _pointer(value: Tensor, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> tuple[int, int]:
+    """Which of the call's tensors it is a view of, and where it begins there."""
     storage = value.untyped_storage().data_ptr()
     for i, tensor in enumerate(workspaces):
         if tensor.untyped_storage().data_ptr() == storage:
-            return _Pointer(len(tensors) + i, value.data_ptr() - tensor.data_ptr())
+            return len(tensors) + i, value.data_ptr() - tensor.data_ptr()
     same = [i for i, tensor in enumerate(tensors) if tensor is value]
     same = same or [i for i, tensor in enumerate(tensors) if tensor.data_ptr() == value.data_ptr()]
     if len(same) != 1:
         raise _Unclear
-    return _Pointer(same[0], 0)
+    return same[0], 0
 
 
-def _prepared(
-    launch: _plan.Launch, compiled: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]
-) -> _Prepared:
+def _values(arguments: Sequence[Any], tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> _Values:
+    found = _Values(list(arguments), [], [])
+    for i, value in enumerate(arguments):
+        if isinstance(value, Tensor):
+            found.pointers.append((i, *_pointer(value, tensors, workspaces)))
+            found.values[i] = None
+        elif isinstance(value, tuple):
+            inner = _values(value, tensors, workspaces)
+            if inner.pointers or inner.tuples:
+                found.tuples.append((i, inner))
+                found.values[i] = None
+    return found
+
+
+def _prepared(launch: Launch, compiled: Any, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> _Prepared:
     arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
-    found = [(i, _pointers(value, tensors, workspaces)) for i, value in enumerate(arguments)]
-    pointers = [(i, pointer) for i, pointer in found if pointer is not None]
-    for i, _ in pointers:
-        arguments[i] = None
-    return _Prepared(compiled[(launch.programs, 1, 1)], arguments, pointers)
+    return _Prepared(compiled[(launch.programs, 1, 1)], _values(arguments, tensors, workspaces))
 
 
-_calls: Plans[_Call] = Plans()
+_calls: dict[Hashable, _Call] = {}
 
 
 def _described(argument: Any, tensors: list[Tensor]) -> Hashable:
@@ -135,7 +166,7 @@ def _described(argument: Any, tensors: list[Tensor]) -> Hashable:
     return argument
 
 
-def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *arguments: Any) -> None:
+def run(make: Callable[..., list[Launch]], device: torch.device, *arguments: Any) -> None:
     """Launch `make(*arguments)` on the current stream of the device.
 
     Args:
@@ -146,7 +177,7 @@ def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *argument
     key = make, _described(arguments, tensors)
     call = _calls.get(key)
     if call is not None:
-        with _plan.on(device):
+        with on(device):
             call.run(tensors)
         return
     allocated: list[tuple[Workspace, Tensor]] = []
@@ -155,7 +186,7 @@ def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *argument
         launches = [launch for launch in make(*arguments) if launch.programs]
     finally:
         _allocated.workspaces = None
-    compiled = _plan.run(launches, device)
+    compiled = start(launches, device)
     # The interpreter compiles nothing.
     if None in compiled:
         return
@@ -164,4 +195,6 @@ def run(make: Callable[..., list[_plan.Launch]], device: torch.device, *argument
         prepared = [_prepared(*each, tensors, workspaces) for each in zip(launches, compiled, strict=True)]
     except _Unclear:
         return
-    _calls.put(key, _Call([described for described, _ in allocated], prepared))
+    if len(_calls) >= MOST_CALLS:
+        _calls.pop(next(iter(_calls)), None)
+    _calls[key] = _Call([described for described, _ in allocated], prepared)

@@ -7,11 +7,13 @@ and merged one after another, at most 512 rows of a thread, in the dtype of the 
 Chunks of rows, of several programs, are merged in float64, where the number of merges does not matter.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from moment_ops.kernels._common import (
-    ROW_BITS,
+    STRIP_BITS,
     arrive,
     locate,
     merge,
@@ -37,11 +39,11 @@ def rectified(value, bias, dtype: tl.constexpr):
 
 
 @triton.jit
-def kept(value, begin, y, y_stride, bias, mask, dtype: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def kept(value, begin, y, y_stride, bias, mask, dtype: tl.constexpr, COLUMNS: tl.constexpr):
     """Features in `dtype`; where there is a y, they become relu(x + bias), stored there from row `begin` on."""
     if y is not None:
         value = rectified(value, bias, dtype)
-        tl.store(tile_at(begin, y, y_stride, value.shape[0], BLOCK_COLUMNS), value, mask=mask)
+        tl.store(tile_at(begin, y, y_stride, value.shape[0], COLUMNS), value, mask=mask)
     return value.to(dtype)
 
 
@@ -54,14 +56,14 @@ def tile_moments(value, here, count):
 
 
 @triton.jit
-def fold_groups(pivot, mean, m2, rows, BLOCK_COLUMNS: tl.constexpr):
-    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of all rows from those of each lane."""
+def fold_groups(pivot, mean, m2, rows, COLUMNS: tl.constexpr):
+    """(pivot, mean - pivot, m2), (COLUMNS), of all rows from those of each lane."""
     LANES: tl.constexpr = pivot.shape[0]
-    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
-    count = tl.reshape(rows_of_lanes(rows, LANES, BLOCK_COLUMNS).to(mean.dtype), [GROUPS, BLOCK_COLUMNS])
-    pivot = tl.reshape(pivot, [GROUPS, BLOCK_COLUMNS])
-    mean = tl.reshape(mean, [GROUPS, BLOCK_COLUMNS])
-    m2 = tl.reshape(m2, [GROUPS, BLOCK_COLUMNS])
+    GROUPS: tl.constexpr = LANES // COLUMNS
+    count = tl.reshape(rows_of_lanes(rows, LANES, COLUMNS).to(mean.dtype), [GROUPS, COLUMNS])
+    pivot = tl.reshape(pivot, [GROUPS, COLUMNS])
+    mean = tl.reshape(mean, [GROUPS, COLUMNS])
+    m2 = tl.reshape(m2, [GROUPS, COLUMNS])
     # The pivot of one group, which may have had an outlier, and then the mean relative to it: that of equal means is
     # these, without rounding.
     first = tl.sum(tl.where(tl.arange(0, GROUPS)[:, None] == 0, pivot, 0.0), axis=0)
@@ -73,93 +75,83 @@ def fold_groups(pivot, mean, m2, rows, BLOCK_COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def block_moments(
-    x,
-    stride,
-    y,
-    y_stride,
-    bias,
-    mask,
-    rows,
-    dtype: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """(pivot, mean - pivot, m2), (BLOCK_COLUMNS), of rows of which each lane has at most 512.
+def block_moments(x, stride, y, y_stride, bias, mask, rows, dtype: tl.constexpr, strip):
+    """(pivot, mean - pivot, m2), (COLUMNS), of rows of which each lane has at most 512.
 
     x, y: (LANES) pointers to row 0; bias: likewise, to each column's.
     """
     LANES: tl.constexpr = x.shape[0]
-    GROUPS: tl.constexpr = LANES // BLOCK_COLUMNS
-    ROWS: tl.constexpr = BLOCK_ROWS // GROUPS
+    COLUMNS: tl.constexpr = strip.COLUMNS
+    GROUPS: tl.constexpr = LANES // COLUMNS
+    ROWS: tl.constexpr = strip.ROWS // GROUPS
     active = mask[None, :]
     row = tl.arange(0, ROWS)[:, None]
-    count = tl.minimum(rows_of_lanes(rows, LANES, BLOCK_COLUMNS), ROWS)  # (LANES)
+    count = tl.minimum(rows_of_lanes(rows, LANES, COLUMNS), ROWS)  # (LANES)
     here = row < count[None, :]  # (ROWS, LANES)
-    value = tl.load(tile_at(0, x, stride, ROWS, BLOCK_COLUMNS), mask=active & here, other=0.0)
+    value = tl.load(tile_at(0, x, stride, ROWS, COLUMNS), mask=active & here, other=0.0)
     added = None
     if bias is not None:
         # After the first features, so that both are in flight together.
         added = tl.load(bias, mask=mask, other=0.0).to(dtype)[None, :]
-    value = kept(value, 0, y, y_stride, added, active & here, dtype, BLOCK_COLUMNS)
+    value = kept(value, 0, y, y_stride, added, active & here, dtype, COLUMNS)
     # Relative to the first row, so that the pivot of a constant column is that constant.
     first = tl.sum(tl.where(row == 0, value, 0.0), axis=0)
     pivot = first + tl.sum(tl.where(here, value - first[None, :], 0.0), axis=0) / tl.maximum(count, 1).to(dtype)
     mean, m2 = tile_moments(value - pivot[None, :], here, count)
 
-    full = rows // BLOCK_ROWS * BLOCK_ROWS
-    for begin in range(BLOCK_ROWS, full, BLOCK_ROWS):
-        value = tl.load(tile_at(begin, x, stride, ROWS, BLOCK_COLUMNS), mask=active, other=0.0)
+    full = rows // strip.ROWS * strip.ROWS
+    for begin in range(strip.ROWS, full, strip.ROWS):
+        value = tl.load(tile_at(begin, x, stride, ROWS, COLUMNS), mask=active, other=0.0)
         # Masked columns are 0 - 0: no selects here.
-        value = kept(value, begin, y, y_stride, added, active, dtype, BLOCK_COLUMNS) - pivot[None, :]
+        value = kept(value, begin, y, y_stride, added, active, dtype, COLUMNS) - pivot[None, :]
         tile_mean = tl.sum(value, axis=0) * (1.0 / ROWS)
         value = value - tile_mean[None, :]
         mean, m2 = merge(mean, m2, begin // GROUPS, tile_mean, tl.sum(value * value, axis=0), ROWS)
     if (full < rows) & (full > 0):
-        count = rows_of_lanes(rows - full, LANES, BLOCK_COLUMNS)
+        count = rows_of_lanes(rows - full, LANES, COLUMNS)
         here = row < count[None, :]
-        value = tl.load(tile_at(full, x, stride, ROWS, BLOCK_COLUMNS), mask=active & here, other=0.0)
-        value = kept(value, full, y, y_stride, added, active & here, dtype, BLOCK_COLUMNS)
+        value = tl.load(tile_at(full, x, stride, ROWS, COLUMNS), mask=active & here, other=0.0)
+        value = kept(value, full, y, y_stride, added, active & here, dtype, COLUMNS)
         tile_mean, tile_m2 = tile_moments(value - pivot[None, :], here, count)
         mean, m2 = merge(mean, m2, full // GROUPS, tile_mean, tile_m2, count)
     if GROUPS == 1:
         return pivot, mean, m2
     else:
-        return fold_groups(pivot, mean, m2, rows, BLOCK_COLUMNS)
+        return fold_groups(pivot, mean, m2, rows, COLUMNS)
 
 
 @triton.jit
-def store_partial(partials, program, mean, m2, BLOCK_COLUMNS: tl.constexpr):
+def store_partial(partials, program, mean, m2, COLUMNS: tl.constexpr):
     """Leave a chunk's moments for the program that folds them."""
-    at = partials + program.to(tl.int64) * (2 * BLOCK_COLUMNS) + tl.arange(0, BLOCK_COLUMNS)
+    at = partials + program.to(tl.int64) * (2 * COLUMNS) + tl.arange(0, COLUMNS)
     tl.store(at, mean)
-    tl.store(at + BLOCK_COLUMNS, m2)
+    tl.store(at + COLUMNS, m2)
 
 
 @triton.jit
-def fold_partials(
-    partials, first, strips, chunks, rows, chunk_rows, BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
+def fold_partials(partials, first, strips, cut, strip):
     """(mean, m2) in float64 of a strip whose chunks were left by programs first, first + strips, ..., in order."""
-    lane = tl.arange(0, BLOCK_COLUMNS)
+    COLUMNS: tl.constexpr = strip.COLUMNS
+    lane = tl.arange(0, COLUMNS)
     # Loads go past the L1 cache, which does not follow other processors' stores.
     # Relative to one of them, equal means have a mean without rounding.
-    pivot = tl.load(partials + first.to(tl.int64) * (2 * BLOCK_COLUMNS) + lane, cache_modifier=".cg")
-    mean = tl.zeros([BLOCK_COLUMNS], tl.float64)
-    m2 = tl.zeros([BLOCK_COLUMNS], tl.float64)
-    for begin in range(0, chunks, BLOCK_CHUNKS):
-        chunk = begin + tl.arange(0, BLOCK_CHUNKS)
-        valid = chunk < chunks
-        count = tl.where(valid, tl.minimum(chunk_rows, rows - chunk * chunk_rows), 0).to(tl.float64)[:, None]
-        at = partials + ((first + chunk * strips).to(tl.int64)[:, None] * (2 * BLOCK_COLUMNS) + lane[None, :])
-        chunk_mean = tl.load(at, mask=valid[:, None], other=0.0, cache_modifier=".cg")  # (BLOCK_CHUNKS, BLOCK_COLUMNS)
+    pivot = tl.load(partials + first.to(tl.int64) * (2 * COLUMNS) + lane, cache_modifier=".cg")
+    mean = tl.zeros([COLUMNS], tl.float64)
+    m2 = tl.zeros([COLUMNS], tl.float64)
+    for begin in range(0, cut.chunks, strip.FOLD_CHUNKS):
+        chunk = begin + tl.arange(0, strip.FOLD_CHUNKS)
+        valid = chunk < cut.chunks
+        left = cut.rows - chunk * cut.chunk_rows
+        count = tl.where(valid, tl.minimum(cut.chunk_rows, left), 0).to(tl.float64)[:, None]
+        at = partials + ((first + chunk * strips).to(tl.int64)[:, None] * (2 * COLUMNS) + lane[None, :])
+        chunk_mean = tl.load(at, mask=valid[:, None], other=0.0, cache_modifier=".cg")  # (FOLD_CHUNKS, COLUMNS)
         chunk_mean = tl.where(valid[:, None], chunk_mean - pivot[None, :], 0.0)
-        chunk_m2 = tl.load(at + BLOCK_COLUMNS, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+        chunk_m2 = tl.load(at + COLUMNS, mask=valid[:, None], other=0.0, cache_modifier=".cg")
         total = tl.sum(tl.sum(count, axis=0), axis=0)
         tile_mean = tl.sum(count * chunk_mean, axis=0) / total
         delta = chunk_mean - tile_mean[None, :]
         tile_m2 = tl.sum(chunk_m2 + count * (delta * delta), axis=0)
-        mean, m2 = merge(mean, m2, begin * chunk_rows, tile_mean, tile_m2, total)
+        mean, m2 = merge(mean, m2, begin * cut.chunk_rows, tile_mean, tile_m2, total)
     return pivot + mean, m2
 
 
@@ -171,63 +163,45 @@ def variance(m2, rows, correction):
     return m2 * factor.to(m2.dtype)
 
 
+class Moments(NamedTuple):
+    """What `reduce_columns` returns."""
+
+    complete: Any  # whether this program has them, which one of a strip's programs does
+    first: Any  # of the strip's programs
+    mean: Any
+    var: Any
+    packed: Any  # positions in packed vectors
+    mask: Any
+
+
 @triton.jit
 def reduce_columns(
-    inputs,
-    starts,
-    columns,
-    strides,
-    offsets,
-    inners,
-    partials,
-    tickets,
-    rows,
-    chunk_rows,
-    chunks,
-    correction,
-    outputs,
-    output_strides,
-    bias,
-    channel_columns,
-    dtype: tl.constexpr,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    WIDE: tl.constexpr = False,
+    layers, bias, channel_columns, partials, cut, dtype: tl.constexpr, strip, WIDE: tl.constexpr = False
 ):
-    """The moments of a program's strip: (complete, mean, var, packed, mask, first).
+    """The moments of a program's strip.
 
-    complete: whether this program has them all, which one of a strip's programs does, `first` being the first of them.
     With outputs, of a single layer, the moments are those of relu(x + bias), which is kept there; the bias is that of
     packed column // channel_columns. WIDE: the mean is returned in float64.
     """
-    LANES: tl.constexpr = ROW_BITS // inputs[0].dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = STRIP_BITS // layers.inputs[0].dtype.element_ty.primitive_bitwidth
+    COLUMNS: tl.constexpr = strip.COLUMNS
     program = tl.program_id(0)
-    strips, chunk, strip, width = locate(starts, columns, program, LAYERS, VECTOR, BLOCK_COLUMNS)
-    column, active, packed_lanes = strip_columns(
-        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, LANES, BLOCK_COLUMNS, PERMUTED
-    )
-    begin = chunk * chunk_rows
-    stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    x = pick(inputs, starts, program, LAYERS) + column + begin * stride  # (LANES)
+    strips, chunk, left, width = locate(layers, program, strip)
+    column, active, packed_lanes = strip_columns(layers, program, strip, left, width, LANES)
+    begin = chunk * cut.chunk_rows
+    stride = pick_integer(layers.strides, layers, program).to(tl.int64) * layers.VECTOR
+    x = pick(layers.inputs, layers, program) + column + begin * stride  # (LANES)
     y = None
     y_stride = None
     column_bias = None
-    if outputs is not None:
-        y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-        y = pick(outputs, starts, program, LAYERS) + column + begin * y_stride
+    if layers.outputs is not None:
+        y_stride = pick_integer(layers.output_strides, layers, program).to(tl.int64) * layers.VECTOR
+        y = pick(layers.outputs, layers, program) + column + begin * y_stride
         if bias is not None:
             column_bias = bias + packed_lanes.to(tl.int32) // channel_columns
-    count = tl.minimum(rows - begin, chunk_rows)
-    pivot, mean, m2 = block_moments(
-        x, stride, y, y_stride, column_bias, active, count, dtype, BLOCK_ROWS, BLOCK_COLUMNS
-    )
-    _, mask, packed = strip_columns(
-        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, BLOCK_COLUMNS, BLOCK_COLUMNS, PERMUTED
-    )
+    count = tl.minimum(cut.rows - begin, cut.chunk_rows)
+    pivot, mean, m2 = block_moments(x, stride, y, y_stride, column_bias, active, count, dtype, strip)
+    _, mask, packed = strip_columns(layers, program, strip, left, width, COLUMNS)
     if partials is not None or WIDE:
         mean = pivot.to(tl.float64) + mean.to(tl.float64)
         m2 = m2.to(tl.float64)
@@ -236,9 +210,9 @@ def reduce_columns(
     first = program - chunk * strips
     complete = tl.full((), 1, tl.int32) == 1
     if partials is not None:
-        store_partial(partials, program, mean, m2, BLOCK_COLUMNS)
-        complete = arrive(tickets + first, chunks)
+        store_partial(partials.partials, program, mean, m2, COLUMNS)
+        complete = arrive(partials.tickets + first, cut.chunks)
         if complete:
-            mean, m2 = fold_partials(partials, first, strips, chunks, rows, chunk_rows, BLOCK_CHUNKS, BLOCK_COLUMNS)
-    var = variance(m2, rows, correction).to(dtype)
-    return complete, mean.to(tl.float64 if WIDE else dtype), var, packed, mask, first
+            mean, m2 = fold_partials(partials.partials, first, strips, cut, strip)
+    var = variance(m2, cut.rows, cut.correction).to(dtype)
+    return Moments(complete, first, mean.to(tl.float64 if WIDE else dtype), var, packed, mask)

@@ -6,138 +6,104 @@ standard deviation at most. Tiles below the diagonal are never computed.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _column_plan, _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, product_mode
 from moment_ops.kernels._common import arrive, pick, pick_integer
 from moment_ops.kernels._covariance_plan import PROMOTED_ROWS, TileGroup, triangle_groups
-from moment_ops.kernels._product_tiles import (
-    Architecture,
-    ProductTile,
-    architecture_of,
-    forward_tile,
-    operand_dtype,
-    product_mode,
-)
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
+from moment_ops.kernels._records import Partials, Rows, Shifts
 from moment_ops.kernels._reduce import reduce_columns, variance
+from moment_ops.kernels._tiles import REDUCTION_REGISTERS, SHIFT_REGISTERS, ProductTile, forward_tile
 from moment_ops.kernels._triangle import BLOCK, block_pair
-from moment_ops.kernels.moments import reduction_arguments
+from moment_ops.kernels.moments import CUT, reduction_arguments
 
+# Dtypes that the kernels take; a literal, which is read without importing Triton.
 OPERATORS = {
     "covariance": ("float32", "bfloat16", "float16"),
 }
 
-# Eight 16-bit columns per thread, their mean in float64 besides; as where moments are folded.
-_SHIFT_REGISTERS = 168
 
-
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction"])
+@triton.jit(do_not_specialize=[*CUT])
 def shifts_kernel(
-    inputs,  # LAYERS x (rows, columns)
-    starts,
-    columns,
-    strides,
-    offsets,
-    inners,
+    layers,
     mean_out,  # (F)
     shift_out,  # (F)
     rest_out,  # (F)
-    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
-    tickets,  # (programs) int32 zeros, or None
+    partials,
     rows,
     chunk_rows,
     chunks,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    strip,
 ):
     """The mean of every column, a shift close to it, and the rest."""
-    complete, mean, var, packed, mask, _ = reduce_columns(
-        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        None, None, None, None, tl.float32, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS,
-        True,
-    )  # fmt: skip
-    if complete:
-        shift = mean.to(tl.float32)
-        tl.store(mean_out + packed, shift, mask=mask)
-        if inputs[0].dtype.element_ty.primitive_bitwidth == 16:
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    got = reduce_columns(layers, None, None, partials, cut, tl.float32, strip, WIDE=True)
+    if got.complete:
+        shift = got.mean.to(tl.float32)
+        tl.store(mean_out + got.packed, shift, mask=got.mask)
+        if layers.inputs[0].dtype.element_ty.primitive_bitwidth == 16:
             # A multiple of an eighth of the deviation has few bits: differences from it then have few, too.
-            exponent = (var.to(tl.int32, bitcast=True) >> 23) - 127
+            exponent = (got.var.to(tl.int32, bitcast=True) >> 23) - 127
             unit = (((exponent >> 1) + 125) << 23).to(tl.float32, bitcast=True)
             coarse = tl.floor(shift / unit + 0.5) * unit
-            shift = tl.where((var > 0) & (exponent > -127) & (exponent < 128), coarse, shift)
-        tl.store(shift_out + packed, shift, mask=mask)
-        tl.store(rest_out + packed, (mean - shift.to(tl.float64)).to(tl.float32), mask=mask)
+            shift = tl.where((got.var > 0) & (exponent > -127) & (exponent < 128), coarse, shift)
+        tl.store(shift_out + got.packed, shift, mask=got.mask)
+        tl.store(rest_out + got.packed, (got.mean - shift.to(tl.float64)).to(tl.float32), mask=got.mask)
 
 
 @triton.jit
-def locate_tile(starts, widths, chunks, program, LAYERS: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr):
+def locate_tile(layers, program, tile):
     """(tiles, chunk, width, row, column): tiles and columns of a layer, and a program's chunk of rows and tile.
 
     Chunks of rows are outermost, so that programs that run together read the same rows.
     """
-    first = pick_integer(starts, starts, program, LAYERS)
-    width = pick_integer(widths, starts, program, LAYERS) * VECTOR
+    first = pick_integer(layers.starts, layers, program)
+    width = pick_integer(layers.columns, layers, program) * layers.VECTOR
     blocks = tl.cdiv(width, BLOCK)
-    SIDE: tl.constexpr = BLOCK // TILE
-    tiles = blocks * (blocks + 1) // 2 * (SIDE * SIDE)
+    TILES: tl.constexpr = BLOCK // tile.COLUMNS
+    tiles = blocks * (blocks + 1) // 2 * (TILES * TILES)
     local = program - first
     index = local % tiles
-    row, column = block_pair(index // (SIDE * SIDE), blocks)
-    row = row * SIDE + index % (SIDE * SIDE) // SIDE
-    column = column * SIDE + index % SIDE
+    row, column = block_pair(index // (TILES * TILES), blocks)
+    row = row * TILES + index % (TILES * TILES) // TILES
+    column = column * TILES + index % TILES
     return tiles, local // tiles, width, row, column
 
 
 @triton.jit
-def tile_products(
-    x,
-    stride,
-    row_columns,
-    column_columns,
-    width,
-    shift,
-    first,
-    last,
-    CENTERED: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """(TILE, TILE) sums over rows first ... last of products of shifted columns."""
+def tile_products(x, stride, row_columns, column_columns, width, shifts, offset, first, last, tile):
+    """(SIDE, SIDE) sums over rows first ... last of products of columns, less a shift where there is one."""
+    SIDE: tl.constexpr = tile.COLUMNS
     left_mask = row_columns < width
     right_mask = column_columns < width
-    if CENTERED:
+    if shifts is not None:
+        shift = shifts.shift + offset
         left_shift = tl.load(shift + row_columns, mask=left_mask, other=0.0)
         right_shift = tl.load(shift + column_columns, mask=right_mask, other=0.0)
-    total = tl.zeros([TILE, TILE], tl.float32)
-    for begin in tl.range(first, last, DEPTH * STEPS, num_stages=STAGES):
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    for begin in tl.range(first, last, tile.DEPTH * tile.STEPS, num_stages=tile.STAGES):
         # Not `total` itself: the sums of tensor cores are truncated.
-        part = tl.zeros([TILE, TILE], tl.float32)
-        for step in tl.static_range(STEPS):
-            row = begin + step * DEPTH + tl.arange(0, DEPTH)
+        part = tl.zeros([SIDE, SIDE], tl.float32)
+        for step in tl.static_range(tile.STEPS):
+            row = begin + step * tile.DEPTH + tl.arange(0, tile.DEPTH)
             here = (row < last)[:, None]
             at = x + row.to(tl.int64)[:, None] * stride  # (DEPTH, 1)
             left = tl.load(at + row_columns[None, :], mask=here & left_mask[None, :], other=0.0).to(tl.float32)
             right = tl.load(at + column_columns[None, :], mask=here & right_mask[None, :], other=0.0).to(tl.float32)
-            if CENTERED:
+            if shifts is not None:
                 # One factor of rows beyond the last is zero, which is enough.
                 left = tl.where(here, left - left_shift[None, :], 0.0)
                 right = right - right_shift[None, :]
-            part = multiply(tl.trans(left), right, part, MODE, BF16)
+            part = multiply(tl.trans(left), right, part, tile.MODE, tile.BF16)
         total = promote(total, part)
     return total
 
@@ -157,177 +123,137 @@ def symmetric(total, row, column, MODE: tl.constexpr):
 
 
 @triton.jit
-def quarters(total, TILE: tl.constexpr):
-    """Four tensors of (TILE, TILE / 4): columns in order."""
-    left, right = tl.split(total.reshape(TILE, 2, TILE // 2).permute(0, 2, 1))
-    first, second = tl.split(left.reshape(TILE, 2, TILE // 4).permute(0, 2, 1))
-    third, fourth = tl.split(right.reshape(TILE, 2, TILE // 4).permute(0, 2, 1))
+def quarters(total, SIDE: tl.constexpr):
+    """Four tensors of (SIDE, SIDE / 4): columns in order."""
+    left, right = tl.split(total.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1))
+    first, second = tl.split(left.reshape(SIDE, 2, SIDE // 4).permute(0, 2, 1))
+    third, fourth = tl.split(right.reshape(SIDE, 2, SIDE // 4).permute(0, 2, 1))
     return first, second, third, fourth
 
 
 @triton.jit
-def fold_quarter(partials, first, tiles, chunks, quarter, TILE: tl.constexpr):
-    """(TILE, TILE / 4) columns of a tile, in float64, whose chunks were left by first, first + tiles, ..., in order."""
-    row = tl.arange(0, TILE)
-    column = quarter * (TILE // 4) + tl.arange(0, TILE // 4)
-    at = row[:, None] * TILE + column[None, :]
-    total = tl.zeros([TILE, TILE // 4], tl.float64)
+def fold_quarter(partials, first, tiles, chunks, quarter, SIDE: tl.constexpr):
+    """(SIDE, SIDE / 4) columns of a tile, in float64, whose chunks were left by first, first + tiles, ..., in order."""
+    row = tl.arange(0, SIDE)
+    column = quarter * (SIDE // 4) + tl.arange(0, SIDE // 4)
+    at = row[:, None] * SIDE + column[None, :]
+    total = tl.zeros([SIDE, SIDE // 4], tl.float64)
     for chunk in range(0, chunks):
-        slot = partials + (first + chunk * tiles).to(tl.int64) * (TILE * TILE)
+        slot = partials + (first + chunk * tiles).to(tl.int64) * (SIDE * SIDE)
         # Past the L1 cache, which does not follow other processors' stores.
         total += tl.load(slot + at, cache_modifier=".cg").to(tl.float64)
     return total
 
 
-@triton.jit
-def products(
-    inputs,
-    starts,
-    widths,
-    strides,
-    offsets,
-    shift,
-    partials,
-    tickets,
-    rows,
-    chunk_rows,
-    chunks,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CENTERED: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    TILE: tl.constexpr,
-    LONG: tl.constexpr,
-    PROMOTED: tl.constexpr,
-):
-    """A program's sums of products: (complete, total, first, tiles, width, offset, row, column).
+class Products(NamedTuple):
+    """What `products` returns."""
 
-    complete: whether this program has them all, in `total` or, where there are partials, in those of programs first,
-    first + tiles, ...; offset: of the layer's columns.
-    """
+    complete: Any  # whether this program has them all
+    total: Any  # or, where there are partials, in those of programs first, first + tiles, ...
+    first: Any
+    tiles: Any  # of the layer
+    width: Any  # columns of the layer
+    offset: Any  # of the layer's columns
+    row: Any  # of the tile
+    column: Any
+
+
+@triton.jit
+def products(layers, shifts, partials, cut, tile):
+    """A program's sums of products."""
+    SIDE: tl.constexpr = tile.COLUMNS
     program = tl.program_id(0)
-    tiles, chunk, width, row, column = locate_tile(starts, widths, chunks, program, LAYERS, VECTOR, TILE)
-    x = pick(inputs, starts, program, LAYERS)
-    stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    offset = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
-    lane = tl.arange(0, TILE)
-    left = row * TILE + lane
-    right = column * TILE + lane
-    if MODE != "ieee" and MODE != "tf32" and MODE != "bf16":
-        left = tl.minimum(row, column) * TILE + lane
-        right = tl.maximum(row, column) * TILE + lane
-    begin = chunk * chunk_rows
-    end = tl.minimum(begin + chunk_rows, rows)
+    tiles, chunk, width, row, column = locate_tile(layers, program, tile)
+    x = pick(layers.inputs, layers, program)
+    stride = pick_integer(layers.strides, layers, program).to(tl.int64) * layers.VECTOR
+    offset = pick_integer(layers.offsets, layers, program).to(tl.int64) * layers.VECTOR
+    lane = tl.arange(0, SIDE)
+    left = row * SIDE + lane
+    right = column * SIDE + lane
+    if tile.MODE != "ieee" and tile.MODE != "tf32" and tile.MODE != "bf16":
+        left = tl.minimum(row, column) * SIDE + lane
+        right = tl.maximum(row, column) * SIDE + lane
+    begin = chunk * cut.chunk_rows
+    end = tl.minimum(begin + cut.chunk_rows, cut.rows)
     # Small tiles of the last block may lie beyond the last column.
-    end = tl.where(tl.maximum(row, column) * TILE < width, end, begin)
+    end = tl.where(tl.maximum(row, column) * SIDE < width, end, begin)
     first = program - chunk * tiles
     complete = tl.full((), 1, tl.int32) == 1
-    if LONG:
-        slot = partials + program.to(tl.int64) * (TILE * TILE) + (lane[:, None] * TILE + lane[None, :])
-        total = tl.zeros([TILE, TILE], tl.float32)
+    if tile.PROMOTED > 0:
+        slot = partials.partials + program.to(tl.int64) * (SIDE * SIDE) + (lane[:, None] * SIDE + lane[None, :])
+        total = tl.zeros([SIDE, SIDE], tl.float32)
         # At least once: what is folded has to be there, also beyond the last column.
-        for block in range(begin, tl.maximum(end, begin + 1), PROMOTED):
-            total = tile_products(
-                x, stride, left, right, width, shift + offset, block,
-                tl.minimum(block + PROMOTED, end), CENTERED, MODE, BF16, DEPTH, STEPS, STAGES, TILE,
-            )  # fmt: skip
-            total = symmetric(total, row, column, MODE)
+        for block in range(begin, tl.maximum(end, begin + 1), tile.PROMOTED):
+            stop = tl.minimum(block + tile.PROMOTED, end)
+            total = tile_products(x, stride, left, right, width, shifts, offset, block, stop, tile)
+            total = symmetric(total, row, column, tile.MODE)
             # The sum over blocks is in memory: registers are for products.
             if block > begin:
                 total += tl.load(slot)
             tl.store(slot, total)
             tl.debug_barrier()
     else:
-        total = tile_products(
-            x, stride, left, right, width, shift + offset, begin, end, CENTERED, MODE,
-            BF16, DEPTH, STEPS, STAGES, TILE,
-        )  # fmt: skip
-        total = symmetric(total, row, column, MODE)
+        total = tile_products(x, stride, left, right, width, shifts, offset, begin, end, tile)
+        total = symmetric(total, row, column, tile.MODE)
         if partials is not None:
-            slot = partials + program.to(tl.int64) * (TILE * TILE) + (lane[:, None] * TILE + lane[None, :])
+            slot = partials.partials + program.to(tl.int64) * (SIDE * SIDE) + (lane[:, None] * SIDE + lane[None, :])
             tl.store(slot, total)
     if partials is not None:
-        complete = arrive(tickets + first, chunks)
-    return complete, total, first, tiles, width, offset, row, column
+        complete = arrive(partials.tickets + first, cut.chunks)
+    return Products(complete, total, first, tiles, width, offset, row, column)
 
 
 @triton.jit
-def covariances(sums, rows, correction, rest, row_columns, column_columns, width, CENTERED: tl.constexpr):
-    """Covariances, float32, of sums of products of shifted columns."""
-    if CENTERED:
-        left = tl.load(rest + row_columns, mask=row_columns < width, other=0.0).to(sums.dtype)
-        right = tl.load(rest + column_columns, mask=column_columns < width, other=0.0).to(sums.dtype)
+def covariances(sums, cut, shifts, got, row_columns, column_columns):
+    """Covariances, float32, of sums of products of columns, less a shift where there is one."""
+    if shifts is not None:
+        rest = shifts.rest + got.offset
+        left = tl.load(rest + row_columns, mask=row_columns < got.width, other=0.0).to(sums.dtype)
+        right = tl.load(rest + column_columns, mask=column_columns < got.width, other=0.0).to(sums.dtype)
         # The product first: it is the same on both sides of the diagonal.
-        sums -= left[:, None] * right[None, :] * tl.cast(rows, sums.dtype)
-    return variance(sums, rows, correction).to(tl.float32)
+        sums -= left[:, None] * right[None, :] * tl.cast(cut.rows, sums.dtype)
+    return variance(sums, cut.rows, cut.correction).to(tl.float32)
 
 
 @triton.jit
-def store_covariance(
-    sums, cov, rows, correction, rest, row, column, width, quarter, CENTERED: tl.constexpr, TILE: tl.constexpr
-):
+def store_covariance(sums, cov, cut, shifts, got, quarter, SIDE: tl.constexpr):
     """A quarter of a tile and its mirror image into a (D, D) matrix."""
-    row_columns = row * TILE + tl.arange(0, TILE)
-    column_columns = column * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4)
-    value = covariances(sums, rows, correction, rest, row_columns, column_columns, width, CENTERED)
-    mask = (row_columns < width)[:, None] & (column_columns < width)[None, :]
-    wide = width.to(tl.int64)
+    row_columns = got.row * SIDE + tl.arange(0, SIDE)
+    column_columns = got.column * SIDE + quarter * (SIDE // 4) + tl.arange(0, SIDE // 4)
+    value = covariances(sums, cut, shifts, got, row_columns, column_columns)
+    mask = (row_columns < got.width)[:, None] & (column_columns < got.width)[None, :]
+    wide = got.width.to(tl.int64)
     tl.store(cov + row_columns.to(tl.int64)[:, None] * wide + column_columns[None, :], value, mask=mask)
-    if row // (BLOCK // TILE) < column // (BLOCK // TILE):
+    if got.row // (BLOCK // SIDE) < got.column // (BLOCK // SIDE):
         mirrored = cov + column_columns.to(tl.int64)[:, None] * wide + row_columns[None, :]
         tl.store(mirrored, tl.trans(value), mask=tl.trans(mask))
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction"])
+@triton.jit(do_not_specialize=[*CUT])
 def covariance_kernel(
-    inputs,  # LAYERS x (rows, D)
-    starts,
-    widths,
-    strides,
-    offsets,
-    shift,  # (F)
-    rest,  # (F)
+    layers,
+    shifts,  # or None
     cov,  # (D, D), of the only layer
-    partials,  # (programs, TILE, TILE) float32, or None
-    tickets,  # (programs) int32 zeros, or None
+    partials,
     rows,
     chunk_rows,
     chunks,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CENTERED: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    TILE: tl.constexpr,
-    LONG: tl.constexpr,
-    PROMOTED: tl.constexpr,
+    tile,
 ):
     """The full covariance matrix."""
-    complete, total, first, tiles, width, offset, row, column = products(
-        inputs, starts, widths, strides, offsets, shift, partials, tickets, rows, chunk_rows, chunks, LAYERS, VECTOR,
-        CENTERED, MODE, BF16, DEPTH, STEPS, STAGES, TILE, LONG, PROMOTED,
-    )  # fmt: skip
-    if complete:
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    SIDE: tl.constexpr = tile.COLUMNS
+    got = products(layers, shifts, partials, cut, tile)
+    if got.complete:
         if partials is None:
-            parts = quarters(total, TILE)
+            parts = quarters(got.total, SIDE)
             for quarter in tl.static_range(4):
-                store_covariance(
-                    parts[quarter], cov, rows, correction, rest + offset, row, column, width, quarter, CENTERED, TILE
-                )
+                store_covariance(parts[quarter], cov, cut, shifts, got, quarter, SIDE)
         else:
             for quarter in range(4):
-                sums = fold_quarter(partials, first, tiles, chunks, quarter, TILE)
-                store_covariance(
-                    sums, cov, rows, correction, rest + offset, row, column, width, quarter, CENTERED, TILE
-                )
+                sums = fold_quarter(partials.partials, got.first, got.tiles, chunks, quarter, SIDE)
+                store_covariance(sums, cov, cut, shifts, got, quarter, SIDE)
 
 
 def unit_columns(layers: Sequence[Tensor]) -> list[Tensor]:
@@ -335,79 +261,60 @@ def unit_columns(layers: Sequence[Tensor]) -> list[Tensor]:
     return [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in layers]
 
 
-def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shift: Tensor, rest: Tensor) -> list[_plan.Launch]:
-    """The launches that fill mean, shift and rest, (F) each, of (N, D) layers."""
+def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shifts: Shifts) -> list[Launch]:
+    """The launches that fill the mean and the shifts of (N, D) layers."""
     return [
-        _plan.Launch(
+        Launch(
             shifts_kernel,
             group.programs,
             {
                 "mean_out": mean,
-                "shift_out": shift,
-                "rest_out": rest,
+                "shift_out": shifts.shift,
+                "rest_out": shifts.rest,
                 **reduction_arguments(group, layers, correction=0),
             },
             group.tile.warps,
-            _SHIFT_REGISTERS if group.itemsize == 2 else _plan.REGISTERS,
+            SHIFT_REGISTERS if group.itemsize == 2 else REDUCTION_REGISTERS,
         )
-        for group in _plan.groups("reduce", layers)
+        for group in _column_plan.groups("reduce", layers)
     ]
 
 
 def product_arguments(
-    group: TileGroup,
-    layers: Sequence[Tensor],
-    shift: Tensor,
-    rest: Tensor,
-    correction: int,
-    centered: bool,
-    mode: str,
-    tile: ProductTile,
+    group: TileGroup, layers: Sequence[Tensor], shifts: Shifts, correction: int, mode: str, tile: ProductTile
 ) -> dict[str, Any]:
     """What the kernels that multiply rows have in common, workspace included."""
-    partials = tickets = None
+    partials = None
     if group.chunks > 1 or group.long:
-        partials = _launch.workspace(group.programs * tile.rows * tile.columns, shift.dtype, shift.device)
-        tickets = _launch.workspace(group.programs, torch.int32, shift.device, zeroed=True)
+        partials = Partials(
+            _launch.workspace(group.programs * tile.rows * tile.columns, torch.float32, layers[0].device),
+            _launch.workspace(group.programs, torch.int32, layers[0].device, zeroed=True),
+        )
     return {
-        "inputs": group.tensors(layers),
-        "starts": group.starts,
-        "widths": group.widths,
-        "strides": group.strides[0],
-        "offsets": group.offsets,
-        "shift": shift,
-        "rest": rest,
+        "layers": group.record(layers),
+        "shifts": shifts,
         "partials": partials,
-        "tickets": tickets,
         "rows": group.rows,
         "chunk_rows": group.chunk_rows,
         "chunks": group.chunks,
         "correction": correction,
-        "LAYERS": len(group.starts),
-        "VECTOR": group.vector,
-        "CENTERED": centered,
-        "MODE": mode,
-        "BF16": operand_dtype(),
-        "DEPTH": tile.depth,
-        "STEPS": tile.steps,
-        "STAGES": tile.stages,
-        "TILE": tile.columns,
-        "LONG": group.long,
-        "PROMOTED": PROMOTED_ROWS,
+        "tile": tile.record(mode, PROMOTED_ROWS if group.long else 0),
     }
 
 
 def covariance_launches(
     x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor, architecture: Architecture
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `covariance` of x (N, D)."""
-    shift, rest = _launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1)
+    shifts = Shifts(*_launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1))
     mode = product_mode(precision, x.dtype, centered, architecture)
     tile = forward_tile(mode, architecture, len(x), [x.shape[1]])
     (group,) = triangle_groups([x], tile, architecture)
-    arguments = {**product_arguments(group, [x], shift, rest, correction, centered, mode, tile), "cov": cov}
-    launch = _plan.Launch(covariance_kernel, group.programs, arguments, tile.warps, tile.registers)
-    return [*shifts_launches([x], mean, shift, rest), launch]
+    arguments = {**product_arguments(group, [x], shifts, correction, mode, tile), "cov": cov}
+    if not centered:
+        arguments["shifts"] = None
+    launch = Launch(covariance_kernel, group.programs, arguments, tile.warps, tile.registers)
+    return [*shifts_launches([x], mean, shifts), launch]
 
 
 def covariance(x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor) -> None:

@@ -6,20 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, gradient_mode
 from moment_ops.kernels._common import pick, pick_integer
 from moment_ops.kernels._covariance_plan import output_groups
-from moment_ops.kernels._product_tiles import (
-    Architecture,
-    architecture_of,
-    backward_tile,
-    gradient_mode,
-    operand_dtype,
-)
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
+from moment_ops.kernels._tiles import backward_tile
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import unit_columns
 
+# Dtypes that the kernels take; a literal, which is read without importing Triton.
 OPERATORS = {
     "covariance_backward": ("float32", "bfloat16", "float16"),
     "covariance_match_backward": ("float32", "bfloat16", "float16"),
@@ -62,50 +59,37 @@ def doubled_rows(matrix, width, begin, lane, columns, mask):
 
 
 @triton.jit
-def shifted_rows(x, mean, width, begin, lane, mask, CENTERED: tl.constexpr):
-    """(ROWS, DEPTH) features of columns begin ... less their mean; x: (ROWS, 1) pointers."""
+def shifted_rows(x, mean, offset, width, begin, lane, mask):
+    """(ROWS, DEPTH) features of columns begin ... less their mean, if there is one; x: (ROWS, 1) pointers."""
     column = begin + lane
     inside = column < width
     value = tl.load(x + column[None, :], mask=mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if CENTERED:
-        value -= tl.load(mean + column, mask=inside, other=0.0)[None, :]
+    if mean is not None:
+        value -= tl.load(mean + offset + column, mask=inside, other=0.0)[None, :]
     return value
 
 
 @triton.jit(do_not_specialize=["rows", "correction"])
 def covariance_backward_kernel(
-    inputs,  # LAYERS x (rows, D)
-    outputs,  # likewise
-    starts,
-    widths,
-    strides,
-    output_strides,
-    offsets,
-    packed,
+    layers,
     grad,  # (F) packed matrices; or (D, D), of the only layer
     grad_mean,  # (columns) or None
-    mean,  # (columns)
+    mean,  # (columns) or None
     scale,  # () or None
     rows,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
     PACKED: tl.constexpr,
-    CENTERED: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
+    tile,
 ):
     """`grad_mean / N + scale * 2 / (N - correction) (x - mean) G`, with G = (grad + grad') / 2."""
+    ROWS: tl.constexpr = tile.ROWS
+    COLUMNS: tl.constexpr = tile.COLUMNS
+    DEPTH: tl.constexpr = tile.DEPTH
     program = tl.program_id(0)
-    first = pick_integer(starts, starts, program, LAYERS)
-    width = pick_integer(widths, starts, program, LAYERS) * VECTOR
-    offset = pick_integer(offsets, starts, program, LAYERS).to(tl.int64) * VECTOR
-    matrix = grad + pick_integer(packed, starts, program, LAYERS).to(tl.int64) * VECTOR
+    first = pick_integer(layers.starts, layers, program)
+    width = pick_integer(layers.columns, layers, program) * layers.VECTOR
+    offset = pick_integer(layers.offsets, layers, program).to(tl.int64) * layers.VECTOR
+    matrix = grad + pick_integer(layers.triangles, layers, program).to(tl.int64) * layers.VECTOR
     # Tiles of the same columns run together: they read the same part of the matrix.
     row_tiles = tl.cdiv(rows, ROWS)
     row = (program - first) % row_tiles * ROWS + tl.arange(0, ROWS)
@@ -113,33 +97,33 @@ def covariance_backward_kernel(
     columns = first_column + tl.arange(0, COLUMNS)
     row_mask = row < rows
     mask = columns < width
-    stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    x = pick(inputs, starts, program, LAYERS) + row.to(tl.int64)[:, None] * stride  # (ROWS, 1)
+    stride = pick_integer(layers.strides, layers, program).to(tl.int64) * layers.VECTOR
+    x = pick(layers.inputs, layers, program) + row.to(tl.int64)[:, None] * stride  # (ROWS, 1)
     lane = tl.arange(0, DEPTH)
     middle = width
     if PACKED:
         middle = (first_column // BLOCK + 1) * BLOCK
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in tl.range(0, tl.minimum(middle, width), DEPTH * STEPS, num_stages=STAGES):
+    for begin in tl.range(0, tl.minimum(middle, width), DEPTH * tile.STEPS, num_stages=tile.STAGES):
         # Not `total` itself: the sums of tensor cores are truncated.
         part = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for step in tl.static_range(STEPS):
+        for step in tl.static_range(tile.STEPS):
             at = begin + step * DEPTH
-            left = shifted_rows(x, mean + offset, width, at, lane, row_mask, CENTERED)
+            left = shifted_rows(x, mean, offset, width, at, lane, row_mask)
             if PACKED:
                 right = symmetric_rows(matrix, width, at, lane, first_column, mask, COLUMNS, False)
             else:
                 right = doubled_rows(matrix, width, at, lane, columns, mask)
-            part = multiply(left, right, part, MODE, BF16)
+            part = multiply(left, right, part, tile.MODE, tile.BF16)
         total = promote(total, part)
     if PACKED:
-        for begin in tl.range(middle, width, DEPTH * STEPS, num_stages=STAGES):
+        for begin in tl.range(middle, width, DEPTH * tile.STEPS, num_stages=tile.STAGES):
             part = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for step in tl.static_range(STEPS):
+            for step in tl.static_range(tile.STEPS):
                 at = begin + step * DEPTH
-                left = shifted_rows(x, mean + offset, width, at, lane, row_mask, CENTERED)
+                left = shifted_rows(x, mean, offset, width, at, lane, row_mask)
                 right = symmetric_rows(matrix, width, at, lane, first_column, mask, COLUMNS, True)
-                part = multiply(left, right, part, MODE, BF16)
+                part = multiply(left, right, part, tile.MODE, tile.BF16)
             total = promote(total, part)
 
     freedom = tl.cast(rows - correction, tl.float64)
@@ -149,8 +133,8 @@ def covariance_backward_kernel(
     value = total * slope.to(tl.float32)
     if grad_mean is not None:
         value += (tl.load(grad_mean + offset + columns, mask=mask, other=0.0) / tl.cast(rows, tl.float32))[None, :]
-    output = pick(outputs, starts, program, LAYERS)
-    output_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
+    output = pick(layers.outputs, layers, program)
+    output_stride = pick_integer(layers.output_strides, layers, program).to(tl.int64) * layers.VECTOR
     at = output + row.to(tl.int64)[:, None] * output_stride + columns[None, :]
     tl.store(at, value.to(output.dtype.element_ty), mask=row_mask[:, None] & mask[None, :])
 
@@ -166,7 +150,7 @@ def backward_launches(
     precision: str,
     out: Sequence[Tensor],
     architecture: Architecture,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of the backward of layers (N, D) whose columns are neighbours, and of their outputs.
 
     grad: packed matrices, or the (D, D) one of the only layer.
@@ -176,33 +160,17 @@ def backward_launches(
     launches = []
     for group in output_groups(x, out, tile, architecture):
         arguments = {
-            "inputs": group.tensors(x),
-            "outputs": group.tensors(out),
-            "starts": group.starts,
-            "widths": group.widths,
-            "strides": group.strides[0],
-            "output_strides": group.strides[1],
-            "offsets": group.offsets,
-            "packed": group.packed,
+            "layers": group.record(x, out),
             "grad": grad,
             "grad_mean": grad_mean,
-            "mean": mean,
+            "mean": mean if centered else None,
             "scale": scale,
             "rows": group.rows,
             "correction": correction,
-            "LAYERS": len(group.starts),
-            "VECTOR": group.vector,
             "PACKED": grad.dim() == 1,
-            "CENTERED": centered,
-            "MODE": mode,
-            "BF16": operand_dtype(),
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": tile.depth,
-            "STEPS": tile.steps,
-            "STAGES": tile.stages,
+            "tile": tile.record(mode),
         }
-        launches.append(_plan.Launch(covariance_backward_kernel, group.programs, arguments, tile.warps, tile.registers))
+        launches.append(Launch(covariance_backward_kernel, group.programs, arguments, tile.warps, tile.registers))
     return launches
 
 

@@ -2,15 +2,31 @@
 
 import struct
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
-from moment_ops.kernels._common import double, is_finite, pick, pick_integer
+from moment_ops.kernels import _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, product_mode
+from moment_ops.kernels._averages import (
+    OPTIONS,
+    Entries,
+    Vectors,
+    average_argument,
+    load_started,
+    numbers_of,
+    option_arguments,
+    store_started,
+    vectors_of,
+)
+from moment_ops.kernels._common import bits, is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import triangle_groups
-from moment_ops.kernels._product_tiles import Architecture, architecture_of, forward_tile, product_mode
+from moment_ops.kernels._launch import Launch
+from moment_ops.kernels._plan import padded
+from moment_ops.kernels._records import Rows, Shifts
+from moment_ops.kernels._tiles import forward_tile
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import (
     covariances,
@@ -21,19 +37,11 @@ from moment_ops.kernels.covariance import (
     shifts_launches,
     unit_columns,
 )
-from moment_ops.kernels.match import (
-    AVERAGE_SCALARS,
-    COUNTS,
-    MOVING,
-    average_arguments,
-    bias_corrections,
-    finish_loss,
-    loss_arguments,
-    match_quantity,
-    vectors_of,
-)
+from moment_ops.kernels.match import COUNTS, finish_loss, loss_arguments, match_quantity
+from moment_ops.kernels.moments import CUT
 from moment_ops.ops.records import CovarianceMatch
 
+# Dtypes that the kernels take; a literal, which is read without importing Triton.
 OPERATORS = {
     "covariance_match_": ("float32", "bfloat16", "float16"),
 }
@@ -45,141 +53,98 @@ def weight_of(bits):
     return ((bits >> 4) & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
 
 
+class Targets(NamedTuple):
+    """Layers' targets."""
+
+    targets: Any  # (D, D), or packed
+    full: Any  # whether it is (D, D)
+    weights: Any  # as `weight_bits` has them
+
+
+class Target(NamedTuple):
+    """One of them."""
+
+    matrix: Any
+    full: Any
+    weight: Any  # float32
+
+
 @triton.jit
-def match_quarter(
-    sums,
-    rows,
-    correction,
-    rest,
-    row,
-    column,
-    width,
-    quarter,
-    target,
-    target_is_full,
-    packed_start,
-    weight,
-    vectors,
-    started,
-    scalars,
-    bias_correction1,
-    bias_correction2,
-    AVERAGE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    KEEP: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Match a quarter of a tile; returns its share of the loss, float64."""
-    SIDE: tl.constexpr = BLOCK // TILE
-    row_columns = row * TILE + tl.arange(0, TILE)
-    column_columns = column * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4)
-    value = covariances(sums, rows, correction, rest, row_columns, column_columns, width, True)
-    mask = (row_columns < width)[:, None] & (column_columns < width)[None, :]  # (TILE, TILE / 4)
-    offset, stride = packed_block(width, row // SIDE, column // SIDE)
-    full_offset = (row // SIDE * BLOCK).to(tl.int64) * width + column // SIDE * BLOCK
-    inner_row = (row % SIDE * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
-    inner_column = (column % SIDE * TILE + quarter * (TILE // 4) + tl.arange(0, TILE // 4))[None, :]
-    packed = (packed_start + offset) + (inner_row * stride + inner_column)
-    target_offset = tl.where(target_is_full, full_offset, offset)
-    target_stride = tl.where(target_is_full, width.to(tl.int64), stride)
-    goal = tl.load(target + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
+def match_quarter(sums, of_layer, start, vectors, average, numbers, cut, shifts, got, quarter, SIDE: tl.constexpr):
+    """Match a quarter of a tile; returns its share of the loss, float64.
+
+    of_layer: the target; start: where the layer's triangle begins in packed vectors.
+    """
+    TILES: tl.constexpr = BLOCK // SIDE
+    row, column, width = got.row, got.column, got.width
+    row_columns = row * SIDE + tl.arange(0, SIDE)
+    column_columns = column * SIDE + quarter * (SIDE // 4) + tl.arange(0, SIDE // 4)
+    value = covariances(sums, cut, shifts, got, row_columns, column_columns)
+    mask = (row_columns < width)[:, None] & (column_columns < width)[None, :]  # (SIDE, SIDE / 4)
+    offset, stride = packed_block(width, row // TILES, column // TILES)
+    full_offset = (row // TILES * BLOCK).to(tl.int64) * width + column // TILES * BLOCK
+    inner_row = (row % TILES * SIDE + tl.arange(0, SIDE)).to(tl.int64)[:, None]
+    inner_column = (column % TILES * SIDE + quarter * (SIDE // 4) + tl.arange(0, SIDE // 4))[None, :]
+    packed = (start + offset) + (inner_row * stride + inner_column)
+    target_offset = tl.where(of_layer.full, full_offset, offset)
+    target_stride = tl.where(of_layer.full, width.to(tl.int64), stride)
+    target = tl.load(of_layer.matrix + target_offset + (inner_row * target_stride + inner_column), mask=mask, other=0.0)
     finite = is_finite(value)
-    begun = finite
-    if AVERAGE == MOVING:
-        begun = tl.load(started + packed, mask=mask, other=0) != 0
-    share = match_quantity(
-        value, goal, finite, begun, packed, mask, vectors, weight, scalars, bias_correction1, bias_correction2,
-        False, AVERAGE, UPDATE, KEEP,
-    )  # fmt: skip
-    if AVERAGE == MOVING and UPDATE:
-        tl.store(started + packed, (begun | finite).to(tl.uint8), mask=mask)
+    entries = Entries(packed, mask, finite, load_started(average, packed, mask, finite))
+    share = match_quantity(value, target, of_layer.weight, vectors, entries, average, numbers)
+    store_started(average, entries)
     # Blocks beside the diagonal stand for two of the matrix.
-    return share * tl.where(row // SIDE == column // SIDE, 1.0, 2.0).to(tl.float64)
+    return share * tl.where(row // TILES == column // TILES, 1.0, 2.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction", "reduction", *AVERAGE_SCALARS, *COUNTS])
+@triton.jit(do_not_specialize=[*CUT, *OPTIONS, "reduction", *COUNTS])
 def covariance_match_kernel(
-    inputs,  # LAYERS x (rows, D)
-    starts,
-    widths,
-    strides,
-    offsets,
-    packed,
-    targets,  # LAYERS x (D, D), or packed
-    full,  # which of them are (D, D)
-    weights,
-    shift,  # (columns)
-    rest,  # (columns)
-    partials,  # (programs, TILE, TILE) float32, or None
-    tickets,  # (programs) int32 zeros, or None
+    layers,
+    targets,
+    shifts,
+    partials,
     rows,
     chunk_rows,
     chunks,
     correction,
-    vectors,  # (anything, anything, grad, average, exp_avg, exp_avg_sq), (F) each
-    reduction: tl.int64,  # bits of float64, as all scalars
-    decay: tl.int64,
-    lr: tl.int64,
-    beta1: tl.int64,
-    beta2: tl.int64,
-    eps: tl.int64,
-    gradient_scale: tl.int64,
-    started,  # (F) uint8, or None
-    step,  # () int64, or None
-    loss,  # ()
-    losses,  # (entries) float64 zeros
-    ticket,  # () int32 zero
+    vectors,
+    option0: tl.int64,  # bits of float64, as all scalars
+    option1: tl.int64,
+    option2: tl.int64,
+    option3: tl.int64,
+    option4: tl.int64,
+    option5: tl.int64,
+    reduction: tl.int64,
+    average,
+    loss,
     arrivals,
     entries,
     first_entry,
-    AVERAGE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    KEEP: tl.constexpr,
-    FOLD: tl.constexpr,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CENTERED: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    TILE: tl.constexpr,
-    LONG: tl.constexpr,
-    PROMOTED: tl.constexpr,
+    tile,
 ):
     """The matching loss of covariances: the program that completes a tile matches it."""
-    complete, total, first, tiles, width, offset, row, column = products(
-        inputs, starts, widths, strides, offsets, shift, partials, tickets, rows, chunk_rows, chunks, LAYERS, VECTOR,
-        CENTERED, MODE, BF16, DEPTH, STEPS, STAGES, TILE, LONG, PROMOTED,
-    )  # fmt: skip
-    if complete:
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    SIDE: tl.constexpr = tile.COLUMNS
+    got = products(layers, shifts, partials, cut, tile)
+    if got.complete:
         program = tl.program_id(0)
-        scalars = (double(reduction), double(decay), double(lr), double(beta1), double(beta2), double(eps),
-                   double(gradient_scale))  # fmt: skip
-        bias_correction1, bias_correction2 = bias_corrections(step, scalars, AVERAGE, UPDATE)
-        target = pick(targets, starts, program, LAYERS)
-        target_is_full = pick_integer(full, starts, program, LAYERS) != 0
-        packed_start = pick_integer(packed, starts, program, LAYERS).to(tl.int64) * VECTOR
-        weight = weight_of(pick(weights, starts, program, LAYERS))
+        numbers = numbers_of(average, reduction, (option0, option1, option2, option3, option4, option5))
+        matrix = pick(targets.targets, layers, program)
+        is_full = pick_integer(targets.full, layers, program) != 0
+        start = pick_integer(layers.triangles, layers, program).to(tl.int64) * layers.VECTOR
+        target = Target(matrix, is_full, weight_of(pick(targets.weights, layers, program)))
         share = tl.zeros((), tl.float64)
         if partials is None:
-            parts = quarters(total, TILE)
+            parts = quarters(got.total, SIDE)
             for quarter in tl.static_range(4):
                 share += match_quarter(
-                    parts[quarter], rows, correction, rest + offset, row, column, width, quarter, target,
-                    target_is_full, packed_start, weight, vectors, started, scalars, bias_correction1,
-                    bias_correction2, AVERAGE, UPDATE, KEEP, TILE,
-                )  # fmt: skip
+                    parts[quarter], target, start, vectors, average, numbers, cut, shifts, got, quarter, SIDE
+                )
         else:
             for quarter in range(4):
-                sums = fold_quarter(partials, first, tiles, chunks, quarter, TILE)
-                share += match_quarter(
-                    sums, rows, correction, rest + offset, row, column, width, quarter, target, target_is_full,
-                    packed_start, weight, vectors, started, scalars, bias_correction1, bias_correction2, AVERAGE,
-                    UPDATE, KEEP, TILE,
-                )  # fmt: skip
-        finish_loss(share, first_entry + first, loss, losses, ticket, arrivals, entries, step, UPDATE, FOLD)
+                sums = fold_quarter(partials.partials, got.first, got.tiles, chunks, quarter, SIDE)
+                share += match_quarter(sums, target, start, vectors, average, numbers, cut, shifts, got, quarter, SIDE)
+        finish_loss(share, first_entry + got.first, loss, arrivals, entries, average)
 
 
 def weight_bits(value: float) -> int:
@@ -195,32 +160,32 @@ def covariance_match_launches(
     mean: Tensor,
     grad: Tensor | None,
     architecture: Architecture,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `covariance_match_`: those that come last complete the loss."""
-    shift, rest = _launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1)
+    shifts = Shifts(*_launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1))
     mode = product_mode(match.precision, x[0].dtype, True, architecture)
     tile = forward_tile(mode, architecture, len(x[0]), [layer.shape[1] for layer in x])
     groups = triangle_groups(x, tile, architecture)
-    vectors = [mean, mean, mean if grad is None else grad, *vectors_of(match.average, match.state, 0, mean)]
     shared = {
         **loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss),
-        "vectors": tuple(vectors),
-        "reduction": _plan.bits(1.0),
-        **average_arguments(match.average, match.options, match.state, match.update),
-        "KEEP": grad is not None,
+        "vectors": Vectors(None, None, grad, vectors_of(match.average, match.state, 0)),
+        "reduction": bits(1.0),
+        **option_arguments(match.average, match.options),
+        "average": average_argument(match.average, match.state, match.update),
     }
-    launches, first = shifts_launches(x, mean, shift, rest), 0
+    launches, first = shifts_launches(x, mean, shifts), 0
     for group in groups:
         arguments = {
-            **product_arguments(group, x, shift, rest, correction, True, mode, tile),
-            "packed": group.packed,
-            "targets": group.tensors(match.target),
-            "full": group.integers([int(t.dim() == 2) for t in match.target]),
-            "weights": tuple(map(weight_bits, _plan.padded([match.weight[i] for i in group.layers], 0.0))),
+            **product_arguments(group, x, shifts, correction, mode, tile),
+            "targets": Targets(
+                group.tensors(match.target),
+                group.integers([int(t.dim() == 2) for t in match.target]),
+                tuple(map(weight_bits, padded([match.weight[i] for i in group.layers], 0.0))),
+            ),
             "first_entry": first,
             **shared,
         }
-        launches.append(_plan.Launch(covariance_match_kernel, group.programs, arguments, tile.warps, tile.registers))
+        launches.append(Launch(covariance_match_kernel, group.programs, arguments, tile.warps, tile.registers))
         first += group.programs
     return launches
 

@@ -5,27 +5,23 @@ The rows of a layer lie in several tensors: every row of a tile has its offset f
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _gram_plan, _launch, _plan
+from moment_ops.kernels import _gram_plan, _launch
+from moment_ops.kernels._architectures import Architecture, architecture_of, gram_mode
 from moment_ops.kernels._common import pick_integer
-from moment_ops.kernels._product_tiles import (
-    Architecture,
-    architecture_of,
-    gram_gradient_tile,
-    gram_mode,
-    gram_tile,
-    operand_dtype,
-)
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
+from moment_ops.kernels._tiles import gram_gradient_tile, gram_tile
 from moment_ops.kernels._triangle import block_pair
 from moment_ops.kernels.covariance import unit_columns
 
+# Dtypes that the kernels take; a literal, which is read without importing Triton.
 OPERATORS = {
     "gram": ("float32", "bfloat16", "float16"),
     "gram_backward": ("float32", "bfloat16", "float16"),
@@ -37,108 +33,89 @@ _FOLD_CHUNKS = 8
 
 
 @triton.jit
-def pick_group(values, starts, program, GROUP: tl.constexpr, LAYERS: tl.constexpr, GROUPS: tl.constexpr):
+def pick_group(values, layers, program, GROUP: tl.constexpr):
     """The entry of a group in the layer that a program works on; see `pick`."""
+    GROUPS: tl.constexpr = len(layers.firsts)
     encoded = program * 16
     picked = values[GROUP]
-    for i in tl.static_range(1, LAYERS):
-        picked = tl.where(encoded >= starts[i], values[i * GROUPS + GROUP], picked)
+    for i in tl.static_range(1, len(layers.starts)):
+        picked = tl.where(encoded >= layers.starts[i], values[i * GROUPS + GROUP], picked)
     return picked
 
 
 @triton.jit
-def row_pointers(
-    tensors, strides, starts, firsts, program, row, LAYERS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr
-):
+def row_pointers(tensors, strides, layers, program, row):
     """(ROWS, 1) pointers to rows, counted over all groups."""
-    first = pick_group(tensors, starts, program, 0, LAYERS, GROUPS)
+    first = pick_group(tensors, layers, program, 0)
     address = first.to(tl.int64)
-    UNIT: tl.constexpr = VECTOR * (first.dtype.element_ty.primitive_bitwidth // 8)
+    UNIT: tl.constexpr = layers.VECTOR * (first.dtype.element_ty.primitive_bitwidth // 8)
     wide = row.to(tl.int64)
-    offset = wide * ((pick_group(strides, starts, program, 0, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR)
+    offset = wide * ((pick_group(strides, layers, program, 0) >> 4).to(tl.int64) * layers.VECTOR)
     # A choice of offsets: one of pointers fails to compile for AMD.
-    for group in tl.static_range(1, GROUPS):
-        stride = (pick_group(strides, starts, program, group, LAYERS, GROUPS) >> 4).to(tl.int64) * VECTOR
-        distance = pick_group(tensors, starts, program, group, LAYERS, GROUPS).to(tl.int64) - address
-        begin = distance // UNIT * VECTOR - (firsts[group] >> 4) * stride
-        offset = tl.where(row >= (firsts[group] >> 4), begin + wide * stride, offset)
+    for group in tl.static_range(1, len(layers.firsts)):
+        stride = (pick_group(strides, layers, program, group) >> 4).to(tl.int64) * layers.VECTOR
+        distance = pick_group(tensors, layers, program, group).to(tl.int64) - address
+        begin = distance // UNIT * layers.VECTOR - (layers.firsts[group] >> 4) * stride
+        offset = tl.where(row >= (layers.firsts[group] >> 4), begin + wide * stride, offset)
     # From a number, not from the tensor: of a small one, Triton for AMD takes offsets for 32 bits wide.
     base = tl.multiple_of(address.to(first.dtype), UNIT)
     return base + offset[:, None]
 
 
 @triton.jit
-def shifted(
-    at, shifts, starts, firsts, program, row, row_mask, column, column_mask, LAYERS: tl.constexpr, GROUPS: tl.constexpr
-):
+def shifted(at, layers, program, row, row_mask, column, column_mask):
     """(ROWS, COLUMNS) rows at pointers `at` less the shifts of their groups, float32, zero beyond the last column."""
     value = tl.load(at + column[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
-    pointer = pick_group(shifts, starts, program, 0, LAYERS, GROUPS)
+    pointer = pick_group(layers.shifts, layers, program, 0)
     less = tl.load(pointer + column, mask=column_mask, other=0.0)[None, :]
-    for group in tl.static_range(1, GROUPS):
-        pointer = pick_group(shifts, starts, program, group, LAYERS, GROUPS)
+    for group in tl.static_range(1, len(layers.firsts)):
+        pointer = pick_group(layers.shifts, layers, program, group)
         of_group = tl.load(pointer + column, mask=column_mask, other=0.0)[None, :]
-        less = tl.where((row >= (firsts[group] >> 4))[:, None], of_group, less)
+        less = tl.where((row >= (layers.firsts[group] >> 4))[:, None], of_group, less)
     return value - less
 
 
 @triton.jit(do_not_specialize=["rows", "chunk_blocks"])
 def gram_kernel(
-    inputs,  # LAYERS x GROUPS x (n, D)
-    shifts,  # LAYERS x GROUPS x (D)
-    strides,
-    starts,
-    widths,
-    firsts,
-    partials,  # (programs, TILE, TILE) float64
+    layers,
+    partials,  # (programs, SIDE, SIDE) float64
     rows,
     chunk_blocks,
-    LAYERS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PROMOTED: tl.constexpr,
+    tile,
 ):
     """The products of one tile over one chunk of columns."""
+    SIDE: tl.constexpr = tile.COLUMNS
+    PROMOTED: tl.constexpr = tile.PROMOTED
     program = tl.program_id(0)
-    local = program - pick_integer(starts, starts, program, LAYERS)
-    width = pick_integer(widths, starts, program, LAYERS) * VECTOR
-    blocks = tl.cdiv(rows, TILE)
+    local = program - pick_integer(layers.starts, layers, program)
+    width = pick_integer(layers.columns, layers, program) * layers.VECTOR
+    blocks = tl.cdiv(rows, SIDE)
     tiles = blocks * (blocks + 1) // 2
     # Tiles of the same columns run together: they read the same rows.
     row_block, column_block = block_pair(local % tiles, blocks)
-    lane = tl.arange(0, TILE)
-    left_row = row_block * TILE + lane
-    right_row = column_block * TILE + lane
+    lane = tl.arange(0, SIDE)
+    left_row = row_block * SIDE + lane
+    right_row = column_block * SIDE + lane
     left_mask = left_row < rows
     right_mask = right_row < rows
-    left_at = row_pointers(inputs, strides, starts, firsts, program, left_row, LAYERS, GROUPS, VECTOR)
-    right_at = row_pointers(inputs, strides, starts, firsts, program, right_row, LAYERS, GROUPS, VECTOR)
-    slot = partials + program.to(tl.int64) * (TILE * TILE) + (lane[:, None] * TILE + lane[None, :])
+    left_at = row_pointers(layers.inputs, layers.strides, layers, program, left_row)
+    right_at = row_pointers(layers.inputs, layers.strides, layers, program, right_row)
+    slot = partials + program.to(tl.int64) * (SIDE * SIDE) + (lane[:, None] * SIDE + lane[None, :])
     begin = local // tiles * chunk_blocks * PROMOTED
     # Not a sum, which could overflow.
     end = begin + tl.minimum(chunk_blocks * PROMOTED, width - begin)
     for block in range(begin, end, PROMOTED):
         stop = block + tl.minimum(PROMOTED, end - block)
-        total = tl.zeros([TILE, TILE], tl.float32)
-        for first in tl.range(block, stop, DEPTH * STEPS, num_stages=STAGES):
+        total = tl.zeros([SIDE, SIDE], tl.float32)
+        for first in tl.range(block, stop, tile.DEPTH * tile.STEPS, num_stages=tile.STAGES):
             # Not `total` itself: the sums of tensor cores are truncated.
-            part = tl.zeros([TILE, TILE], tl.float32)
-            for step in tl.static_range(STEPS):
-                column = first + step * DEPTH + tl.arange(0, DEPTH)
+            part = tl.zeros([SIDE, SIDE], tl.float32)
+            for step in tl.static_range(tile.STEPS):
+                column = first + step * tile.DEPTH + tl.arange(0, tile.DEPTH)
                 inside = column < stop
-                left = shifted(
-                    left_at, shifts, starts, firsts, program, left_row, left_mask, column, inside, LAYERS, GROUPS
-                )
-                right = shifted(
-                    right_at, shifts, starts, firsts, program, right_row, right_mask, column, inside, LAYERS, GROUPS
-                )
-                part = multiply(left, tl.trans(right), part, MODE, BF16)
+                left = shifted(left_at, layers, program, left_row, left_mask, column, inside)
+                right = shifted(right_at, layers, program, right_row, right_mask, column, inside)
+                part = multiply(left, tl.trans(right), part, tile.MODE, tile.BF16)
             total = promote(total, part)
         # The sum over blocks is in memory: registers are for products.
         promoted = total.to(tl.float64)
@@ -148,43 +125,48 @@ def gram_kernel(
         tl.debug_barrier()
 
 
+class Sums(NamedTuple):
+    """Layers whose tiles are summed over chunks."""
+
+    starts: Any  # first programs
+    firsts: Any  # of the launch that left the partials
+    chunks: Any
+    positions: Any  # in the whole list
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gram_fold_kernel(
     out,  # (L, R, R) float64
-    partials,  # (programs, TILE, TILE) float64
-    starts,  # of this launch
-    firsts,  # of the launch that left the partials
-    chunks,
-    positions,
+    partials,  # (programs, SIDE, SIDE) float64
+    sums,
     rows,
-    LAYERS: tl.constexpr,
-    TILE: tl.constexpr,
     SIDE: tl.constexpr,
+    PART: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """The sums over chunks in order, into both triangles: what was computed below the diagonal is not used."""
     program = tl.program_id(0)
-    local = program - pick_integer(starts, starts, program, LAYERS)
-    first = pick_integer(firsts, starts, program, LAYERS)
-    count = pick_integer(chunks, starts, program, LAYERS)
-    layer = pick_integer(positions, starts, program, LAYERS).to(tl.int64)
-    blocks = tl.cdiv(rows, TILE)
+    local = program - pick_integer(sums.starts, sums, program)
+    first = pick_integer(sums.firsts, sums, program)
+    count = pick_integer(sums.chunks, sums, program)
+    layer = pick_integer(sums.positions, sums, program).to(tl.int64)
+    blocks = tl.cdiv(rows, SIDE)
     tiles = blocks * (blocks + 1) // 2
-    PARTS: tl.constexpr = TILE // SIDE
+    PARTS: tl.constexpr = SIDE // PART
     tile = local // (PARTS * PARTS)
     row_block, column_block = block_pair(tile, blocks)
-    inner_row = local % (PARTS * PARTS) // PARTS * SIDE + tl.arange(0, SIDE)
-    inner_column = local % PARTS * SIDE + tl.arange(0, SIDE)
-    at = partials + (inner_row[:, None] * TILE + inner_column[None, :])  # (SIDE, SIDE)
-    total = tl.zeros([SIDE, SIDE], tl.float64)
+    inner_row = local % (PARTS * PARTS) // PARTS * PART + tl.arange(0, PART)
+    inner_column = local % PARTS * PART + tl.arange(0, PART)
+    at = partials + (inner_row[:, None] * SIDE + inner_column[None, :])  # (PART, PART)
+    total = tl.zeros([PART, PART], tl.float64)
     for begin in range(0, count, CHUNKS):
         # Unrolled, so that all of them are on their way at once.
         for i in tl.static_range(CHUNKS):
-            inside = tl.full([SIDE, SIDE], begin + i, tl.int32) < count
-            slot = (first + (begin + i) * tiles + tile).to(tl.int64) * (TILE * TILE)
+            inside = tl.full([PART, PART], begin + i, tl.int32) < count
+            slot = (first + (begin + i) * tiles + tile).to(tl.int64) * (SIDE * SIDE)
             total += tl.load(at + slot, mask=inside, other=0.0)
-    row = row_block * TILE + inner_row
-    column = column_block * TILE + inner_column
+    row = row_block * SIDE + inner_row
+    column = column_block * SIDE + inner_column
     wide = rows.to(tl.int64)
     matrix = out + layer * wide * wide
     mask = (row < rows)[:, None] & (column < rows)[None, :] & (row[:, None] <= column[None, :])
@@ -195,71 +177,55 @@ def gram_fold_kernel(
 
 @triton.jit(do_not_specialize=["rows", "factor_stride"])
 def gram_backward_kernel(
-    inputs,  # LAYERS x GROUPS x (n, D)
-    outputs,  # likewise; what is not wanted is not written
-    shifts,  # LAYERS x GROUPS x (D)
-    factors,  # (L, R, factor_stride * 4) float32, symmetric, zero beyond R
-    strides,
-    output_strides,
-    wanted,
-    starts,
-    widths,
-    firsts,
-    positions,
+    layers,  # with factors (L, R, factor_stride * 4) float32, symmetric, zero beyond R
     rows,
     factor_stride,
-    LAYERS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MODE: tl.constexpr,
-    BF16: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    tile,
 ):
     """A tile of factors (R, R) times the rows less their shift (R, D)."""
+    ROWS: tl.constexpr = tile.ROWS
+    COLUMNS: tl.constexpr = tile.COLUMNS
     program = tl.program_id(0)
-    local = program - pick_integer(starts, starts, program, LAYERS)
-    width = pick_integer(widths, starts, program, LAYERS) * VECTOR
+    local = program - pick_integer(layers.starts, layers, program)
+    width = pick_integer(layers.columns, layers, program) * layers.VECTOR
     row_tiles = tl.cdiv(rows, ROWS)
     # Tiles of the same columns run together: they read the same rows.
     row = local % row_tiles * ROWS + tl.arange(0, ROWS)
     column = local // row_tiles * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = column < width
-    written = (row < rows) & (pick_group(wanted, starts, program, 0, LAYERS, GROUPS) > 0)
-    for group in tl.static_range(1, GROUPS):
-        of_group = (row < rows) & (pick_group(wanted, starts, program, group, LAYERS, GROUPS) > 0)
-        written = tl.where(row >= (firsts[group] >> 4), of_group, written)
+    written = (row < rows) & (pick_group(layers.wanted, layers, program, 0) > 0)
+    for group in tl.static_range(1, len(layers.firsts)):
+        of_group = (row < rows) & (pick_group(layers.wanted, layers, program, group) > 0)
+        written = tl.where(row >= (layers.firsts[group] >> 4), of_group, written)
     # Tiles of which nothing is wanted have nothing to sum.
     last = tl.where(tl.max(written.to(tl.int32), 0) > 0, rows, 0)
     wide = factor_stride.to(tl.int64) * 4
-    layer = pick_integer(positions, starts, program, LAYERS).to(tl.int64)
-    factor_at = factors + layer * rows * wide + row.to(tl.int64)[:, None] * wide  # (ROWS, 1)
+    layer = pick_integer(layers.positions, layers, program).to(tl.int64)
+    factor_at = layers.factors + layer * rows * wide + row.to(tl.int64)[:, None] * wide  # (ROWS, 1)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in tl.range(0, last, DEPTH, num_stages=STAGES):
-        other = begin + tl.arange(0, DEPTH)
+    for begin in tl.range(0, last, tile.DEPTH, num_stages=tile.STAGES):
+        other = begin + tl.arange(0, tile.DEPTH)
         inside = other < rows
         # Up to the end of the padding, which is zero: the number of rows would not allow wide loads.
         padded = (other < factor_stride * 4)[None, :]
         factor = tl.load(factor_at + other[None, :], mask=written[:, None] & padded, other=0.0)
-        at = row_pointers(inputs, strides, starts, firsts, program, other, LAYERS, GROUPS, VECTOR)
-        z = shifted(at, shifts, starts, firsts, program, other, inside, column, column_mask, LAYERS, GROUPS)
+        at = row_pointers(layers.inputs, layers.strides, layers, program, other)
+        z = shifted(at, layers, program, other, inside, column, column_mask)
         # The shift alone is left of rows beyond the last; it may be infinite.
         z = tl.where(inside[:, None], z, 0.0)
-        if MODE == "ieee":
-            total = multiply(factor, z, total, MODE, BF16)
+        if tile.MODE == "ieee":
+            total = multiply(factor, z, total, tile.MODE, tile.BF16)
         else:
             # Not into `total`: the sums of tensor cores are truncated.
-            total = promote(total, multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), MODE, BF16))
-    out = row_pointers(outputs, output_strides, starts, firsts, program, row, LAYERS, GROUPS, VECTOR)
+            total = promote(total, multiply(factor, z, tl.zeros([ROWS, COLUMNS], tl.float32), tile.MODE, tile.BF16))
+    out = row_pointers(layers.outputs, layers.output_strides, layers, program, row)
     mask = written[:, None] & column_mask[None, :]
-    tl.store(out + column[None, :], total.to(outputs[0].dtype.element_ty), mask=mask)
+    tl.store(out + column[None, :], total.to(layers.outputs[0].dtype.element_ty), mask=mask)
 
 
 def gram_launches(
     rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor, architecture: Architecture
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `gram`, products and their sums, of rows and shifts whose columns are neighbours."""
     mode = gram_mode(rows[0].dtype, architecture)
     tile = gram_tile(mode, architecture)
@@ -270,41 +236,23 @@ def gram_launches(
     for batch in _gram_plan.triangle_batches(rows, shift, layers, tile, architecture):
         partials = _launch.workspace(batch.programs * tile.rows * tile.columns, out.dtype, out.device)
         products = {
-            "inputs": batch.tensors(rows, layers),
-            "shifts": batch.tensors(shift, layers),
-            "strides": batch.strides[0],
-            "starts": batch.starts,
-            "widths": batch.widths,
-            "firsts": batch.firsts,
+            "layers": batch.grouped(rows, shift),
             "partials": partials,
             "rows": total,
             "chunk_blocks": batch.chunk_blocks,
-            "LAYERS": len(batch.starts),
-            "GROUPS": batch.groups,
-            "VECTOR": batch.vector,
-            "MODE": mode,
-            "BF16": operand_dtype(),
-            "TILE": tile.columns,
-            "DEPTH": tile.depth,
-            "STEPS": tile.steps,
-            "STAGES": tile.stages,
-            "PROMOTED": _gram_plan.PROMOTED_COLUMNS,
+            "tile": tile.record(mode, _gram_plan.PROMOTED_COLUMNS),
         }
         sums = {
             "out": out,
             "partials": partials,
-            "starts": batch.every(parts),
-            "firsts": batch.starts,
-            "chunks": batch.chunks,
-            "positions": batch.positions,
+            "sums": Sums(batch.every(parts), batch.starts, batch.chunks, batch.positions),
             "rows": total,
-            "LAYERS": len(batch.starts),
-            "TILE": tile.columns,
-            "SIDE": _FOLD_SIDE,
+            "SIDE": tile.columns,
+            "PART": _FOLD_SIDE,
             "CHUNKS": _FOLD_CHUNKS,
         }
-        launches.append(_plan.Launch(gram_kernel, batch.programs, products, tile.warps, tile.registers))
-        launches.append(_plan.Launch(gram_fold_kernel, parts * len(batch.layers), sums, 4))
+        launches.append(Launch(gram_kernel, batch.programs, products, tile.warps, tile.registers))
+        launches.append(Launch(gram_fold_kernel, parts * len(batch.layers), sums, 4))
     return launches
 
 
@@ -315,7 +263,7 @@ def backward_launches(
     wanted: Sequence[bool],
     out: Sequence[Tensor],
     architecture: Architecture,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `gram_backward`; `out` has a tensor for each of `rows`, any where none is wanted.
 
     factors: (L, R, 4 * ceil(R / 4)) float32, symmetric, zero beyond R.
@@ -324,32 +272,16 @@ def backward_launches(
     mode = gram_mode(rows[0].dtype, architecture)
     tile = gram_gradient_tile(mode, architecture)
     return [
-        _plan.Launch(
+        Launch(
             gram_backward_kernel,
             batch.programs,
             {
-                "inputs": batch.tensors(rows, layers),
-                "outputs": batch.tensors(out, layers),
-                "shifts": batch.tensors(shift, layers),
-                "factors": factors,
-                "strides": batch.strides[0],
-                "output_strides": batch.strides[1],
-                "wanted": batch.integers(wanted, layers),
-                "starts": batch.starts,
-                "widths": batch.widths,
-                "firsts": batch.firsts,
-                "positions": batch.positions,
+                "layers": batch.grouped(rows, shift, out)._replace(
+                    factors=factors, wanted=batch.integers(wanted), positions=batch.positions
+                ),
                 "rows": total,
                 "factor_stride": factors.shape[2] // 4,
-                "LAYERS": len(batch.starts),
-                "GROUPS": batch.groups,
-                "VECTOR": batch.vector,
-                "MODE": mode,
-                "BF16": operand_dtype(),
-                "ROWS": tile.rows,
-                "COLUMNS": tile.columns,
-                "DEPTH": tile.depth,
-                "STAGES": tile.stages,
+                "tile": tile.record(mode),
             },
             tile.warps,
             tile.registers,

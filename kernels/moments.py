@@ -8,55 +8,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
-from moment_ops.kernels._common import ROW_BITS, locate, pick, pick_integer, rows_of_lanes, strip_columns, tile_at
+from moment_ops.kernels import _column_plan, _launch
+from moment_ops.kernels._common import (
+    STRIP_BITS,
+    locate,
+    pick,
+    pick_integer,
+    rows_of_lanes,
+    strip_columns,
+    tile_at,
+)
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._order import (
     in_memory_order,
     restore_logical_order,
     rows_first,
     vector_in_memory_order,
 )
+from moment_ops.kernels._records import Partials, Rows
 from moment_ops.kernels._reduce import reduce_columns
+from moment_ops.kernels._tiles import ADDED_PASS_REGISTERS, PASS_REGISTERS, REDUCTION_REGISTERS
 
+# Dtypes that the kernels take; a literal, which is read without importing Triton.
 OPERATORS = {
     "moments": ("float32", "bfloat16", "float16", "float64"),
     "moments_backward": ("float32", "bfloat16", "float16", "float64"),
 }
 
+# Integers whose values do not specialise a kernel.
+CUT = ("rows", "chunk_rows", "chunks", "correction")
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "correction"])
+
+@triton.jit(do_not_specialize=[*CUT])
 def moments_kernel(
-    inputs,  # LAYERS x (rows, columns)
-    starts,
-    columns,
-    strides,
-    offsets,
-    inners,
+    layers,
     mean_out,  # (F)
     var_out,  # (F) or None
-    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
-    tickets,  # (programs) int32 zeros, or None
+    partials,
     rows,
     chunk_rows,
     chunks,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    strip,
 ):
     """Mean and variance of every column, packed."""
-    complete, mean, var, packed, mask, _ = reduce_columns(
-        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        None, None, None, None, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED, BLOCK_ROWS, BLOCK_COLUMNS,
-        BLOCK_CHUNKS,
-    )  # fmt: skip
-    if complete:
-        tl.store(mean_out + packed, mean, mask=mask)
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    got = reduce_columns(layers, None, None, partials, cut, mean_out.dtype.element_ty, strip)
+    if got.complete:
+        tl.store(mean_out + got.packed, got.mean, mask=got.mask)
         if var_out is not None:
-            tl.store(var_out + packed, var, mask=mask)
+            tl.store(var_out + got.packed, got.var, mask=got.mask)
 
 
 @triton.jit
@@ -87,17 +88,7 @@ def coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, laye
 
 @triton.jit(do_not_specialize=["rows", "chunk_rows", "correction"])
 def moments_backward_kernel(
-    inputs,  # LAYERS x (rows, columns)
-    grads,  # likewise, or None
-    outputs,  # likewise
-    starts,
-    columns,
-    strides,
-    grad_strides,
-    output_strides,
-    offsets,
-    inners,
-    positions,
+    layers,
     grad_mean,  # (F) or None
     grad_var,  # (F) or None
     mean,  # (F)
@@ -106,95 +97,87 @@ def moments_backward_kernel(
     rows,
     chunk_rows,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    strip,
     RECTIFIED: tl.constexpr,
 ):
     """`[grad +] a + b * (x - mean)` for every layer; zero where RECTIFIED features are not positive, NaN aside."""
     accumulate = mean.dtype.element_ty
-    LANES: tl.constexpr = ROW_BITS // inputs[0].dtype.element_ty.primitive_bitwidth
-    ROWS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // LANES
+    LANES: tl.constexpr = STRIP_BITS // layers.inputs[0].dtype.element_ty.primitive_bitwidth
+    COLUMNS: tl.constexpr = strip.COLUMNS
+    ROWS: tl.constexpr = strip.ROWS * COLUMNS // LANES
     READS: tl.constexpr = RECTIFIED or grad_var is not None
     program = tl.program_id(0)
-    _, chunk, strip, width = locate(starts, columns, program, LAYERS, VECTOR, BLOCK_COLUMNS)
-    column, mask, packed = strip_columns(
-        strip, width, starts, offsets, inners, program, LAYERS, VECTOR, LANES, BLOCK_COLUMNS, PERMUTED
-    )
+    _, chunk, left, width = locate(layers, program, strip)
+    column, mask, packed = strip_columns(layers, program, strip, left, width, LANES)
     begin = chunk * chunk_rows
     end = tl.minimum(begin + chunk_rows, rows)
     row = tl.arange(0, ROWS)[:, None]
-    here = mask[None, :] & (row < rows_of_lanes(end - begin, LANES, BLOCK_COLUMNS)[None, :])  # (ROWS, LANES)
+    here = mask[None, :] & (row < rows_of_lanes(end - begin, LANES, COLUMNS)[None, :])  # (ROWS, LANES)
     # The first tiles are in flight together with the coefficients, and each next one while its predecessor is used.
     if READS:
-        x_stride = pick_integer(strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-        x = pick(inputs, starts, program, LAYERS) + column
-        features = tl.load(tile_at(begin, x, x_stride, ROWS, BLOCK_COLUMNS), mask=here, other=0.0)
-    if grads is not None:
-        g_stride = pick_integer(grad_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-        g = pick(grads, starts, program, LAYERS) + column
-        added = tl.load(tile_at(begin, g, g_stride, ROWS, BLOCK_COLUMNS), mask=here, other=0.0)
-    layer = pick_integer(positions, starts, program, LAYERS)
+        x_stride = pick_integer(layers.strides, layers, program).to(tl.int64) * layers.VECTOR
+        x = pick(layers.inputs, layers, program) + column
+        features = tl.load(tile_at(begin, x, x_stride, ROWS, COLUMNS), mask=here, other=0.0)
+    if layers.grads is not None:
+        g_stride = pick_integer(layers.grad_strides, layers, program).to(tl.int64) * layers.VECTOR
+        g = pick(layers.grads, layers, program) + column
+        added = tl.load(tile_at(begin, g, g_stride, ROWS, COLUMNS), mask=here, other=0.0)
+    layer = pick_integer(layers.positions, layers, program)
     a, b, center = coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask)
-    y_stride = pick_integer(output_strides, starts, program, LAYERS).to(tl.int64) * VECTOR
-    y = pick(outputs, starts, program, LAYERS) + column
-    for tile in range(begin, end, BLOCK_ROWS):
+    y_stride = pick_integer(layers.output_strides, layers, program).to(tl.int64) * layers.VECTOR
+    y = pick(layers.outputs, layers, program) + column
+    for tile in range(begin, end, strip.ROWS):
         value = tl.zeros([ROWS, LANES], accumulate) + a[None, :]
         if grad_var is not None:
             value += b[None, :] * (features.to(accumulate) - center[None, :])
-        if grads is not None:
+        if layers.grads is not None:
             value += added.to(accumulate)
         if RECTIFIED:
             value = tl.where(features.to(accumulate) <= 0, 0.0, value)
-        following = tile + BLOCK_ROWS
-        ahead = mask[None, :] & (row < rows_of_lanes(end - following, LANES, BLOCK_COLUMNS)[None, :])
+        following = tile + strip.ROWS
+        ahead = mask[None, :] & (row < rows_of_lanes(end - following, LANES, COLUMNS)[None, :])
         if READS:
-            features = tl.load(tile_at(following, x, x_stride, ROWS, BLOCK_COLUMNS), mask=ahead, other=0.0)
-        if grads is not None:
-            added = tl.load(tile_at(following, g, g_stride, ROWS, BLOCK_COLUMNS), mask=ahead, other=0.0)
-        tl.store(tile_at(tile, y, y_stride, ROWS, BLOCK_COLUMNS), value.to(y.dtype.element_ty), mask=here)
+            features = tl.load(tile_at(following, x, x_stride, ROWS, COLUMNS), mask=ahead, other=0.0)
+        if layers.grads is not None:
+            added = tl.load(tile_at(following, g, g_stride, ROWS, COLUMNS), mask=ahead, other=0.0)
+        tl.store(tile_at(tile, y, y_stride, ROWS, COLUMNS), value.to(y.dtype.element_ty), mask=here)
         here = ahead
 
 
-def reduction_arguments(group: _plan.Group, layers: Sequence[Tensor], correction: int) -> dict[str, Any]:
+def reduction_arguments(
+    group: _column_plan.ColumnGroup, layers: Sequence[Tensor], correction: int, outputs: Sequence[Tensor] | None = None
+) -> dict[str, Any]:
     """What the kernels that reduce over rows have in common, workspace included."""
     x = layers[0]
-    partials = tickets = None
+    partials = None
     if group.chunks > 1:
-        partials = _launch.workspace(group.programs * 2 * group.tile.columns, torch.float64, x.device)
-        tickets = _launch.workspace(group.programs, torch.int32, x.device, zeroed=True)
+        partials = Partials(
+            _launch.workspace(group.programs * 2 * group.tile.columns, torch.float64, x.device),
+            _launch.workspace(group.programs, torch.int32, x.device, zeroed=True),
+        )
     return {
-        "inputs": group.tensors(layers),
-        "starts": group.starts,
-        "columns": group.columns,
-        "strides": group.strides[0],
-        "offsets": group.offsets,
-        "inners": group.inners,
+        "layers": group.record(layers, outputs),
         "partials": partials,
-        "tickets": tickets,
         "rows": group.rows,
         "chunk_rows": group.chunk_rows,
         "chunks": group.chunks,
         "correction": correction,
-        **group.constants,
-        "BLOCK_CHUNKS": group.fold_chunks,
+        "strip": group.strip,
     }
 
 
-def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None) -> list[_plan.Launch]:
+def moments_launches(layers: Sequence[Tensor], correction: int, mean: Tensor, var: Tensor | None) -> list[Launch]:
     """The launches of `moments` over layers whose rows are on dimension 0."""
     layers = in_memory_order(layers)
     return [
-        _plan.Launch(
+        Launch(
             moments_kernel,
             group.programs,
             {"mean_out": mean, "var_out": var, **reduction_arguments(group, layers, correction)},
             group.tile.warps,
-            _plan.REGISTERS,
+            REDUCTION_REGISTERS,
         )
-        for group in _plan.groups("reduce", layers)
+        for group in _column_plan.groups("reduce", layers)
     ]
 
 
@@ -218,26 +201,16 @@ def backward_launches(
     scale: Tensor | None,
     out: Sequence[Tensor],
     rectified: bool = False,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launches of `moments_backward` over layers whose rows are on dimension 0.
 
     rectified: layers are outputs of ReLUs, and the gradients are those of their inputs.
     """
     grad, layers, out = in_memory_order(grad), in_memory_order(layers), in_memory_order(out)
     launches = []
-    for group in _plan.groups("apply", layers, out, *([grad] if grad else [])):
+    for group in _column_plan.groups("apply", layers, out, *([grad] if grad else [])):
         arguments = {
-            "inputs": group.tensors(layers),
-            "grads": group.tensors(grad) if grad else None,
-            "outputs": group.tensors(out),
-            "starts": group.starts,
-            "columns": group.columns,
-            "strides": group.strides[0],
-            "grad_strides": group.strides[2] if grad else None,
-            "output_strides": group.strides[1],
-            "offsets": group.offsets,
-            "inners": group.inners,
-            "positions": group.positions,
+            "layers": group.record(layers, out, grad or None)._replace(positions=group.positions),
             "grad_mean": grad_mean,
             "grad_var": grad_var,
             "mean": mean,
@@ -246,11 +219,11 @@ def backward_launches(
             "rows": group.rows,
             "chunk_rows": group.chunk_rows,
             "correction": correction,
-            **group.constants,
+            "strip": group.strip,
             "RECTIFIED": rectified,
         }
-        registers = _plan.PASS_REGISTERS if arguments["grads"] is None else _plan.ADDED_PASS_REGISTERS
-        launches.append(_plan.Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps, registers))
+        registers = ADDED_PASS_REGISTERS if grad else PASS_REGISTERS
+        launches.append(Launch(moments_backward_kernel, group.programs, arguments, group.tile.warps, registers))
     return launches
 
 

@@ -4,58 +4,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _column_plan, _launch
+from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._order import in_memory_order, is_native, restore_logical_order, vector_in_memory_order
+from moment_ops.kernels._records import Rows
 from moment_ops.kernels._reduce import reduce_columns
-from moment_ops.kernels.moments import backward_launches, reduction_arguments
+from moment_ops.kernels._tiles import REDUCTION_REGISTERS
+from moment_ops.kernels.moments import CUT, backward_launches, reduction_arguments
 
+# Dtypes that the kernels take; a literal, which is read without importing Triton.
 OPERATORS = {
     "relu_moments": ("float32", "bfloat16", "float16", "float64"),
     "relu_moments_backward": ("float32", "bfloat16", "float16", "float64"),
 }
 
 
-@triton.jit(do_not_specialize=["channel_columns", "rows", "chunk_rows", "chunks", "correction"])
+@triton.jit(do_not_specialize=["channel_columns", *CUT])
 def relu_moments_kernel(
-    inputs,  # LAYERS x (rows, columns)
-    outputs,  # likewise
-    starts,
-    columns,
-    strides,
-    output_strides,
-    offsets,
-    inners,
+    layers,
     bias,  # (columns / channel_columns) or None
     channel_columns,
     mean_out,  # (F)
     var_out,  # (F)
-    partials,  # (programs, 2, BLOCK_COLUMNS) float64, or None
-    tickets,  # (programs) int32 zeros, or None
+    partials,
     rows,
     chunk_rows,
     chunks,
     correction,
-    LAYERS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    strip,
 ):
     """relu(x + bias), and its moments, packed."""
-    complete, mean, var, packed, mask, _ = reduce_columns(
-        inputs, starts, columns, strides, offsets, inners, partials, tickets, rows, chunk_rows, chunks, correction,
-        outputs, output_strides, bias, channel_columns, mean_out.dtype.element_ty, LAYERS, VECTOR, PERMUTED,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHUNKS,
-    )  # fmt: skip
-    if complete:
-        tl.store(mean_out + packed, mean, mask=mask)
-        tl.store(var_out + packed, var, mask=mask)
+    cut = Rows(rows, chunk_rows, chunks, correction)
+    got = reduce_columns(layers, bias, channel_columns, partials, cut, mean_out.dtype.element_ty, strip)
+    if got.complete:
+        tl.store(mean_out + got.packed, got.mean, mask=got.mask)
+        tl.store(var_out + got.packed, got.var, mask=got.mask)
 
 
 def relu_moments_launches(
     x: Tensor, bias: Tensor | None, correction: int, y: Tensor, mean: Tensor, var: Tensor
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launch of `relu_moments`; x and y have the same columns."""
     channel_columns = 1
     if bias is not None:
@@ -66,17 +54,15 @@ def relu_moments_launches(
             bias = vector_in_memory_order(bias, [x])
             channel_columns = 1
     (x,), (y,) = in_memory_order([x]), in_memory_order([y])
-    (group,) = _plan.groups("tap", [x], [y])
+    (group,) = _column_plan.groups("tap", [x], [y])
     arguments = {
-        **reduction_arguments(group, [x], correction),
-        "outputs": group.tensors([y]),
-        "output_strides": group.strides[1],
+        **reduction_arguments(group, [x], correction, [y]),
         "bias": bias,
         "channel_columns": channel_columns,
         "mean_out": mean,
         "var_out": var,
     }
-    return [_plan.Launch(relu_moments_kernel, group.programs, arguments, group.tile.warps, _plan.REGISTERS)]
+    return [Launch(relu_moments_kernel, group.programs, arguments, group.tile.warps, REDUCTION_REGISTERS)]
 
 
 def relu_moments(x: Tensor, bias: Tensor | None, correction: int, y: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -94,7 +80,7 @@ def relu_moments_backward_launches(
     mean: Tensor,
     correction: int,
     out: Tensor,
-) -> list[_plan.Launch]:
+) -> list[Launch]:
     """The launch of `relu_moments_backward`; y, grad and out have the same columns."""
     ordered_mean = vector_in_memory_order(mean, [y])
     assert ordered_mean is not None

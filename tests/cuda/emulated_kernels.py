@@ -17,15 +17,14 @@ import torch
 from emulator.execution import Schedule, execute
 from emulator.memory import GlobalMemory
 from emulator.parsing import Kernel, parse
+from specs import machine_code
 from torch import Tensor
-
-from moment_ops.kernels import _machine_code
 
 
 @functools.cache
 def texts(library: Path) -> dict[str, str]:
     """The PTX of every kernel in the library, each a module of its own, by symbol."""
-    command = [_machine_code.tool("cuobjdump"), "--dump-ptx", str(library)]
+    command = [machine_code.tool("cuobjdump"), "--dump-ptx", str(library)]
     dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {}
     for module in dump.split("Fatbin ptx code:")[1:]:

@@ -5,8 +5,7 @@ import subprocess
 from typing import NamedTuple
 
 import pytest
-
-from moment_ops.kernels import _machine_code
+from specs import machine_code
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float", "double", "Half", "BFloat16")
@@ -65,7 +64,7 @@ BUDGETS = {
 def kernels(library):
     """{architecture: {mangled kernel: its machine code}}."""
     try:
-        return _machine_code.library_functions(library)
+        return machine_code.library_functions(library)
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
 
@@ -90,7 +89,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         }, architecture
 
 
-def flights(function: _machine_code.Function) -> list[int]:
+def flights(function: machine_code.Function) -> list[int]:
     """Bytes in flight per thread, as in a budget."""
     loops = sorted((round(loop.in_flight) for loop in function.loop_flights), reverse=True)
     return loops or [function.straight_flight.first_wait]

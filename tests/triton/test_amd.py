@@ -13,8 +13,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from moment_ops.kernels import _plan, _resources, covariance, covariance_specs, gram_specs, specs
-from moment_ops.kernels._product_tiles import gradient_mode, gram_mode, product_mode
+from specs import covariances, grams, resources
+from specs.catalogue import SPECS, launches
+from specs.resources import named
+
+from moment_ops.kernels import covariance
+from moment_ops.kernels._architectures import gradient_mode, gram_mode, product_mode
+from moment_ops.kernels._launch import Launch
 
 ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
 PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
@@ -34,12 +39,6 @@ OPERANDS = {"ieee": "float32", "tf32": "tf32", "bf16": "bfloat16", "bf16x3": "bf
 PRODUCTS = {"ieee": 1, "tf32": 1, "bf16": 1, "bf16x3": 3, "bf16x4": 4}
 
 
-def launches(architecture):
-    """Every spec's launch, by name: the columns' are the same on all architectures."""
-    columns = {spec.name: spec.launch for spec in specs.SPECS}
-    return {**columns, **covariance_specs.launches(architecture), **gram_specs.launches(architecture)}
-
-
 CASES = [(name, architecture) for architecture in ARCHITECTURES for name in launches(architecture)]
 
 
@@ -56,7 +55,7 @@ class Code:
 
 
 def compiled(launch, architecture):
-    kernel = _resources.compile_launch(launch, architecture)
+    kernel = resources.compile_launch(launch, architecture)
     code = kernel.asm["amdgcn"]
 
     def metadata(name):
@@ -85,28 +84,28 @@ def vectors(launch, entries, itemsize):
 
 def wide_loads(launch):
     """128-bit loads of features, and of the matrix that they are multiplied by, at least once."""
-    a = launch.arguments
-    if a.get("VECTOR", 4) == 1:
+    a = named(launch)
+    if a.get("layers.VECTOR", 4) == 1:
         return 0
-    if "SIDE" in a:
-        return vectors(launch, a["SIDE"] ** 2, 8)
-    if "inputs" not in a:
-        return vectors(launch, a["BLOCK_COLUMNS"], a["mean"].element_size())
-    itemsize = a["inputs"][0].element_size()
-    if "BLOCK_COLUMNS" in a:
-        return vectors(launch, a["BLOCK_ROWS"] * a["BLOCK_COLUMNS"], itemsize)
-    if "TILE" in a:
-        return 2 * vectors(launch, a["TILE"] * a["DEPTH"] * a["STEPS"], itemsize)
-    return vectors(launch, a["ROWS"] * a["DEPTH"], itemsize) + vectors(launch, a["DEPTH"] * a["COLUMNS"], itemsize)
+    if "PART" in a:
+        return vectors(launch, a["PART"] ** 2, 8)
+    if "layers" not in a:
+        return vectors(launch, a["COLUMNS"], a["mean"].element_size())
+    itemsize = a["layers.inputs"][0].element_size()
+    if "strip" in a:
+        return vectors(launch, a["strip.ROWS"] * a["strip.COLUMNS"], itemsize)
+    rows, columns, depth, steps = (a[f"tile.{name}"] for name in ("ROWS", "COLUMNS", "DEPTH", "STEPS"))
+    if launch.kernel.__name__.endswith("backward_kernel"):
+        return vectors(launch, rows * depth, itemsize) + vectors(launch, depth * columns, itemsize)
+    return 2 * vectors(launch, columns * depth * steps, itemsize)
 
 
 def matrix_products(launch, architecture):
     """(instruction, how many) of a lane for one step of the summed dimension."""
-    a = launch.arguments
-    name, entries = MATRIX_INSTRUCTIONS[architecture][OPERANDS[a["MODE"]]]
-    rows, columns = (a["TILE"], a["TILE"]) if "TILE" in a else (a["ROWS"], a["COLUMNS"])
-    tiles = rows * columns // (32 * 32 * launch.warps)
-    return name, PRODUCTS[a["MODE"]] * tiles * a["DEPTH"] * a.get("STEPS", 1) // entries
+    a = named(launch)
+    name, entries = MATRIX_INSTRUCTIONS[architecture][OPERANDS[a["tile.MODE"]]]
+    tiles = a["tile.ROWS"] * a["tile.COLUMNS"] // (32 * 32 * launch.warps)
+    return name, PRODUCTS[a["tile.MODE"]] * tiles * a["tile.DEPTH"] * a["tile.STEPS"] // entries
 
 
 @pytest.mark.parametrize(("name", "architecture"), CASES, ids=[", ".join(case) for case in CASES])
@@ -114,10 +113,10 @@ def test_a_kernel_needs_no_memory_for_registers_and_loads_wide(name, architectur
     launch, code = launches(architecture)[name](), code_of(name, architecture)
     assert code.spills == 0
     # Columns' kernels take the arguments of more layers than a wave's hundred scalar registers hold.
-    assert code.scalar_spills <= 16 or "MODE" not in launch.arguments
+    assert code.scalar_spills <= 16 or "tile" not in launch.arguments
     assert code.shared <= SHARED
     assert code.wide_loads >= wide_loads(launch)
-    if "MODE" in launch.arguments:
+    if "tile" in launch.arguments:
         instruction, count = matrix_products(launch, architecture)
         assert set(code.matrix_products) == {instruction}
         assert code.matrix_products[instruction] >= count
@@ -127,24 +126,24 @@ def test_a_kernel_needs_no_memory_for_registers_and_loads_wide(name, architectur
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_more_layers_than_a_launch_takes_would_spill(architecture):
-    launch = gram_specs.launches("gfx942")["gram_backward fp32"]()
-    assert launch.arguments["LAYERS"] * launch.arguments["GROUPS"] == 8
-    many = gram_specs.launches(90)["gram_backward fp32"]()
-    assert many.arguments["LAYERS"] * many.arguments["GROUPS"] == 32
-    tile = {name: launch.arguments[name] for name in ("MODE", "ROWS", "COLUMNS", "DEPTH", "STAGES")}
-    crowded = _resources.replace(many, arguments={**many.arguments, **tile}, warps=launch.warps)
+    launch = grams.launches("gfx942")["gram_backward fp32"]()
+    assert len(launch.arguments["layers"].inputs) == 8
+    many = grams.launches(90)["gram_backward fp32"]()
+    assert len(many.arguments["layers"].inputs) == 32
+    tile = launch.arguments["tile"]
+    crowded = resources.replace(many, arguments={**many.arguments, "tile": tile}, warps=launch.warps)
     assert compiled(crowded, architecture).scalar_spills > 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_too_few_warps_for_a_tile_spill(architecture):
     launch = launches(architecture)["covariance tf32 fp32"]()
-    assert compiled(_resources.replace(launch, warps=1), architecture).spills > 0
+    assert compiled(resources.replace(launch, warps=1), architecture).spills > 0
 
 
 def test_losing_alignment_loses_wide_loads():
-    launch = covariance_specs.launches("gfx942")["covariance bf16x3 fp32"]()
-    narrow = compiled(_resources.without_alignment(launch), "gfx942")
+    launch = covariances.launches("gfx942")["covariance bf16x3 fp32"]()
+    narrow = compiled(resources.without_alignment(launch), "gfx942")
     assert narrow.wide_loads < wide_loads(launch)
 
 
@@ -169,9 +168,9 @@ def test_no_architecture_takes_a_mode_that_is_less_exact(architecture):
 def test_rows_of_several_tensors_are_reached_by_pointers_of_64_bits():
     """Not by buffer instructions: their offsets have 32 bits, which is enough within a tensor below 2 GiB alone."""
     for name in ("gram fp32", "gram_backward bf16"):
-        launch = gram_specs.launches("gfx942")[name]()
-        assert launch.arguments["GROUPS"] == 2
-        ttgir = _resources.compile_launch(launch, "gfx942").asm["ttgir"]
+        launch = grams.launches("gfx942")[name]()
+        assert len(launch.arguments["layers"].firsts) == 2
+        ttgir = resources.compile_launch(launch, "gfx942").asm["ttgir"]
         assert re.search(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr", ttgir)
 
 
@@ -185,7 +184,7 @@ def test_the_name_of_the_architecture_is_that_of_the_device(monkeypatch):
 
 
 def test_register_limits_are_for_nvidia_alone():
-    launch = specs.SPECS[0].launch()
-    assert isinstance(launch, _plan.Launch)
+    launch = SPECS[0].launch()
+    assert isinstance(launch, Launch)
     assert "maxnreg" in launch.options(hip=False)
     assert "maxnreg" not in launch.options(hip=True)

@@ -16,12 +16,12 @@ from emulator.hazards import hazards
 from emulator.launcher import compiled
 from emulator.parsing import parse
 from emulator.snippets import kernel_of
+from specs.catalogue import SPECS
+from specs.resources import ARCHITECTURES
 
-from moment_ops.kernels import specs
-from moment_ops.kernels._plan import Launch
-from moment_ops.kernels._resources import ARCHITECTURES
+from moment_ops.kernels._launch import Launch
 
-CASES = [(spec, architecture) for spec in specs.SPECS for architecture in spec.architectures]
+CASES = [(spec, architecture) for spec in SPECS for architecture in spec.architectures]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 import subprocess
 
 import pytest
-
-from moment_ops.kernels import _machine_code
-from moment_ops.kernels._machine_code import Function, Instruction, functions, parse, resident_blocks
+from specs import machine_code
+from specs.machine_code import Function, Instruction, functions, parse, resident_blocks
 
 
 def load(scoreboard, bits=128):
@@ -185,7 +184,7 @@ KERNELS = {
 
 def compiled(folder, body, architecture):
     (folder / "kernel.ptx").write_text(PTX.format(body=body, architecture=architecture))
-    ptxas = _machine_code.tool("ptxas")
+    ptxas = machine_code.tool("ptxas")
     subprocess.run([ptxas, f"--gpu-name=sm_{architecture}", "kernel.ptx", "-o", "kernel.cubin"], cwd=folder, check=True)
     return functions(folder / "kernel.cubin")["kernel"]
 

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _column_plan
+from moment_ops.kernels._tiles import STRIP_BYTES
 
 ROWS = (16, 64, 256, 1024)
 COLUMNS = (256, 2048, 8192, 32768, 65536)
@@ -14,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def plan(kind, rows, columns, dtype):
     x = torch.empty(rows, columns, dtype=dtype, device="meta")
-    (group,) = _plan.groups(kind, [x], *([] if kind == "reduce" else [[x]]))
+    (group,) = _column_plan.groups(kind, [x], *([] if kind == "reduce" else [[x]]))
     return group
 
 
@@ -34,7 +35,7 @@ def tiles(group):
 
 def share(group):
     """Groups of threads that share a strip's rows out."""
-    return _plan.ROW_BYTES // (group.tile.columns * group.itemsize)
+    return STRIP_BYTES // (group.tile.columns * group.itemsize)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,7 +45,7 @@ def share(group):
 def test_a_reduction_keeps_the_gpu_busy_or_the_layer_in_flight(kind, rows, columns, dtype):
     """Where it does not, a program has so few tiles that folding the parts of a cut would take longer."""
     group = plan(kind, rows, columns, dtype)
-    busy = in_flight(group, columns) >= min(_plan.IN_FLIGHT // 2, rows * columns * group.itemsize)
+    busy = in_flight(group, columns) >= min(_column_plan.IN_FLIGHT // 2, rows * columns * group.itemsize)
     assert busy or tiles(group) <= 4
 
 
@@ -53,7 +54,7 @@ def test_a_reduction_keeps_the_gpu_busy_or_the_layer_in_flight(kind, rows, colum
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_pass_over_features_keeps_the_gpu_busy_or_the_layer_in_flight(rows, columns, dtype):
     group = plan("apply", rows, columns, dtype)
-    assert in_flight(group, columns) >= min(_plan.IN_FLIGHT, rows * columns * group.itemsize)
+    assert in_flight(group, columns) >= min(_column_plan.IN_FLIGHT, rows * columns * group.itemsize)
 
 
 @pytest.mark.parametrize("kind", ["reduce", "tap", "apply"])

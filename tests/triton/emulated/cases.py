@@ -11,8 +11,8 @@ from emulator.launcher import Allocations, Compiled, compiled, run
 from emulator.machine import Result
 from torch import Tensor
 
-from moment_ops.kernels import _covariance_plan, _gram_plan, _plan
-from moment_ops.kernels._plan import Launch
+from moment_ops.kernels import _column_plan, _covariance_plan, _gram_plan
+from moment_ops.kernels._launch import Launch
 
 # What a planner has otherwise: values by name, `module.name`.
 Plan = Mapping[str, Any]
@@ -71,7 +71,7 @@ def always(value: Any) -> Callable[..., Any]:
 
 
 def _forget() -> None:
-    _plan._groups.cache_clear()
+    _column_plan._groups.cache_clear()
     _covariance_plan._groups.cache_clear()
     _gram_plan._batches.cache_clear()
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import moment_ops as mo
 from emulated.cases import LAYOUTS, Case, empty_like
-from moment_ops.kernels import covariance, match, moments, relu_moments
-from moment_ops.kernels._plan import Launch
+from moment_ops.kernels import _records, covariance, match, moments, relu_moments
+from moment_ops.kernels._launch import Launch
 from moment_ops.ops import records, reference
 from moment_ops.ops.averages import AVERAGES
 
@@ -65,7 +65,7 @@ class Shifts(Case):
     def launches(self, architecture: int) -> list[Launch]:
         columns = sum(x[0].numel() for x in self.layers)
         self.mean, self.shift, self.rest = (torch.empty(columns) for _ in range(3))
-        return covariance.shifts_launches(self.layers, self.mean, self.shift, self.rest)
+        return covariance.shifts_launches(self.layers, self.mean, _records.Shifts(self.shift, self.rest))
 
     def check(self) -> None:
         mean, var = exact_moments(self.layers, correction=0)

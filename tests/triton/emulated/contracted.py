@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moment_ops.kernels._plan import Launch
+from moment_ops.kernels._launch import Launch
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 from emulated.cases import LAYOUTS, Case, empty_like
 from emulated.columns import OPTIONS
 from moment_ops.kernels import covariance, covariance_backward, covariance_match, gram
-from moment_ops.kernels._plan import Launch
+from moment_ops.kernels._launch import Launch
 from moment_ops.ops import records, reference_covariance, reference_gram, triangle
 
 # Relative Frobenius error of a precision.
@@ -94,7 +94,7 @@ class CovarianceMatch(Case):
         self.loss, self.mean = torch.empty(()), torch.empty(sum(widths))
         self.grad = torch.empty(triangle.total_size(widths)) if self.keep else None
         self.before = [s.clone() for s in self.state]
-        match = self._match(self.targets, self.state, self.precision)
+        match = self._match(self.targets, self.state)
         return covariance_match.covariance_match_launches(
             self.layers, 1, match, self.loss, self.mean, self.grad, architecture
         )

@@ -1,4 +1,4 @@
-"""The smallest shapes that take the specialisations of kernels/specs.py.
+"""The smallest shapes that take the specialisations of the specs.
 
 What is compiled for a spec is decided by its launch's constants. Cases are made of what can be read from that launch,
 smallest first, with the planners' constants changed where they have to be; the first whose launch has the same
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from specs.resources import Spec, is_record, named
 from torch import Tensor
 
 from emulated import columns, products
 from emulated.cases import Case, Plan, always, planned
-from moment_ops.kernels._plan import Launch, Tile
-from moment_ops.kernels._resources import Spec
+from moment_ops.kernels._launch import Launch
+from moment_ops.kernels._tiles import StripTile
 from moment_ops.ops.averages import AVERAGES
 
 
@@ -33,12 +34,17 @@ def architecture_of(spec: Spec) -> int:
 
     The emulator knows the tensor cores of sm_80 and sm_90. Tiles of sm_100 are compiled for sm_90.
     """
-    return min(90, *spec.architectures) if "MODE" in spec.launch().arguments else 80
+    return min(90, *spec.architectures) if "tile" in spec.launch().arguments else 80
 
 
 def constants(launch: Launch) -> dict[str, Any]:
     """What is known when a launch is compiled, alignment aside: constants, dtypes, and which arguments are absent."""
-    known = {p.name: _kind(launch.arguments[p.name], p.is_constexpr) for p in launch.kernel.params}
+    parameters = {p.name for p in launch.kernel.params if p.is_constexpr}
+    known = {
+        name: _kind(value, name in parameters or name.rpartition(".")[2].isupper())
+        for name, value in named(launch).items()
+        if not is_record(value)
+    }
     return {**known, "kernel": launch.kernel, "warps": launch.warps, "registers": launch.registers}
 
 
@@ -70,11 +76,12 @@ def small(spec: Spec) -> Small:
 
 def _layers(launch: Launch) -> list[tuple[int, ...]]:
     """So many that the launch has as many; with a tail of columns, and one layer of two strips."""
-    arguments = launch.arguments
-    count = arguments["LAYERS"] // 2 + 1 if arguments["LAYERS"] > 1 else 1
-    vector, tile = arguments["VECTOR"], arguments["BLOCK_COLUMNS"]
+    arguments = named(launch)
+    layers = len(arguments["layers.inputs"])
+    count = layers // 2 + 1 if layers > 1 else 1
+    vector, tile = arguments["layers.VECTOR"], arguments["strip.COLUMNS"]
     narrow = vector if vector > 1 else 3
-    if arguments["PERMUTED"]:
+    if arguments["strip.PERMUTED"]:
         return [(narrow, 2, 2)] * count
     return [(narrow,)] * (count - 1) + [(tile + narrow,)]
 
@@ -84,8 +91,8 @@ def _rows(launch: Launch) -> tuple[int, int]:
 
     The degrees of freedom are no power of two, by which a division would be exact.
     """
-    arguments = launch.arguments
-    tile = arguments["BLOCK_ROWS"]
+    arguments = named(launch)
+    tile = arguments["strip.ROWS"]
     # A pass over features leaves no partial results, and is cut all the same.
     cut = "partials" not in arguments or arguments["partials"] is not None
     return (3 * tile + 3, 2 * tile) if cut else (2 * tile + 3, 2 * tile + 3)
@@ -95,22 +102,22 @@ def _of_columns(make: Callable[[Launch, int, list[tuple[int, ...]], str], Case])
     """With the tile of the launch, and its rows cut where the launch's are."""
 
     def candidates(launch: Launch) -> Iterator[Small]:
-        arguments = launch.arguments
-        layout = "channels last" if arguments["PERMUTED"] else "contiguous"
-        tile = Tile(arguments["BLOCK_ROWS"], arguments["BLOCK_COLUMNS"], launch.warps)
+        arguments = named(launch)
+        layout = "channels last" if arguments["strip.PERMUTED"] else "contiguous"
+        tile = StripTile(arguments["strip.ROWS"], arguments["strip.COLUMNS"], launch.warps)
         rows, chunk = _rows(launch)
-        plan = {"_plan._tile": always(tile), "_plan._chunk_rows": always(chunk)}
+        plan = {"_column_plan._tile": always(tile), "_column_plan._chunk_rows": always(chunk)}
         yield Small(lambda: make(launch, rows, _layers(launch), layout), plan)
 
     return candidates
 
 
 def _dtype(launch: Launch) -> torch.dtype:
-    return launch.arguments["inputs"][0].dtype
+    return launch.arguments["layers"].inputs[0].dtype
 
 
 def _present(launch: Launch, *names: str) -> list[bool]:
-    return [launch.arguments[name] is not None for name in names]
+    return [named(launch)[name] is not None for name in names]
 
 
 def _moments(launch: Launch, rows: int, shapes: list[tuple[int, ...]], layout: str) -> Case:
@@ -122,8 +129,8 @@ def _shifts(launch: Launch, rows: int, shapes: list[tuple[int, ...]], layout: st
 
 
 def _moments_backward(launch: Launch, rows: int, shapes: list[tuple[int, ...]], layout: str) -> Case:
-    parts = _present(launch, "grad_mean", "grad_var", "grads", "scale")
-    if launch.arguments["RECTIFIED"]:
+    parts = _present(launch, "grad_mean", "grad_var", "layers.grads", "scale")
+    if named(launch)["RECTIFIED"]:
         mean, var, grad, _ = parts
         return columns.ReluMomentsBackward(rows, shapes[-1], _dtype(launch), layout, grad, mean, var)
     return columns.MomentsBackward(rows, shapes, _dtype(launch), layout, *parts)
@@ -137,12 +144,13 @@ _AVERAGES = {kind.number: name for name, kind in AVERAGES.items()}
 
 
 def _average(launch: Launch) -> str:
-    return _AVERAGES[launch.arguments["AVERAGE"]]
+    return _AVERAGES[named(launch)["average.KIND"]]
 
 
 def _match_features(launch: Launch, rows: int, shapes: list[tuple[int, ...]], layout: str) -> Case:
-    arguments = launch.arguments
-    update, weighted, (var,) = arguments["UPDATE"], arguments["MEAN_WEIGHT"], _present(launch, "var_vectors")
+    arguments = named(launch)
+    update = arguments["average.UPDATE"]
+    weighted, var = _present(launch, "vectors.mean.weight", "vectors.var.target")
     average = _average(launch)
     return columns.MatchFeatures(
         rows, shapes, _dtype(launch), average, layout, update or average == "none", weighted, var
@@ -150,12 +158,12 @@ def _match_features(launch: Launch, rows: int, shapes: list[tuple[int, ...]], la
 
 
 def _match(launch: Launch) -> Iterator[Small]:
-    arguments = launch.arguments
-    (var,) = _present(launch, "var_vectors")
-    average, update = _average(launch), arguments["UPDATE"]
+    arguments = named(launch)
+    weighted, var = _present(launch, "vectors.mean.weight", "vectors.var.target")
+    average, update = _average(launch), arguments["average.UPDATE"]
     # Two programs, the second with a tail of a multiple of 16.
-    count = arguments["BLOCK_COLUMNS"] + 16
-    dtype, weighted = arguments["mean"].dtype, arguments["MEAN_WEIGHT"]
+    count = arguments["COLUMNS"] + 16
+    dtype = arguments["mean"].dtype
     yield Small(lambda: columns.Match(count, dtype, average, update or average == "none", weighted, var), {})
 
 
@@ -166,17 +174,17 @@ _WIDTH = 136
 
 def _with_tiles(size: int, plan: Plan) -> dict[str, Any]:
     """Large tiles are those that fill a GPU, of one processor; small ones leave some of many idle."""
-    return {**plan, "_product_tiles.processors": always(1 if size >= 128 else 10**6)}
+    return {**plan, "_tiles.processors": always(1 if size >= 128 else 10**6)}
 
 
 def _of_triangles(make: Callable[[Launch, int, str], Case]) -> Callable[[Launch], Iterator[Small]]:
     """Whole, or in chunks of rows; and as if they were so many that blocks of them are promoted."""
 
     def candidates(launch: Launch) -> Iterator[Small]:
-        arguments = launch.arguments
+        arguments = named(launch)
         rows, chunk = (40, 40) if arguments["partials"] is None else (70, 64)
-        plan = _with_tiles(arguments["TILE"], {"_covariance_plan._chunk_rows": always(chunk)})
-        if arguments["LONG"]:
+        plan = _with_tiles(arguments["tile.COLUMNS"], {"_covariance_plan._chunk_rows": always(chunk)})
+        if arguments["tile.PROMOTED"]:
             plan["_covariance_plan.PROMOTED_ROWS"] = 0
         for precision in _PRECISIONS:
             yield Small(lambda precision=precision: make(launch, rows, precision), plan, -1)
@@ -185,26 +193,26 @@ def _of_triangles(make: Callable[[Launch, int, str], Case]) -> Callable[[Launch]
 
 
 def _width(launch: Launch) -> int:
-    return _WIDTH if launch.arguments["VECTOR"] > 1 else _WIDTH - 1
+    return _WIDTH if named(launch)["layers.VECTOR"] > 1 else _WIDTH - 1
 
 
 def _covariance(launch: Launch, rows: int, precision: str) -> Case:
-    centered = launch.arguments["CENTERED"]
+    (centered,) = _present(launch, "shifts")
     return products.Covariance(rows, _width(launch), _dtype(launch), precision, centered=centered)
 
 
 def _covariance_match(launch: Launch, rows: int, precision: str) -> Case:
-    arguments = launch.arguments
-    widths = [_width(launch), *[8] * (arguments["LAYERS"] // 2)]
+    arguments = named(launch)
+    widths = [_width(launch), *[8] * (len(arguments["layers.inputs"]) // 2)]
     average = _average(launch)
     return products.CovarianceMatch(
-        rows, widths, _dtype(launch), precision, average, update=arguments["UPDATE"] or average == "none",
-        keep=arguments["KEEP"],
+        rows, widths, _dtype(launch), precision, average, update=arguments["average.UPDATE"] or average == "none",
+        keep=arguments["vectors.grad"] is not None,
     )  # fmt: skip
 
 
 def _covariance_backward(launch: Launch) -> Iterator[Small]:
-    arguments = launch.arguments
+    arguments = named(launch)
     dtype = _dtype(launch)
     mean, scaled = _present(launch, "grad_mean", "scale")
     width = _width(launch)
@@ -213,20 +221,21 @@ def _covariance_backward(launch: Launch) -> Iterator[Small]:
         def make(precision: str = precision) -> Case:
             if not arguments["PACKED"]:
                 return products.CovarianceBackward(
-                    70, width, dtype, precision, "contiguous", arguments["CENTERED"], mean
+                    70, width, dtype, precision, "contiguous", arguments["mean"] is not None, mean
                 )
-            widths = [width, *[8] * (arguments["LAYERS"] // 2)]
+            widths = [width, *[8] * (len(arguments["layers.inputs"]) // 2)]
             return products.CovarianceMatchBackward(70, widths, dtype, precision, "contiguous", mean, scaled)
 
-        yield Small(make, _with_tiles(arguments["ROWS"], {}))
+        yield Small(make, _with_tiles(arguments["tile.ROWS"], {}))
 
 
 def _gram_shape(launch: Launch) -> tuple[list[int], list[int]]:
     """(rows of the groups, widths): more than a tile of rows, and a tail of columns."""
-    arguments = launch.arguments
-    vector = arguments["VECTOR"]
+    arguments = named(launch)
+    groups, layers = len(arguments["layers.firsts"]), len(arguments["layers.starts"])
+    vector = arguments["layers.VECTOR"]
     width = 40 if vector > 1 else 37
-    return [66, *[3] * (arguments["GROUPS"] - 1)], [width, *[vector if vector > 1 else 3] * (arguments["LAYERS"] // 2)]
+    return [66, *[3] * (groups - 1)], [width, *[vector if vector > 1 else 3] * (layers // 2)]
 
 
 def _gram(launch: Launch) -> Iterator[Small]:
@@ -234,7 +243,7 @@ def _gram(launch: Launch) -> Iterator[Small]:
 
 
 def _gram_fold(launch: Launch) -> Iterator[Small]:
-    layers = launch.arguments["LAYERS"]
+    layers = len(launch.arguments["sums"].starts)
     for dtype in (torch.float32, torch.bfloat16):
         yield Small(lambda dtype=dtype: products.Gram([66], [8] * (layers // 2 + 1), dtype), {}, 1)
 

@@ -21,7 +21,7 @@ from emulated import contracted
 from emulated.cases import emulate, planned
 from emulated.columns import MatchFeatures
 from emulated.products import Covariance, CovarianceMatch
-from moment_ops.kernels import _common, _products, covariance_match, match
+from moment_ops.kernels import _averages, _common, _products, covariance_match, match
 
 TRITON = Path(__file__).parents[1]
 
@@ -60,7 +60,7 @@ def finite_by_difference():
     def change(text):
         _common.is_finite._unsafe_update_src(text)
         # Their callers have to be compiled anew.
-        for module in (_common, _products, match, covariance_match):
+        for module in (_common, _products, _averages, match, covariance_match):
             for function in vars(module).values():
                 if isinstance(function, JITFunction):
                     function.hash = None
@@ -104,5 +104,5 @@ def test_tiles_beyond_the_last_column_leave_sums_of_blocks_of_rows_too():
     """What is folded of them is masked later; but it has to be there."""
     with planned({"_covariance_plan.PROMOTED_ROWS": 0}):
         case = Covariance(20, 40, F32, "ieee")
-        assert case.launches(80)[-1].arguments["LONG"]
+        assert case.launches(80)[-1].arguments["tile"].PROMOTED.value > 0
         emulate(case, 80)

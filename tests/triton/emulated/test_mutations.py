@@ -49,7 +49,7 @@ TAILS = {
 
 @pytest.mark.parametrize("name", TAILS)
 def test_tails_need_all_of_their_guards(name):
-    subject = Subject(TAILS[name], {"_plan.IN_FLIGHT": 0}, 0)
+    subject = Subject(TAILS[name], {"_column_plan.IN_FLIGHT": 0}, 0)
     outcomes = [subject.outcome(mutation) for mutation in subject.mutations("guard")]
     assert outcomes
     assert set(outcomes) == {"noticed"}

@@ -1,4 +1,4 @@
-"""Every specialisation that kernels/specs.py compiles, executed on the smallest shape that takes it."""
+"""Every specialisation that the specs compile, executed on the smallest shape that takes it."""
 
 import os
 
@@ -10,11 +10,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from emulator.execution import Schedule
 from emulator.launcher import compiled
+from specs.catalogue import SPECS
+from specs.resources import replace, with_constants
 
 from emulated.cases import emulate, planned
 from emulated.small import architecture_of, constants, small
-from moment_ops.kernels import specs
-from moment_ops.kernels._resources import replace
+from moment_ops.kernels import match
 
 
 def name_of(spec):
@@ -24,12 +25,12 @@ def name_of(spec):
 def distinct():
     """One spec of each specialisation and architecture."""
     found = {}
-    for spec in specs.SPECS:
+    for spec in SPECS:
         found.setdefault((str(constants(spec.launch())), architecture_of(spec)), spec)
     return list(found.values())
 
 
-@pytest.mark.parametrize("spec", specs.SPECS, ids=name_of)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_every_spec_has_a_small_shape_with_its_constants(spec):
     small(spec)
 
@@ -49,16 +50,16 @@ def test_what_is_compiled_for_a_spec_computes_what_float64_does(spec):
 
 
 def test_a_spec_of_a_kernel_that_is_not_known_here_is_missed_by_name():
-    spec = specs.SPECS[0]
+    spec = SPECS[0]
     launch = spec.launch()
-    unknown = replace(spec, launch=lambda: replace(launch, kernel=specs.match.finish_loss))
+    unknown = replace(spec, launch=lambda: replace(launch, kernel=match.finish_loss))
     with pytest.raises(LookupError, match=f"finish_loss has no small shape: add one for {spec.name}"):
         small(unknown)
 
 
 def test_a_spec_whose_constants_no_small_shape_has_is_missed_by_name():
-    spec = specs.SPECS[0]
+    spec = SPECS[0]
     launch = spec.launch()
-    other = replace(launch, arguments={**launch.arguments, "BLOCK_CHUNKS": 3})
-    with pytest.raises(LookupError, match=f"{spec.name} has its constants; the closest differs in .*BLOCK_CHUNKS"):
+    other = with_constants(launch, strip={"FOLD_CHUNKS": 3})
+    with pytest.raises(LookupError, match=f"{spec.name} has its constants; the closest differs in .*FOLD_CHUNKS"):
         small(replace(spec, launch=lambda: other))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from specs.resources import compile_launch, is_record
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,8 +15,7 @@ from emulator.machine import Result
 from emulator.memory import GlobalMemory
 from emulator.parsing import Kernel, parse
 from emulator.probing import Probe
-from moment_ops.kernels._plan import Launch
-from moment_ops.kernels._resources import compile_launch
+from moment_ops.kernels._launch import Launch
 
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
 
@@ -117,7 +117,12 @@ def _bound(launch: Launch, code: Compiled) -> Iterator[tuple[str, Any]]:
 
 def _flat(name: str, value: Any, type_: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(type_, tuple):
-        for i, (part, of) in enumerate(zip(value, type_, strict=True)):
-            yield from _flat(f"{name}[{i}]", part, of)
+        names = (
+            [f"{name}.{field}" for field in value._fields]
+            if is_record(value)
+            else [f"{name}[{i}]" for i in range(len(value))]
+        )
+        for entry, part, of in zip(names, value, type_, strict=True):
+            yield from _flat(entry, part, of)
     elif type_ != "constexpr":
         yield name, value

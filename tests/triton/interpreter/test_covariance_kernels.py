@@ -19,7 +19,16 @@ from test_covariance import (  # noqa: F401
 )
 
 import moment_ops as mo
-from moment_ops.kernels import _covariance_plan, _product_tiles, covariance, covariance_backward, covariance_match
+from moment_ops.kernels import (
+    _architectures,
+    _covariance_plan,
+    _launch,
+    _tiles,
+    covariance,
+    covariance_backward,
+    covariance_match,
+)
+from moment_ops.kernels._records import Shifts
 from moment_ops.kernels._triangle import block_pair, packed_block
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance_match_backward
@@ -36,7 +45,7 @@ def plan(monkeypatch):
 
     def change(**values):
         for name, value in values.items():
-            modules = (_product_tiles, _covariance_plan, covariance, covariance_match, covariance_backward)
+            modules = (_architectures, _tiles, _covariance_plan, covariance, covariance_match, covariance_backward)
             named = [module for module in modules if hasattr(module, name)]
             assert named, f"no planner has {name}"
             for module in named:
@@ -56,8 +65,8 @@ def architecture(request, plan):
 
 def triangle_groups(layers, precision):
     """The plan of the interpreter's launches."""
-    mode = _product_tiles.product_mode(precision, layers[0].dtype, True, 0)
-    tile = _product_tiles.forward_tile(mode, 0, len(layers[0]), [x.shape[1] for x in layers])
+    mode = _architectures.product_mode(precision, layers[0].dtype, True, 0)
+    tile = _tiles.forward_tile(mode, 0, len(layers[0]), [x.shape[1] for x in layers])
     return _covariance_plan.triangle_groups(layers, tile, 0)
 
 
@@ -107,7 +116,7 @@ def test_every_precision_on_every_architecture(architecture, precision, dtype):
     error = relative_error(cov, exact(x))
     assert error <= BOUNDS[precision]
     if precision != "ieee" and dtype == torch.float32:
-        mode = _product_tiles.product_mode(precision, dtype, True, architecture)
+        mode = _architectures.product_mode(precision, dtype, True, architecture)
         assert error >= BOUNDS[mode] / 100, "the precision is not what its name says"
 
 
@@ -151,8 +160,8 @@ def test_features_of_16_bits_lose_nothing_on_tensor_cores(dtype, ratio):
 def test_what_a_shift_leaves_of_a_mean_is_an_eighth_of_the_deviation(dtype):
     x = (torch.randn(300, 200) * torch.logspace(-9, 3, 200) + torch.randn(200)).to(dtype)
     mean, shift, rest = torch.empty(3, 200)
-    for launch in covariance.shifts_launches([x], mean, shift, rest):
-        covariance._plan.run([launch], x.device)
+    for launch in covariance.shifts_launches([x], mean, Shifts(shift, rest)):
+        _launch.start([launch], x.device)
     exact_mean = x.double().mean(0)
     std = x.double().std(0, correction=0)
     assert ((shift.double() + rest.double() - exact_mean).abs() <= 1e-12 * exact_mean.abs() + 1e-6 * std).all()
@@ -319,7 +328,7 @@ def test_the_backward_in_every_precision(architecture, precision):
     expected = (x.double() - mean.double()) @ wide / 69
     error = relative_error(dx, expected)
     assert error <= BOUNDS[precision]
-    mode = _product_tiles.gradient_mode(precision, torch.float32, architecture)
+    mode = _architectures.gradient_mode(precision, torch.float32, architecture)
     assert mode == "ieee" or error >= BOUNDS[mode] / 100
 
 
@@ -368,10 +377,8 @@ def test_the_matching_operator_keeps_the_contract_of_torch(average):
 
 def test_a_list_of_layers_is_two_launches_forward_and_one_backward(monkeypatch):
     launches = []
-    run = covariance._plan.run
-    monkeypatch.setattr(
-        covariance._plan, "run", lambda calls, device: launches.append(len(calls)) or run(calls, device)
-    )
+    run = _launch.start
+    monkeypatch.setattr(_launch, "start", lambda calls, device: launches.append(len(calls)) or run(calls, device))
     layers = layers_of(9, (16, 8, 24))
     _, mean, grad, *_ = match(layers, "none", torch.float32)
     covariance_match_backward(layers, mean, grad, None, scale=None, correction=1, precision="ieee")

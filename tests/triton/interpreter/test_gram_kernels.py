@@ -7,9 +7,9 @@ from helpers import assert_close, assert_same_bits, epsilon, make_features
 from test_gram import LAYOUTS, OPS, exact_gram, flat
 
 import moment_ops as mo
-from moment_ops.kernels import _gram_plan, _plan
+from moment_ops.kernels import _gram_plan, _launch
 from moment_ops.kernels import gram as kernels
-from moment_ops.kernels._product_tiles import gram_tile
+from moment_ops.kernels._tiles import gram_tile
 from moment_ops.ops.gram import gram
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -95,7 +95,7 @@ def test_products_below_the_diagonal_of_a_tile_are_not_used():
     _, sums = launches = kernels.gram_launches([rows], [rows[0]], 1, out, 0)
     assert [launch.programs for launch in launches] == [3, 12]
     tiles = sums.arguments["partials"].normal_().view(3, 64, 64)
-    _plan.run([sums], out.device)
+    _launch.start([sums], out.device)
     expected = torch.cat([torch.cat([tiles[0], tiles[1]], 1), torch.cat([tiles[1].mT, tiles[2]], 1)])[:70, :70]
     upper = expected.triu()
     assert torch.equal(out[0], upper + upper.triu(1).mT)
@@ -113,8 +113,8 @@ def test_layers_of_several_launches(plan):
 
 def test_a_list_of_layers_is_two_launches_forward_and_one_backward(monkeypatch):
     launches = []
-    run = _plan.run
-    monkeypatch.setattr(_plan, "run", lambda calls, device: launches.append(len(calls)) or run(calls, device))
+    run = _launch.start
+    monkeypatch.setattr(_launch, "start", lambda calls, device: launches.append(len(calls)) or run(calls, device))
     groups, shift = make_groups((3, 2), (8, 16, 24))
     gram(groups, shift)
     assert_gradients(groups, shift)

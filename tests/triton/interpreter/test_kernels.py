@@ -24,8 +24,10 @@ from test_match import AVERAGES, Case, assert_state
 from test_moments import backward_in_float64
 
 import moment_ops as mo
-from moment_ops.kernels import _plan
-from moment_ops.kernels.match import complement_of_power
+from moment_ops.kernels import _column_plan
+from moment_ops.kernels._averages import complement_of_power
+from moment_ops.kernels._plan import MAX_LAYERS
+from moment_ops.kernels._tiles import StripTile
 from moment_ops.ops.moments import moments, moments_backward
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -34,10 +36,10 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.fixture
 def wide(monkeypatch):
     """Wide tiles for few columns, too: the interpreter is slow."""
-    monkeypatch.setattr(_plan, "IN_FLIGHT", 0)
-    _plan._groups.cache_clear()
+    monkeypatch.setattr(_column_plan, "IN_FLIGHT", 0)
+    _column_plan._groups.cache_clear()
     yield
-    _plan._groups.cache_clear()
+    _column_plan._groups.cache_clear()
 
 
 def bound(dtype, exact):
@@ -57,7 +59,7 @@ def test_narrow_tiles_and_their_tails(rows, dtype):
 @pytest.mark.parametrize("rows", [1, 4, 17, 65])
 def test_wide_tiles_and_their_tails(wide, rows, dtype):
     layers = make_features(rows, ((1024,), (513,), (520,)), dtype)
-    assert all(group.tile.columns >= 256 for group in _plan.groups("reduce", layers))
+    assert all(group.tile.columns >= 256 for group in _column_plan.groups("reduce", layers))
     m = mo.moments(layers, correction=0)
     assert_moments(m, layers, correction=0)
 
@@ -65,39 +67,39 @@ def test_wide_tiles_and_their_tails(wide, rows, dtype):
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 127, 128, 129, 145])
 def test_rows_that_do_not_go_evenly_into_groups(rows, monkeypatch):
     """Sixteen groups of threads, some of which have a row less than others, or none."""
-    monkeypatch.setattr(_plan, "_tile", lambda *_: _plan.Tile(128, 32, 4))
-    _plan._groups.cache_clear()
+    monkeypatch.setattr(_column_plan, "_tile", lambda *_: StripTile(128, 32, 4))
+    _column_plan._groups.cache_clear()
     layers = make_features(rows, ((40,), (3,)))
     m = mo.moments(layers, correction=0)
-    _plan._groups.cache_clear()
+    _column_plan._groups.cache_clear()
     assert_moments(m, layers, correction=0)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(600, 40), (1100, 3)])
 def test_chunks_of_rows_are_folded_without_a_seam(rows, columns):
     layers = make_features(rows, ((columns,), (2,)))
-    assert all(group.chunks > 1 for group in _plan.groups("reduce", layers))
+    assert all(group.chunks > 1 for group in _column_plan.groups("reduce", layers))
     assert_moments(mo.moments(layers), layers)
 
 
 def test_more_chunks_than_are_folded_at_a_time(monkeypatch):
-    monkeypatch.setattr(_plan, "_FOLD_ELEMENTS", 1)
+    monkeypatch.setattr(_column_plan, "_FOLD_ELEMENTS", 1)
     layers = make_features(4500, ((40,),))
-    (group,) = _plan.groups("reduce", layers)
+    (group,) = _column_plan.groups("reduce", layers)
     assert group.chunks > 2 * group.fold_chunks
     assert_moments(mo.moments(layers), layers)
 
 
 def test_a_thread_merges_no_more_rows_than_float32_bears(monkeypatch):
-    monkeypatch.setattr(_plan, "_BLOCK_ROWS", 16)
-    monkeypatch.setattr(_plan, "IN_FLIGHT", 0)
-    _plan._groups.cache_clear()
+    monkeypatch.setattr(_column_plan, "_MERGED_ROWS", 16)
+    monkeypatch.setattr(_column_plan, "IN_FLIGHT", 0)
+    _column_plan._groups.cache_clear()
     layers = make_features(1100, ((5,), (2, 2)))
-    (group,) = _plan.groups("reduce", layers)
+    (group,) = _column_plan.groups("reduce", layers)
     assert group.chunk_rows == 16 * 16
     assert group.chunks == 5
     m = mo.moments(layers)
-    _plan._groups.cache_clear()
+    _column_plan._groups.cache_clear()
     assert_moments(m, layers)
 
 
@@ -112,10 +114,10 @@ def test_the_ladder_of_means_stays_within_the_bounds(rows, dtype):
         assert var_error(m.var, var) <= var_bound(dtype, ratio)
 
 
-@pytest.mark.parametrize("layers", [_plan.MAX_LAYERS, _plan.MAX_LAYERS + 3])
+@pytest.mark.parametrize("layers", [MAX_LAYERS, MAX_LAYERS + 3])
 def test_more_layers_than_a_launch_takes(layers):
     features = make_features(5, [(8 + 8 * (i % 3),) for i in range(layers)])
-    assert len(_plan.groups("reduce", features)) == -(-layers // _plan.MAX_LAYERS)
+    assert len(_column_plan.groups("reduce", features)) == -(-layers // MAX_LAYERS)
     m = mo.moments(features)
     assert_moments(m, features)
     grad_mean, grad_var = torch.randn_like(m.mean), torch.randn_like(m.mean)
@@ -127,8 +129,8 @@ def test_more_layers_than_a_launch_takes(layers):
 @pytest.mark.parametrize("average", AVERAGES)
 def test_a_loss_over_several_launches_is_one_loss(average):
     """Aligned layers and others are launched apart; the last program of the last launch adds the loss up."""
-    case = Case(average, shapes=[(8,)] * (_plan.MAX_LAYERS + 1) + [(3, 3)], weighted=True)
-    assert len(_plan.groups("reduce", case.layers)) == 3
+    case = Case(average, shapes=[(8,)] * (MAX_LAYERS + 1) + [(3, 3)], weighted=True)
+    assert len(_column_plan.groups("reduce", case.layers)) == 3
     expected, grads, state = case.expected()
     loss, mean, grad_mean, grad_var = case.from_features()
     assert_close(mean, case.mean)
@@ -210,7 +212,7 @@ def test_backward_in_every_dtype(dtype, parts, added):
 @pytest.mark.parametrize("rows", [30, 130])
 def test_backward_of_wide_layers_tile_by_tile(wide, rows, dtype):
     layers = make_features(rows, ((513,), (1024,)), dtype)
-    (group, *_) = _plan.groups("apply", layers, layers, layers)
+    (group, *_) = _column_plan.groups("apply", layers, layers, layers)
     assert group.chunks == -(-rows // 128)
     assert min(rows, group.chunk_rows) > 2 * group.tile.rows
     mean, _, count = moments(layers)

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_same_bits, make_target
 
 import moment_ops as mo
-from moment_ops.kernels import _launch, _plan
+from moment_ops.kernels import _launch
 from moment_ops.ops.gram import gram
 from moment_ops.ops.relu_moments import relu_moments
 
@@ -20,7 +20,8 @@ SHAPES = ((300, 5, 4), (300, 70), (300, 1))
 def at_address(original, value):
     """Arguments as the interpreter takes them, from those of a compiled kernel: addresses become tensors."""
     if isinstance(original, tuple):
-        return tuple(at_address(*pair) for pair in zip(original, value, strict=True))
+        values = [at_address(*pair) for pair in zip(original, value, strict=True)]
+        return type(original)(*values) if hasattr(original, "_fields") else tuple(values)
     if not isinstance(original, torch.Tensor):
         return value
     size = original.untyped_storage().nbytes() - original.storage_offset() * original.element_size()
@@ -49,15 +50,15 @@ class Compiled:
 def calls(monkeypatch):
     """How often kernels were launched from scratch, and as compiled kernels."""
     counted = Counter()
-    run = _plan.run
+    run = _launch.start
 
     def first(launches, device):
         run(launches, device)
         counted["first"] += len(launches)
         return [Compiled(launch, counted) for launch in launches]
 
-    monkeypatch.setattr(_plan, "run", first)
-    monkeypatch.setattr(_launch, "_calls", _launch.Plans())
+    monkeypatch.setattr(_launch, "start", first)
+    monkeypatch.setattr(_launch, "_calls", {})
     return counted
 
 
@@ -142,7 +143,7 @@ def test_later_calls_give_what_the_first_would(name, calls, monkeypatch):
     run = CALLS[name]()
     run(0)
     for seed, results in enumerate(got, 1):
-        monkeypatch.setattr(_launch, "_calls", _launch.Plans())
+        monkeypatch.setattr(_launch, "_calls", {})
         assert_same_bits(results, run(seed))
 
 
@@ -205,7 +206,7 @@ def test_an_error_while_a_call_is_worked_out_leaves_nothing(calls):
 
 
 def test_remembered_calls_are_bounded(calls, monkeypatch):
-    monkeypatch.setattr("moment_ops.ops.plans.MOST_PLANS", 2)
+    monkeypatch.setattr("moment_ops.kernels._launch.MOST_CALLS", 2)
     for rows in (3, 4, 5, 6):
         mo.moments(torch.randn(rows, 4))
-    assert len(_launch._calls._plans) == 2
+    assert len(_launch._calls) == 2

@@ -34,7 +34,7 @@ from test_relu_moments import test_gradients_of_y_mean_and_variance_are_joined a
 from test_relu_moments import test_moments_are_those_of_the_rounded_y as of_the_rounded_y
 from test_relu_moments import test_opcheck as opcheck
 
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _column_plan, _launch
 from moment_ops.kernels.relu_moments import relu_moments_launches
 from moment_ops.ops.relu_moments import relu_moments
 
@@ -44,14 +44,14 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.fixture
 def wide(monkeypatch):
     """Wide tiles for few columns, too: the interpreter is slow."""
-    monkeypatch.setattr(_plan, "IN_FLIGHT", 0)
-    _plan._groups.cache_clear()
+    monkeypatch.setattr(_column_plan, "IN_FLIGHT", 0)
+    _column_plan._groups.cache_clear()
     yield
-    _plan._groups.cache_clear()
+    _column_plan._groups.cache_clear()
 
 
 def plan(x):
-    (group,) = _plan.groups("tap", [x], [torch.empty_like(x)])
+    (group,) = _column_plan.groups("tap", [x], [torch.empty_like(x)])
     return group
 
 
@@ -149,8 +149,8 @@ def test_gradients_of_y_mean_and_variance_are_joined(layout, parts):
 
 def test_a_tap_is_one_launch_each_way(monkeypatch):
     launches = []
-    run = _plan.run
-    monkeypatch.setattr(_plan, "run", lambda calls, device: launches.append(len(calls)) or run(calls, device))
+    run = _launch.start
+    monkeypatch.setattr(_launch, "start", lambda calls, device: launches.append(len(calls)) or run(calls, device))
     x = torch.randn(6, 3, 4, requires_grad=True)
     outputs = relu_moments(x, torch.randn(3))
     torch.autograd.grad(outputs, x, [torch.ones_like(v) for v in outputs])

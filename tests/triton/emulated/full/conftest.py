@@ -10,7 +10,7 @@ import pytest
 TRITON = Path(__file__).parents[2]
 ROOT = TRITON.parents[1]
 # What a result depends on.
-SOURCES = (ROOT / "kernels", ROOT / "moment_ops" / "ops", TRITON / "emulator", TRITON / "emulated")
+SOURCES = (ROOT / "kernels", ROOT / "moment_ops" / "ops", TRITON / "specs", TRITON / "emulator", TRITON / "emulated")
 
 WANTED = os.environ.get("MOMENT_OPS_TEST") == "emulated"
 if not WANTED:

@@ -8,10 +8,12 @@ from helpers import DTYPES
 from emulated.cases import LAYOUTS, planned
 from emulated.columns import Moments, MomentsBackward, Shifts, features
 from emulated.full.running import check, check_inexact
-from moment_ops.kernels import _plan
+from moment_ops.kernels import _column_plan
+from moment_ops.kernels._plan import MAX_LAYERS
+from moment_ops.kernels._tiles import STRIP_BYTES
 
 ARCHITECTURES = (80, 90)
-WIDE = {"_plan.IN_FLIGHT": 0}
+WIDE = {"_column_plan.IN_FLIGHT": 0}
 # (rows, shapes, what the planner has otherwise): a tile that has them all; tiles and a tail; chunks of two tiles and of
 # four, more than are folded at a time; strips that are wide, or half so.
 SHAPES = {
@@ -20,16 +22,16 @@ SHAPES = {
     "tails": (150, ((5,), (70,), (3, 2, 2)), {}),
     "several tiles": (300, ((8,),), {}),
     "chunks": (530, ((40,), (8, 2, 2)), {}),
-    "long chunks": (1100, ((8,), (8,)), {"_plan.IN_FLIGHT": 1 << 17}),
-    "many chunks": (1100, ((8,),), {"_plan._CHUNK_TILES": 1, "_plan._FOLD_ELEMENTS": 1}),
-    "between": (75, ((200,), (8,)), {"_plan.IN_FLIGHT": 3 << 14}),
+    "long chunks": (1100, ((8,), (8,)), {"_column_plan.IN_FLIGHT": 1 << 17}),
+    "many chunks": (1100, ((8,),), {"_column_plan._CHUNK_TILES": 1, "_column_plan._FOLD_ELEMENTS": 1}),
+    "between": (75, ((200,), (8,)), {"_column_plan.IN_FLIGHT": 3 << 14}),
     "wide": (20, ((520,), (1024,)), WIDE),
     "wide tails": (20, ((515,), (3,)), WIDE),
 }
 
 
 def groups_of_threads(group):
-    return _plan.ROW_BYTES // (group.tile.columns * group.itemsize)
+    return STRIP_BYTES // (group.tile.columns * group.itemsize)
 
 
 BRANCHES = {
@@ -51,7 +53,7 @@ BRANCHES = {
 def test_shapes_take_the_branches_that_they_are_named_after(shape, dtype):
     rows, shapes, plan = SHAPES[shape]
     with planned(plan):
-        assert all(map(BRANCHES[shape], _plan.groups("reduce", features(rows, shapes, dtype))))
+        assert all(map(BRANCHES[shape], _column_plan.groups("reduce", features(rows, shapes, dtype))))
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, 100])
@@ -78,7 +80,7 @@ def test_means_alone(shape, architecture):
     check(partial(Moments, rows, shapes, DTYPES[0], var=False), architecture, plan)
 
 
-@pytest.mark.parametrize("layers", [2, 3, _plan.MAX_LAYERS, _plan.MAX_LAYERS + 3])
+@pytest.mark.parametrize("layers", [2, 3, MAX_LAYERS, MAX_LAYERS + 3])
 def test_moments_of_many_layers(layers):
     shapes = [(8 + 8 * (i % 3),) for i in range(layers)]
     check(partial(Moments, 9, shapes, DTYPES[1]), 80)

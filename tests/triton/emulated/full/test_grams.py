@@ -19,7 +19,7 @@ SHAPES = {
     "several tiles": ((70, 66), (40, 24), {}),
     "blocks": ((5, 3), (200, 37), {"_gram_plan.PROMOTED_COLUMNS": 64, "_gram_plan._PROGRAMS": 1}),
     "chunks of blocks": ((70,), (304, 64), {"_gram_plan.PROMOTED_COLUMNS": 64, "_gram_plan._PROGRAMS": 12}),
-    "several launches": ((3, 2), (8, 5, 16, 24), {"_product_tiles.MAX_LAYERS": 4}),
+    "several launches": ((3, 2), (8, 5, 16, 24), {"_architectures.MAX_LAYERS": 4}),
 }
 
 

@@ -10,7 +10,7 @@ from emulated.cases import LAYOUTS, emulate
 from emulated.columns import OPTIONS, Match, MatchFeatures
 from emulated.full.running import SCHEDULES, check, check_inexact
 from emulated.full.test_columns import SHAPES
-from moment_ops.kernels import _plan
+from moment_ops.kernels._plan import MAX_LAYERS
 
 ARCHITECTURES = (80, 90)
 
@@ -67,7 +67,7 @@ def test_matches_of_features_on_sm_100(shape, average):
 @pytest.mark.parametrize("average", OPTIONS)
 def test_a_loss_over_several_launches_is_one_loss(average):
     """Aligned layers and others are launched apart; the last block of the last launch adds the loss up."""
-    shapes = [(8,)] * (_plan.MAX_LAYERS + 1) + [(3, 3)]
+    shapes = [(8,)] * (MAX_LAYERS + 1) + [(3, 3)]
     check(partial(MatchFeatures, 9, shapes, torch.float32, average), 80)
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from specs.resources import named
 
 from emulated.cases import LAYOUTS, always, planned
 from emulated.columns import OPTIONS
@@ -14,7 +15,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ARCHITECTURES = (80, 90)
 # How a precision is computed depends on the dtype, too.
 PRECISIONS = [*((precision, F32) for precision in BOUNDS), ("ieee", BF16), ("ieee", F16), ("bf16", BF16), ("tf32", F16)]
-LARGE_TILES = {"_product_tiles.processors": always(1)}
+LARGE_TILES = {"_tiles.processors": always(1)}
 PROMOTED = {"_covariance_plan.PROMOTED_ROWS": 64, "covariance.PROMOTED_ROWS": 64}
 
 
@@ -53,9 +54,10 @@ BRANCHES = {
 def test_shapes_take_the_branches_that_they_are_named_after(shape, architecture):
     rows, width, plan = SHAPES[shape]
     with planned(plan):
-        arguments = Covariance(rows, width, F32, "bf16x3").launches(architecture)[-1].arguments
-    blocks = -(-arguments["chunk_rows"] // arguments["PROMOTED"]) if arguments["LONG"] else 1
-    assert (arguments["TILE"], arguments["chunks"], blocks) == BRANCHES[shape]
+        arguments = named(Covariance(rows, width, F32, "bf16x3").launches(architecture)[-1])
+    promoted = arguments["tile.PROMOTED"]
+    blocks = -(-arguments["chunk_rows"] // promoted) if promoted else 1
+    assert (arguments["tile.COLUMNS"], arguments["chunks"], blocks) == BRANCHES[shape]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -99,7 +101,7 @@ def test_matches_without_update_or_derivative(update, keep, average, architectur
 
 @pytest.mark.parametrize("average", OPTIONS)
 def test_a_loss_over_several_launches_is_one_loss(average):
-    check(partial(CovarianceMatch, 9, (8, 16, 24, 3), F32, "ieee", average), 80, {"_product_tiles.MAX_LAYERS": 2})
+    check(partial(CovarianceMatch, 9, (8, 16, 24, 3), F32, "ieee", average), 80, {"_architectures.MAX_LAYERS": 2})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,7 +15,7 @@ SHAPES = {
     "tails": (150, (5, 3), {}),
     "several tiles": (300, (8,), {}),
     "chunks": (530, (8, 2, 2), {}),
-    "long chunks": (1100, (8,), {"_plan.IN_FLIGHT": 1 << 16}),
+    "long chunks": (1100, (8,), {"_column_plan.IN_FLIGHT": 1 << 16}),
     "wide": (20, (8, 130), WIDE),
 }
 

@@ -1,26 +1,16 @@
-"""What the kernels must compile to, checked without a GPU: registers, spills, 128-bit accesses, shared memory.
+"""The specs of the kernels over columns."""
 
-A spec builds its launch with the functions that launch on a GPU, on tensors without memory, so that what is compiled
-here is what runs. `python -m moment_ops.kernels.specs` prints the resources of every spec.
-"""
-
-import argparse
 import functools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moment_ops.kernels import _plan, match, moments, relu_moments
-from moment_ops.kernels._plan import Launch
-from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec, compile_launch, recorded, resources, table
-from moment_ops.kernels.covariance_specs import COVARIANCE_SPECS
-from moment_ops.kernels.gram_specs import GRAM_SPECS
+from moment_ops.kernels import _tiles, match, moments, relu_moments
+from moment_ops.kernels._launch import Launch
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.records import Match
+from specs.resources import ARCHITECTURES, Budget, Spec, named
 
 # A network of 32 layers, as GFMN's; a tall matrix of many strips; tokens of a few features.
 NETWORK = ((64, 65536),) * 12 + ((64, 512, 8, 8),) * 10 + ((64, 2048),) * 10
@@ -114,12 +104,13 @@ _IN_FLIGHT_WITH_STORES = 32 * 1024
 
 def _thread_rows(launch: Launch, itemsize: int) -> int:
     """128-bit accesses that a thread makes for a tile."""
-    return launch.arguments["BLOCK_ROWS"] * launch.arguments["BLOCK_COLUMNS"] * itemsize // (16 * 32 * launch.warps)
+    arguments = named(launch)
+    return arguments["strip.ROWS"] * arguments["strip.COLUMNS"] * itemsize // (16 * 32 * launch.warps)
 
 
 def _column_shared(launch: Launch, size: int) -> int:
     """A number for every lane: vectors of a narrow strip are spread over the lanes, which are folded at the end."""
-    return size * _plan.ROW_BYTES // launch.arguments["inputs"][0].element_size()
+    return size * _tiles.STRIP_BYTES // launch.arguments["layers"].inputs[0].element_size()
 
 
 def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
@@ -132,23 +123,23 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
     """
 
     def budget(launch: Launch) -> Budget:
-        arguments = launch.arguments
-        itemsize = arguments["inputs"][0].element_size()
-        columns_per_thread = arguments["BLOCK_COLUMNS"] // (32 * launch.warps)
+        arguments = named(launch)
+        itemsize = arguments["layers.inputs"][0].element_size()
+        columns_per_thread = arguments["strip.COLUMNS"] // (32 * launch.warps)
         accesses = 3 * _thread_rows(launch, itemsize)
         # Of means and variances.
-        vectors_are_wide = columns_per_thread * max(4, itemsize) >= 16 and not arguments["PERMUTED"]
-        tap = "outputs" in arguments
+        vectors_are_wide = columns_per_thread * max(4, itemsize) >= 16 and not arguments["strip.PERMUTED"]
+        tap = arguments["layers.outputs"] is not None
         biases = 16 // itemsize
         # The step read for the bias and for its increment, the share of the loss, loss and step written.
         scalars = 3 if "loss" in arguments else 0
         return Budget(
-            registers=_plan.REGISTERS,
+            registers=_tiles.REDUCTION_REGISTERS,
             shared=_column_shared(launch, 8 if arguments["partials"] is not None else 4),
             wide_loads=accesses if wide else 0,
             narrow_loads=scalars + (biases if tap else 0) if wide and (vectors_are_wide or tap) else None,
             wide_stores=(2 if wide and vectors_are_wide else 0) + (accesses if wide and tap else 0),
-            narrow_stores=scalars if wide and vectors_are_wide and "started" not in arguments else None,
+            narrow_stores=scalars if wide and vectors_are_wide and "average" not in arguments else None,
             processor_in_flight=_IN_FLIGHT_WITH_STORES if tap and itemsize == 2 else _IN_FLIGHT,
         )
 
@@ -162,11 +153,11 @@ def applies(launch: Launch) -> Budget:
     A tile is loaded in the loop for the next iteration, and one before it, together with the coefficients. Narrow are
     the layer's count and the scale.
     """
-    arguments = launch.arguments
-    accesses = _thread_rows(launch, arguments["inputs"][0].element_size())
-    streams = 2 if arguments["grads"] is not None else 1
+    arguments = named(launch)
+    accesses = _thread_rows(launch, arguments["layers.inputs"][0].element_size())
+    streams = 2 if arguments["layers.grads"] is not None else 1
     return Budget(
-        registers=_plan.PASS_REGISTERS if streams == 1 else _plan.ADDED_PASS_REGISTERS,
+        registers=_tiles.PASS_REGISTERS if streams == 1 else _tiles.ADDED_PASS_REGISTERS,
         shared=_column_shared(launch, 4),
         wide_loads=2 * streams * accesses + 3,
         narrow_loads=2,
@@ -183,7 +174,7 @@ def matches(launch: Launch) -> Budget:
 
     Round trips: the moments, with the vectors of the mean; those of the variance; the losses of all programs; the step.
     """
-    moving = launch.arguments["started"] is not None
+    moving = launch.arguments["average"].started is not None
     state = 1 if moving else 3
     return Budget(
         registers=64,
@@ -202,62 +193,37 @@ def matches(launch: Launch) -> Budget:
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 # What a training step of GFMN launches is compiled for all architectures, the rest for one.
-SPECS = (
-    tuple(
-        Spec(name, functools.partial(build, *arguments), budget, architectures)
-        for architectures, name, build, arguments, budget in (
-            (ARCHITECTURES, "moments fp32", _moments, (NETWORK, F32), reduces()),
-            (ARCHITECTURES, "moments bf16", _moments, (NETWORK, BF16), reduces()),
-            ((90,), "moments fp64", _moments, (NETWORK, F64), reduces()),
-            ((90,), "moments bf16, channels last", _moments, (NETWORK, BF16, True), reduces()),
-            ((90,), "moments fp32, tall", _moments, (TALL, F32), reduces()),
-            (ARCHITECTURES, "moments bf16, tall", _moments, (TALL, BF16), reduces()),
-            ((90,), "moments bf16, tokens", _moments, (TOKENS, BF16), reduces()),
-            ((90,), "moments fp32, unaligned", _moments, (ODD, F32), reduces(wide=False)),
-            (ARCHITECTURES, "relu_moments fp32", _tap, (ACTIVATION, F32), reduces()),
-            (ARCHITECTURES, "relu_moments bf16", _tap, (ACTIVATION, BF16), reduces()),
-            ((90,), "relu_moments bf16, channels last", _tap, (ACTIVATION, BF16, True), reduces()),
-            (ARCHITECTURES, "relu_moments bf16, tall", _tap, (LARGE_BATCH, BF16), reduces()),
-            ((90,), "relu_moments fp32, tall", _tap, (LARGE_BATCH, F32), reduces()),
-            ((90,), "relu_moments fp16, few columns", _tap, ((64, 512, 2, 2), F16), reduces()),
-            ((90,), "relu_moments fp32, unaligned", _tap, ((64, 9, 333), F32), reduces(wide=False)),
-            (ARCHITECTURES, "relu_moments_backward fp32", _tap_backward, (ACTIVATION, F32), applies),
-            (ARCHITECTURES, "relu_moments_backward bf16", _tap_backward, (ACTIVATION, BF16), applies),
-            (ARCHITECTURES, "moments_backward fp32", _backward, (NETWORK, F32), applies),
-            (ARCHITECTURES, "moments_backward bf16", _backward, (NETWORK, BF16), applies),
-            ((90,), "moments_backward fp32, grad added", _backward, (NETWORK, F32, True), applies),
-            ((90,), "moments_backward bf16, grad added", _backward, (NETWORK, BF16, True), applies),
-            ((90,), "moments_backward fp16, tokens", _backward, (TOKENS, F16), applies),
-            ((90,), "match_ ADAM fp32", _match, (F32, "adam"), matches),
-            ((90,), "match_ moving fp64", _match, (F64, "moving"), matches),
-            (ARCHITECTURES, "match_ of features, ADAM fp32", _match_features, (NETWORK, F32, "adam"), reduces()),
-            (ARCHITECTURES, "match_ of features, ADAM bf16", _match_features, (NETWORK, BF16, "adam"), reduces()),
-            ((90,), "match_ of features, ADAM bf16, tall", _match_features, (TALL, BF16, "adam"), reduces()),
-            ((90,), "match_ of features, moving fp32", _match_features, (NETWORK, F32, "moving"), reduces()),
-            ((90,), "match_ of features, none fp16", _match_features, (NETWORK, F16, "none"), reduces()),
-        )
+COLUMN_SPECS = tuple(
+    Spec(name, functools.partial(build, *arguments), budget, architectures)
+    for architectures, name, build, arguments, budget in (
+        (ARCHITECTURES, "moments fp32", _moments, (NETWORK, F32), reduces()),
+        (ARCHITECTURES, "moments bf16", _moments, (NETWORK, BF16), reduces()),
+        ((90,), "moments fp64", _moments, (NETWORK, F64), reduces()),
+        ((90,), "moments bf16, channels last", _moments, (NETWORK, BF16, True), reduces()),
+        ((90,), "moments fp32, tall", _moments, (TALL, F32), reduces()),
+        (ARCHITECTURES, "moments bf16, tall", _moments, (TALL, BF16), reduces()),
+        ((90,), "moments bf16, tokens", _moments, (TOKENS, BF16), reduces()),
+        ((90,), "moments fp32, unaligned", _moments, (ODD, F32), reduces(wide=False)),
+        (ARCHITECTURES, "relu_moments fp32", _tap, (ACTIVATION, F32), reduces()),
+        (ARCHITECTURES, "relu_moments bf16", _tap, (ACTIVATION, BF16), reduces()),
+        ((90,), "relu_moments bf16, channels last", _tap, (ACTIVATION, BF16, True), reduces()),
+        (ARCHITECTURES, "relu_moments bf16, tall", _tap, (LARGE_BATCH, BF16), reduces()),
+        ((90,), "relu_moments fp32, tall", _tap, (LARGE_BATCH, F32), reduces()),
+        ((90,), "relu_moments fp16, few columns", _tap, ((64, 512, 2, 2), F16), reduces()),
+        ((90,), "relu_moments fp32, unaligned", _tap, ((64, 9, 333), F32), reduces(wide=False)),
+        (ARCHITECTURES, "relu_moments_backward fp32", _tap_backward, (ACTIVATION, F32), applies),
+        (ARCHITECTURES, "relu_moments_backward bf16", _tap_backward, (ACTIVATION, BF16), applies),
+        (ARCHITECTURES, "moments_backward fp32", _backward, (NETWORK, F32), applies),
+        (ARCHITECTURES, "moments_backward bf16", _backward, (NETWORK, BF16), applies),
+        ((90,), "moments_backward fp32, grad added", _backward, (NETWORK, F32, True), applies),
+        ((90,), "moments_backward bf16, grad added", _backward, (NETWORK, BF16, True), applies),
+        ((90,), "moments_backward fp16, tokens", _backward, (TOKENS, F16), applies),
+        ((90,), "match_ ADAM fp32", _match, (F32, "adam"), matches),
+        ((90,), "match_ moving fp64", _match, (F64, "moving"), matches),
+        (ARCHITECTURES, "match_ of features, ADAM fp32", _match_features, (NETWORK, F32, "adam"), reduces()),
+        (ARCHITECTURES, "match_ of features, ADAM bf16", _match_features, (NETWORK, BF16, "adam"), reduces()),
+        ((90,), "match_ of features, ADAM bf16, tall", _match_features, (TALL, BF16, "adam"), reduces()),
+        ((90,), "match_ of features, moving fp32", _match_features, (NETWORK, F32, "moving"), reduces()),
+        ((90,), "match_ of features, none fp16", _match_features, (NETWORK, F16, "none"), reduces()),
     )
-    + COVARIANCE_SPECS
-    + GRAM_SPECS
 )
-
-
-def main() -> None:
-    """Print the resources of all specs, against those in a file; with `--record`, write them there."""
-    parser = argparse.ArgumentParser(prog="python -m moment_ops.kernels.specs", description=main.__doc__)
-    parser.add_argument("file", type=Path, nargs="?", help="a JSON file of recorded resources")
-    parser.add_argument("--record", action="store_true", help="write the file")
-    arguments = parser.parse_args()
-    old = recorded(arguments.file) if arguments.file and arguments.file.exists() else {}
-    new = {
-        f"{spec.name}, sm_{architecture}": resources(compile_launch(spec.launch(), architecture))
-        for spec in SPECS
-        for architecture in spec.architectures
-    }
-    print(table([(name, old.get(name), got) for name, got in new.items()]))
-    if arguments.record:
-        arguments.file.write_text(json.dumps({name: asdict(got) for name, got in new.items()}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

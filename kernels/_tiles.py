@@ -1,17 +1,40 @@
-"""How matrices are multiplied on an architecture: the mode of a named precision, and the tile of a program.
-
-An architecture is named as Triton names it: 90 is sm_90 of NVIDIA, "gfx942" is AMD's; 0 stands for the interpreter.
-"""
+"""What a program has in registers: the strips of the kernels over columns, the tiles of those that multiply."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
+import triton.language as tl
 
-from moment_ops.kernels._plan import MAX_LAYERS
-from moment_ops.ops import backends, triangle
+from moment_ops.kernels import _records
+from moment_ops.kernels._architectures import Architecture, family, operand_dtype, processors
+from moment_ops.ops import triangle
 
-Architecture = int | str
+
+class StripTile(NamedTuple):
+    """What a program over columns reads at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+STRIP_WARPS = 4
+# What the threads of a program read at once, 16 bytes each: a row of a wide strip, or of a narrow one several rows.
+STRIP_BYTES = 16 * 32 * STRIP_WARPS
+# A strip has whole cache lines.
+LINE_BYTES = 128
+
+# Registers per thread of a reduction over rows: 512 threads per processor, so that it has 64 KiB in flight.
+REDUCTION_REGISTERS = 128
+# Eight 16-bit columns per thread, their mean in float64 besides; as where moments are folded.
+SHIFT_REGISTERS = 168
+# Of a pass over features: 640 threads; of one that adds gradients, with twice as many bytes a thread: 384.
+PASS_REGISTERS = 96
+ADDED_PASS_REGISTERS = 168
+
+# What a program matches of given moments, by the size of a number: 1,024 threads, whose vectors are in flight together.
+MATCH_TILES = {4: StripTile(1, 512, 4), 8: StripTile(1, 256, 4)}
+MATCH_REGISTERS = 64
 
 # Rows of the smallest chunk that is worth a program of its own.
 CHUNK_ROWS = 128
@@ -35,6 +58,11 @@ class ProductTile(NamedTuple):
     def resident(self) -> int:
         """Programs that share a multiprocessor: the registers of eight warps with 64 sums a thread fill it."""
         return 3 if self.warps < 8 else 1
+
+    def record(self, mode: str, promoted: int = 0) -> _records.Tile:
+        """The tile of the kernels."""
+        values = (mode, operand_dtype(), self.rows, self.columns, self.depth, self.steps, self.stages, promoted)
+        return _records.Tile(*map(tl.constexpr, values))
 
 
 # Without tensor cores operands and sums share the registers; a sum of 32 products is promoted. Larger tiles read less
@@ -87,75 +115,10 @@ _GRAMS = {
 }
 _GRAM_GRADIENTS = {"sm_80": _GRAM_GRADIENT, "sm_90": _GRAM_GRADIENT, "sm_100": _GRAM_GRADIENT, "gfx": _GFX_GRAM}
 
-# Multiprocessors of the largest GPU of an architecture.
-_PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170, "gfx90a": 104, "gfx942": 304, "gfx950": 256}
-
-
-def architecture_of(device: torch.device) -> Architecture:
-    """The name of a GPU's architecture; 0 for what is no GPU."""
-    if device.type != "cuda":
-        return 0
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return str(properties.gcnArchName).split(":")[0]
-    return 10 * properties.major + properties.minor
-
-
-def processors(architecture: Architecture) -> int:
-    """Multiprocessors that are to be kept busy."""
-    return _PROCESSORS.get(architecture, 128)
-
 
 def most_chunks(rows: int) -> int:
     """Programs that are worth having for so many rows."""
     return -(-rows // CHUNK_ROWS)
-
-
-def most_layers(architecture: Architecture) -> int:
-    """Layers of a launch. A wave of AMD has a hundred scalar registers: the arguments of more layers would spill."""
-    return 8 if isinstance(architecture, str) else MAX_LAYERS
-
-
-def _family(architecture: Architecture) -> str:
-    if isinstance(architecture, str):
-        return "gfx"
-    if 90 <= architecture < 120:
-        return "sm_90" if architecture < 100 else "sm_100"
-    return "sm_80"
-
-
-def product_mode(precision: str, dtype: torch.dtype, centered: bool, architecture: Architecture) -> str:
-    """How operands are multiplied, of features of some dtype, in one of the named precisions.
-
-    Differences of 16-bit features fit into two terms, so that tensor cores give "ieee"; the features into one. AMD's
-    matrix instructions take float32, too.
-    """
-    # gfx90a takes subnormal bfloat16 for zero.
-    if precision == "ieee" and dtype == torch.bfloat16 and architecture != "gfx90a":
-        return "bf16x4" if centered else "bf16"
-    if precision == "ieee" and dtype == torch.float16 and not isinstance(architecture, str):
-        return "tf32x3" if centered else "tf32"
-    return _available(precision, architecture)
-
-
-def gradient_mode(precision: str, dtype: torch.dtype, architecture: Architecture) -> str:
-    """Likewise, of gradients: those of 16-bit features are rounded to 16 bits, and three products are exact enough."""
-    return _available("bf16x3" if precision == "ieee" and dtype != torch.float32 else precision, architecture)
-
-
-def gram_mode(dtype: torch.dtype, architecture: Architecture) -> str:
-    """Likewise, of Gram matrices.
-
-    The shift is any float32, so that differences from it do not fit into two bfloat16, as those of a covariance do:
-    two terms of 11 bits, of which three products are float32 to two bits.
-    """
-    return "ieee" if dtype == torch.float32 or isinstance(architecture, str) else "tf32x3"
-
-
-def _available(precision: str, architecture: Architecture) -> str:
-    """The precision, or a more exact one: of AMD's GPUs, gfx942 alone has tf32."""
-    missing = precision == "tf32" and isinstance(architecture, str) and architecture != "gfx942"
-    return "bf16x3" if missing else precision
 
 
 def _small(tile: ProductTile) -> ProductTile:
@@ -164,7 +127,7 @@ def _small(tile: ProductTile) -> ProductTile:
 
 def forward_tile(mode: str, architecture: Architecture, rows: int, widths: Sequence[int]) -> ProductTile:
     """The square tile of upper triangles of layers: small where large ones, cut along the rows, leave a GPU idle."""
-    tile = _COVARIANCES[_family(architecture)][mode]
+    tile = _COVARIANCES[family(architecture)][mode]
     blocks = [triangle.blocks(width) for width in widths]
     programs = sum(n * (n + 1) // 2 for n in blocks) * most_chunks(rows)
     return tile if programs >= processors(architecture) else _small(tile)
@@ -172,7 +135,7 @@ def forward_tile(mode: str, architecture: Architecture, rows: int, widths: Seque
 
 def backward_tile(mode: str, architecture: Architecture, rows: int, widths: Sequence[int]) -> ProductTile:
     """The tile of (N, D) gradients."""
-    tile = _GRADIENTS[_family(architecture)][mode]
+    tile = _GRADIENTS[family(architecture)][mode]
     programs = -(-rows // tile.rows) * sum(-(-width // tile.columns) for width in widths)
     large = rows > 64 and programs >= processors(architecture)
     return tile if large else _small(tile)
@@ -180,16 +143,9 @@ def backward_tile(mode: str, architecture: Architecture, rows: int, widths: Sequ
 
 def gram_tile(mode: str, architecture: Architecture) -> ProductTile:
     """The square tile of an upper triangle of products of rows."""
-    return _GRAMS[_family(architecture)][mode]
+    return _GRAMS[family(architecture)][mode]
 
 
 def gram_gradient_tile(mode: str, architecture: Architecture) -> ProductTile:
     """The tile of an (R, D) gradient; it has one step."""
-    return _GRAM_GRADIENTS[_family(architecture)][mode]
-
-
-def operand_dtype() -> Any:
-    """The dtype of bfloat16 operands: the interpreter cannot multiply them."""
-    import triton.language as tl
-
-    return tl.float32 if backends.interpreted() else tl.bfloat16
+    return _GRAM_GRADIENTS[family(architecture)][mode]

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from moment_ops.kernels import covariance, covariance_backward, covariance_match
-from moment_ops.kernels._plan import Launch
-from moment_ops.kernels._product_tiles import Architecture
-from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
+from moment_ops.kernels._architectures import Architecture
+from moment_ops.kernels._launch import Launch
+from moment_ops.kernels._records import Shifts
 from moment_ops.ops import triangle
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.records import CovarianceMatch
+from specs.resources import ARCHITECTURES, Budget, Spec, named
 
 # The pooled features of a classifier; layers wide enough for one program a tile; a data set.
 CLASSIFIER = (1024, 2048)
@@ -33,7 +34,9 @@ def _covariance(architecture: Architecture, shape: tuple[int, int], dtype: torch
 
 
 def _shifts(architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype) -> Launch:
-    return covariance.shifts_launches([_empty(*shape, dtype=dtype)], *(_empty(shape[1]) for _ in range(3)))[0]
+    return covariance.shifts_launches(
+        [_empty(*shape, dtype=dtype)], _empty(shape[1]), Shifts(_empty(shape[1]), _empty(shape[1]))
+    )[0]
 
 
 def _match(
@@ -72,16 +75,16 @@ def _backward(
 _PRODUCTS = {"ieee": 0, "tf32": 1, "bf16": 1, "tf32x3": 3, "bf16x3": 3, "bf16x4": 4}
 
 
-def _matrix_products(launch: Launch, architecture: int, rows: int, columns: int) -> int:
+def matrix_products(launch: Launch, architecture: int, rows: int, columns: int) -> int:
     """Instructions of tensor cores for one step: 16 x 8 sums of a warp (sm_80), 64 rows of a warp group (sm_90)."""
-    mode, depth = launch.arguments["MODE"], launch.arguments["DEPTH"]
+    mode, depth = (named(launch)[f"tile.{name}"] for name in ("MODE", "DEPTH"))
     steps = depth // (8 if mode.startswith("tf32") else 16) * _PRODUCTS[mode]
     if architecture < 90:
         return steps * rows * columns // (16 * 8 * launch.warps)
     return steps * max(1, rows // (16 * launch.warps))
 
 
-def _vectors(launch: Launch, entries: int, itemsize: int) -> int:
+def vectors(launch: Launch, entries: int, itemsize: int) -> int:
     """128-bit accesses of a thread to so many entries."""
     return max(1, entries * itemsize // (16 * 32 * launch.warps))
 
@@ -93,36 +96,36 @@ def _products_budget(launch: Launch, architecture: int, operands: tuple[tuple[in
     so many of them are in shared memory, with their terms for the tensor cores besides. A tile of sums goes through
     the same memory, in an order that makes its accesses wide.
     """
-    arguments = launch.arguments
-    depth = arguments["DEPTH"] * arguments["STEPS"]
-    loads = sum(_vectors(launch, depth * size, itemsize) for size, itemsize in operands)
+    arguments = named(launch)
+    depth = arguments["tile.DEPTH"] * arguments["tile.STEPS"]
+    loads = sum(vectors(launch, depth * size, itemsize) for size, itemsize in operands)
     features = sum(depth * size * itemsize for size, itemsize in operands)
-    term = 4 if arguments["MODE"].startswith("tf32") else 2
-    terms = (2 if "x" in arguments["MODE"] else 1) * term * depth * sum(size for size, _ in operands)
+    term = 4 if arguments["tile.MODE"].startswith("tf32") else 2
+    terms = (2 if "x" in arguments["tile.MODE"] else 1) * term * depth * sum(size for size, _ in operands)
     rows, columns = (size for size, _ in operands)
-    shared = max(arguments["STAGES"] * features + terms, 4 * rows * columns) + 1024
-    return shared, arguments["STAGES"] * loads, _matrix_products(launch, architecture, rows, columns)
+    shared = max(arguments["tile.STAGES"] * features + terms, 4 * rows * columns) + 1024
+    return shared, arguments["tile.STAGES"] * loads, matrix_products(launch, architecture, rows, columns)
 
 
 def _triangle_budget(architecture: int) -> Callable[[Launch], Budget]:
     """Budget of a kernel over tiles of a triangle: 255 registers, a thread has 64 sums and 64 of a step."""
 
     def budget(launch: Launch) -> Budget:
-        arguments = launch.arguments
-        tile = arguments["TILE"]
-        itemsize = arguments["inputs"][0].element_size()
+        arguments = named(launch)
+        tile = arguments["tile.COLUMNS"]
+        itemsize = arguments["layers.inputs"][0].element_size()
         shared, loads, products = _products_budget(launch, architecture, ((tile, itemsize), (tile, itemsize)))
-        whole = _vectors(launch, tile * tile, 4)
+        whole = vectors(launch, tile * tile, 4)
         cut = arguments["partials"] is not None
         # A matrix has each tile twice; a match has the derivative and the average with what ADAM needs.
-        vectors = 2 if "cov" in arguments else (1, 2, 4)[arguments["AVERAGE"]]
-        moving = "AVERAGE" in arguments and arguments["AVERAGE"] == 1
+        written = 2 if "cov" in arguments else 1 + len(arguments["vectors.averages"])
+        moving = arguments.get("average.started") is not None
         return Budget(
             registers=255,
             shared=shared,
             wide_loads=loads,
             # A quarter of a tile at a time is folded, after all of it has been stored.
-            wide_stores=(vectors * whole // 4 + whole) if cut else vectors * whole,
+            wide_stores=(written * whole // 4 + whole) if cut else written * whole,
             # The share of the loss, the loss and the step.
             narrow_stores=None if moving else 0 if "cov" in arguments else 3,
             matrix_products=products,
@@ -135,9 +138,9 @@ def _gradient_budget(architecture: int) -> Callable[[Launch], Budget]:
     """Budget of the backward: features and a matrix in float32, from both sides of its diagonal."""
 
     def budget(launch: Launch) -> Budget:
-        arguments = launch.arguments
-        rows, columns = arguments["ROWS"], arguments["COLUMNS"]
-        itemsize = arguments["inputs"][0].element_size()
+        arguments = named(launch)
+        rows, columns = arguments["tile.ROWS"], arguments["tile.COLUMNS"]
+        itemsize = arguments["layers.inputs"][0].element_size()
         matrix = 4 if arguments["PACKED"] else 8
         shared, loads, products = _products_budget(launch, architecture, ((rows, itemsize), (columns, matrix)))
         sides = 2 if arguments["PACKED"] else 1
@@ -145,7 +148,7 @@ def _gradient_budget(architecture: int) -> Callable[[Launch], Budget]:
             registers=255,
             shared=shared,
             wide_loads=sides * loads,
-            wide_stores=_vectors(launch, rows * columns, itemsize),
+            wide_stores=vectors(launch, rows * columns, itemsize),
             narrow_stores=0,
             matrix_products=sides * products,
         )
@@ -157,13 +160,13 @@ def _shifts_budget(architecture: int) -> Callable[[Launch], Budget]:
     """Budget of the means: features in 128 bits in three places, the first tile, the loop and the tail."""
 
     def budget(launch: Launch) -> Budget:
-        arguments = launch.arguments
-        itemsize = arguments["inputs"][0].element_size()
-        columns = arguments["BLOCK_COLUMNS"]
+        arguments = named(launch)
+        itemsize = arguments["layers.inputs"][0].element_size()
+        columns = arguments["strip.COLUMNS"]
         return Budget(
             registers=launch.registers or 0,
             shared=8 * columns * (launch.warps if columns < 128 else 1),
-            wide_loads=3 * _vectors(launch, arguments["BLOCK_ROWS"] * columns, itemsize),
+            wide_loads=3 * vectors(launch, arguments["strip.ROWS"] * columns, itemsize),
         )
 
     return budget

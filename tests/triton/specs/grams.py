@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from moment_ops.kernels import gram
-from moment_ops.kernels._plan import Launch
-from moment_ops.kernels._product_tiles import Architecture
-from moment_ops.kernels._resources import ARCHITECTURES, Budget, Spec
-from moment_ops.kernels.covariance_specs import _matrix_products, _vectors
+from moment_ops.kernels._architectures import Architecture
+from moment_ops.kernels._launch import Launch
+from specs.covariances import matrix_products, vectors
+from specs.resources import ARCHITECTURES, Budget, Spec, named
 
 # Two samples of a network's features; maps of the style loss, one sample a layer.
 NETWORK = ((128, 128), (65536,) * 12 + (32768,) * 10 + (2048,) * 10)
@@ -41,9 +41,9 @@ def _backward(architecture: Architecture, shape: tuple[tuple[int, ...], tuple[in
 
 def _shared(launch: Launch, features: int, sides: int) -> int:
     """All stages of the features, and float32 operands of both sides: two terms of each for tensor cores."""
-    arguments = launch.arguments
-    terms = (2 if arguments["MODE"] == "tf32x3" else 1) * 4 * arguments["DEPTH"] * sides
-    return arguments["STAGES"] * features + terms + 1024
+    arguments = named(launch)
+    terms = (2 if arguments["tile.MODE"] == "tf32x3" else 1) * 4 * arguments["tile.DEPTH"] * sides
+    return arguments["tile.STAGES"] * features + terms + 1024
 
 
 def _products_budget(launch: Launch, architecture: int) -> Budget:
@@ -51,18 +51,18 @@ def _products_budget(launch: Launch, architecture: int) -> Budget:
 
     Features are loaded `stages` times, in the prologue and in the loop, in 128 bits, as are the sums over blocks.
     """
-    arguments = launch.arguments
-    tile, itemsize = arguments["TILE"], arguments["inputs"][0].element_size()
-    depth = arguments["DEPTH"] * arguments["STEPS"]
-    features = _vectors(launch, depth * tile, itemsize)
-    sums = _vectors(launch, tile * tile, 8)
+    arguments = named(launch)
+    tile, itemsize = arguments["tile.COLUMNS"], arguments["layers.inputs"][0].element_size()
+    depth = arguments["tile.DEPTH"] * arguments["tile.STEPS"]
+    features = vectors(launch, depth * tile, itemsize)
+    sums = vectors(launch, tile * tile, 8)
     return Budget(
         registers=255,
         shared=_shared(launch, 2 * depth * tile * itemsize, 2 * tile),
-        wide_loads=2 * arguments["STAGES"] * features + sums,
+        wide_loads=2 * arguments["tile.STAGES"] * features + sums,
         wide_stores=sums,
         narrow_stores=0,
-        matrix_products=_matrix_products(launch, architecture, tile, tile),
+        matrix_products=matrix_products(launch, architecture, tile, tile),
     )
 
 
@@ -71,12 +71,12 @@ def _fold_budget(launch: Launch, architecture: int) -> Budget:
 
     A matrix has any number of rows, so that its rows are written in single entries, in both triangles.
     """
-    arguments = launch.arguments
-    entries = arguments["SIDE"] ** 2
+    arguments = named(launch)
+    entries = arguments["PART"] ** 2
     return Budget(
         registers=128,
         shared=8 * entries,
-        wide_loads=arguments["CHUNKS"] * _vectors(launch, entries, 8),
+        wide_loads=arguments["CHUNKS"] * vectors(launch, entries, 8),
         narrow_loads=0,
         narrow_stores=2 * entries // (32 * launch.warps),
     )
@@ -84,17 +84,17 @@ def _fold_budget(launch: Launch, architecture: int) -> Budget:
 
 def _backward_budget(launch: Launch, architecture: int) -> Budget:
     """255 registers, as above; factors and features are loaded `stages` times in 128 bits, and gradients written so."""
-    arguments = launch.arguments
-    rows, columns, depth = (arguments[name] for name in ("ROWS", "COLUMNS", "DEPTH"))
-    itemsize = arguments["inputs"][0].element_size()
-    loads = _vectors(launch, depth * rows, 4) + _vectors(launch, depth * columns, itemsize)
+    arguments = named(launch)
+    rows, columns, depth = (arguments[f"tile.{name}"] for name in ("ROWS", "COLUMNS", "DEPTH"))
+    itemsize = arguments["layers.inputs"][0].element_size()
+    loads = vectors(launch, depth * rows, 4) + vectors(launch, depth * columns, itemsize)
     return Budget(
         registers=255,
         shared=_shared(launch, depth * (4 * rows + itemsize * columns), rows + columns),
-        wide_loads=arguments["STAGES"] * loads,
-        wide_stores=_vectors(launch, rows * columns, itemsize),
+        wide_loads=arguments["tile.STAGES"] * loads,
+        wide_stores=vectors(launch, rows * columns, itemsize),
         narrow_stores=0,
-        matrix_products=_matrix_products(launch, architecture, rows, columns),
+        matrix_products=matrix_products(launch, architecture, rows, columns),
     )
 
 

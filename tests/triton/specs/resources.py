@@ -2,18 +2,19 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from moment_ops.kernels import _machine_code
-from moment_ops.kernels._plan import Launch
+from moment_ops.kernels._launch import Launch
+from specs import machine_code as code
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -22,7 +23,7 @@ ARCHITECTURES = (80, 90, 100)
 class Resources:
     """What a compiled kernel uses; accesses are instructions in the machine code.
 
-    in_flight: bytes that a thread has on their way from global memory (_machine_code.py says when); blocks: that a
+    in_flight: bytes that a thread has on their way from global memory (machine_code.py says when); blocks: that a
     processor has room for; processor_in_flight: bytes of all their threads; round_trips: to memory, outside of loops.
     """
 
@@ -87,27 +88,38 @@ class Spec:
     architectures: tuple[int, ...]
 
 
-def compile_launch(launch: Launch, architecture: int | str) -> Any:
-    """Compile what a launch would compile on a GPU: of compute capability 90, or of AMD's gfx942; needs no driver."""
+def specialization(launch: Launch, architecture: int | str) -> tuple[Any, ...]:
+    """(signature, constants, attributes, options): all that a launch on a GPU is compiled for, and remembered by.
+
+    architecture: a compute capability, 90, or AMD's, "gfx942".
+    """
     kernel = launch.kernel
-    hip = isinstance(architecture, str)
-    target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", architecture, 32)
-    backend = make_backend(target)
-    keywords = {**launch.arguments, **launch.options(hip), "debug": False}
+    backend = make_backend(_target(architecture))
+    keywords = {**launch.arguments, **launch.options(isinstance(architecture, str)), "debug": False}
     # As JITFunction.run does, which wants a driver.
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**keywords)
-    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    bound, found, options = bind(**keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, found, options)
+    return signature, constants, attributes, options
 
 
-def machine_code(compiled: Any) -> _machine_code.Function:
+def _target(architecture: int | str) -> GPUTarget:
+    return GPUTarget("hip", architecture, 64) if isinstance(architecture, str) else GPUTarget("cuda", architecture, 32)
+
+
+def compile_launch(launch: Launch, architecture: int | str) -> Any:
+    """Compile what a launch would compile on a GPU; needs no driver."""
+    signature, constants, attributes, options = specialization(launch, architecture)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=_target(architecture), options=options.__dict__)
+
+
+def machine_code(compiled: Any) -> code.Function:
     """The machine code, read with the tools that Triton brings."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        (function,) = _machine_code.functions(cubin).values()
+        (function,) = code.functions(cubin).values()
     return function
 
 
@@ -136,7 +148,33 @@ def resources(compiled: Any) -> Resources:
 
 def without_alignment(launch: Launch) -> Launch:
     """The same launch, compiled as if nothing were known about alignment."""
-    return replace(launch, arguments={**launch.arguments, "VECTOR": 1})
+    return with_constants(launch, layers={"VECTOR": 1})
+
+
+def is_record(value: Any) -> bool:
+    """Whether a kernel knows the entries by name."""
+    return hasattr(value, "_fields")
+
+
+def named(launch: Launch) -> dict[str, Any]:
+    """Arguments by name, and entries of records by `record.entry`; constants are values."""
+    return dict(_named(launch.arguments))
+
+
+def _named(arguments: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in arguments.items():
+        yield prefix + name, value.value if isinstance(value, tl.constexpr) else value
+        if is_record(value):
+            yield from _named(value._asdict(), f"{prefix}{name}.")
+
+
+def with_constants(launch: Launch, **records: dict[str, Any]) -> Launch:
+    """The same launch with other constants in its records."""
+    arguments = dict(launch.arguments)
+    for name, constants in records.items():
+        values = {constant: tl.constexpr(value) for constant, value in constants.items()}
+        arguments[name] = arguments[name]._replace(**values)
+    return replace(launch, arguments=arguments)
 
 
 def table(rows: Sequence[tuple[str, Resources | None, Resources]]) -> str:
