@@ -1,7 +1,7 @@
 """The running averages of the operators that match: their arguments and their steps, here and nowhere else in kernels.
 
 An average is what `moment_ops/ops/averages.py` says it is: its number, its vectors and its options. The device
-functions mirror csrc/device/match.h.
+functions mirror csrc/device/averages.h.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """`match_`: the average's step, the loss and its derivatives, from moments or as the epilogue of their reduction.
 
-The device functions mirror csrc/device/match.h.
+The device functions mirror csrc/device/match.cuh.
 """
 
 from collections.abc import Sequence

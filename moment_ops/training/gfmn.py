@@ -70,7 +70,7 @@ class Settings(MatchingSettings):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
 
 
-class Objective(nn.Module):
+class Matching(nn.Module):
     """The matching loss of generated images: a frozen extractor, a ``MomentLoss`` on its moments, and, where it is
     asked for, a ``CovarianceLoss`` on some of its layers."""
 
@@ -183,7 +183,7 @@ def new_trainer(
     torch.manual_seed(settings.seed)
     device = data.train.device
     generator = Generator(data.channels, settings.latent_size).to(device)
-    return Trainer(generator, Objective(extractor, target, settings, covariance_target).to(device), settings)
+    return Trainer(generator, Matching(extractor, target, settings, covariance_target).to(device), settings)
 
 
 def make_extractor(
@@ -210,7 +210,7 @@ def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) 
     extractor = extractor.to(data.train.device)
     with torch.no_grad():
         shapes = extractor(scale(data.train[:2]))
-    saved = state["trainer"]["objective"]
+    saved = state["trainer"]["matching"]
     target = replace(shapes, mean=saved["moment_loss.target_mean"], var=saved["moment_loss.target_var"])
     # Of a few images: of the right shapes, the values are in the state.
     covariances = target_covariances(data.train[:2], extractor, settings)

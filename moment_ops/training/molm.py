@@ -30,7 +30,7 @@ DATA_BATCH_SIZE = 250
 class Settings(MatchingSettings):
     """What MoLM can be told besides. Defaults are those that train digits in minutes on two CPU cores.
 
-    The published scale is 100 steps of the moment network and 2000 of the generator per objective, without an average.
+    The published scale is 100 steps of the moment network and 2000 of the generator per round, without an average.
     """
 
     method: ClassVar[str] = "molm"
@@ -44,10 +44,10 @@ class Settings(MatchingSettings):
     network: str = option("small", "moment network: three convolutions, or the six published", choices=tuple(NETWORKS))
     width: int = option(32, "channels of its first convolution; published: 128 to 384 for conv")
     moment_lr: float = option(5e-4, "learning rate of the moment network; it falls with that of the generator")
-    first_moment_steps: int = option(100, "steps of the moment network before the first objective")
-    moment_steps: int = option(20, "steps of the moment network before every other objective")
-    generator_steps: int = option(80, "steps of the generator per objective")
-    real_images: int = option(2000, "images, drawn for every objective, whose moments are matched")
+    first_moment_steps: int = option(100, "steps of the moment network before the first round")
+    moment_steps: int = option(20, "steps of the moment network before every other round")
+    generator_steps: int = option(80, "steps of the generator per round")
+    real_images: int = option(2000, "images, drawn for every round, whose moments are matched")
     penalty: str = option("alternating", "batches with a penalty on the gradient's norm", choices=PENALTIES)
     penalty_weight: float = option(3e-3, "weight of that penalty; with too much the moment network learns nothing")
     squared_norm: float = option(1.0, "squared norm that the penalty and the initial rescaling aim at")
@@ -76,10 +76,10 @@ class Settings(MatchingSettings):
         return mo.MomentNetwork(NETWORKS[self.network](channels, width=self.width), weights=weights)
 
 
-class Objective(nn.Module):
-    """The matching loss of generated images, whose moment network is trained before every objective.
+class Matching(nn.Module):
+    """The matching loss of generated images, whose moment network is trained before every round.
 
-    An objective is ``generator_steps`` calls. Before its first call the moment network learns to tell the generator's
+    A round is ``generator_steps`` calls. Before its first call the moment network learns to tell the generator's
     images from data, the data's moments are taken anew, and the running average starts anew.
     """
 
@@ -93,9 +93,9 @@ class Objective(nn.Module):
         self.chosen = Batches(len(images), min(settings.real_images, len(images)), settings.seed + 1)
         self.noise = torch.Generator().manual_seed(settings.seed + 1)
         self.lr = settings.moment_lr
-        self.steps, self.objectives = 0, 0
+        self.steps, self.rounds = 0, 0
         self.parts: dict[str, Tensor] = {}
-        # Of a few images: replaced before the first objective, or by a loaded state.
+        # Of a few images: replaced before the first round, or by a loaded state.
         target = net.moments(scale(images[:2]))
         self.moment_loss = mo.MomentLoss(
             target, settings.make_average(), mean_weight=net.mean_weight(target), reduction="sum"
@@ -103,12 +103,12 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.steps % self.settings.generator_steps == 0:
-            self.begin_objective()
+            self.begin_round()
         self.steps += 1
         return self.moment_loss(self.net.moments(images))
 
-    def begin_objective(self) -> None:
-        for _ in range(self.settings.moment_steps if self.objectives else self.settings.first_moment_steps):
+    def begin_round(self) -> None:
+        for _ in range(self.settings.moment_steps if self.rounds else self.settings.first_moment_steps):
             self.train_network()
         try:
             self.moment_loss.reset(self.data_moments())
@@ -116,7 +116,7 @@ class Objective(nn.Module):
             raise TrainingError(
                 f"the moments of the data are not finite at step {self.steps}; try a lower --moment-lr"
             ) from error
-        self.objectives += 1
+        self.rounds += 1
 
     def train_network(self) -> None:
         """One step of the moment network."""
@@ -152,7 +152,7 @@ class Objective(nn.Module):
             "chosen": self.chosen.state_dict(),
             "noise": self.noise.get_state(),
             "steps": self.steps,
-            "objectives": self.objectives,
+            "rounds": self.rounds,
             "parts": self.parts,
         }
 
@@ -161,23 +161,23 @@ class Objective(nn.Module):
         self.batches.load_state_dict(state["batches"])
         self.chosen.load_state_dict(state["chosen"])
         self.noise.set_state(state["noise"])
-        self.steps, self.objectives = state["steps"], state["objectives"]
+        self.steps, self.rounds = state["steps"], state["rounds"]
         self.parts = dict(state["parts"])
 
 
 class MolmTrainer(Trainer):
     """A trainer whose moment network follows the generator's schedule."""
 
-    objective: Objective
+    matching: Matching
 
     def advance(self) -> Tensor:
-        self.objective.lr = self.objective.settings.moment_lr * self.lr / self.settings.lr
+        self.matching.lr = self.matching.settings.moment_lr * self.lr / self.settings.lr
         return super().advance()
 
     def metrics(self) -> dict[str, float]:
-        """How many objectives there were, and how the moment network did in its last step."""
-        parts = {f"moment_{name}": value.item() for name, value in self.objective.parts.items()}
-        return {"objective": self.objective.objectives, **parts}
+        """How many rounds there were, and how the moment network did in its last step."""
+        parts = {f"moment_{name}": value.item() for name, value in self.matching.parts.items()}
+        return {"round": self.matching.rounds, **parts}
 
 
 def new_trainer(data: ImageData, settings: Settings) -> MolmTrainer:
@@ -189,7 +189,7 @@ def new_trainer(data: ImageData, settings: Settings) -> MolmTrainer:
         net.rescale(scale(data.train[:RESCALING_IMAGES]), settings.squared_norm)
     except ValueError as error:
         raise TrainingError(f"the moment network cannot be rescaled to this data: {error}") from error
-    return MolmTrainer(generator, Objective(net, generator, data.train, settings), settings)
+    return MolmTrainer(generator, Matching(net, generator, data.train, settings), settings)
 
 
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> MolmTrainer:

@@ -20,14 +20,14 @@ SNAPSHOT_SEED = 0
 class Trainer:
     """Everything that changes during training.
 
-    ``objective`` maps generated images to a scalar loss and is called once a step; it may train networks of
+    ``matching`` maps generated images to a scalar loss and is called once a step; it may train networks of
     its own meanwhile. All of its state must be in its ``state_dict``.
     """
 
-    def __init__(self, generator: Generator, objective: nn.Module, settings: LoopSettings) -> None:
+    def __init__(self, generator: Generator, matching: nn.Module, settings: LoopSettings) -> None:
         self.generator = generator
         self.averaged = freeze(copy.deepcopy(generator))
-        self.objective = objective
+        self.matching = matching
         self.settings = settings
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.lr, betas=settings.betas)
         self.noise = torch.Generator().manual_seed(settings.seed)
@@ -53,7 +53,7 @@ class Trainer:
         self.generator.train()
         latent = torch.randn(self.settings.batch_size, self.settings.latent_size, generator=self.noise)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
-            loss = self.objective(self.generator(latent.to(self.device)))
+            loss = self.matching(self.generator(latent.to(self.device)))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -74,7 +74,7 @@ class Trainer:
         return {
             "generator": self.generator.state_dict(),
             "averaged": self.averaged.state_dict(),
-            "objective": self.objective.state_dict(),
+            "matching": self.matching.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "noise": self.noise.get_state(),
             "torch_rng": torch.get_rng_state(),
@@ -86,7 +86,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.averaged.load_state_dict(state["averaged"])
-        self.objective.load_state_dict(state["objective"])
+        self.matching.load_state_dict(state["matching"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.noise.set_state(state["noise"])
         torch.set_rng_state(state["torch_rng"])

@@ -78,7 +78,7 @@ def test_a_run_with_pretrained_features_continues_without_their_files(tmp_path, 
     # The first half of the schedule is the same for every number of steps.
     gfmn.train(tmp_path / "half", {"steps": 4}, resume=True, say=lambda line: None)
     ours, whole = (runs.load_checkpoint(tmp_path / name)["trainer"] for name in ("half", "whole"))
-    assert_same(ours["objective"], whole["objective"])
+    assert_same(ours["matching"], whole["matching"])
 
 
 @pytest.mark.usefixtures("small_vgg19")

@@ -1,4 +1,4 @@
-"""A whole MoLM training of the smallest kind: its objectives, what it leaves behind, and how it goes on."""
+"""A whole MoLM training of the smallest kind: its rounds, what it leaves behind, and how it goes on."""
 
 import itertools
 import json
@@ -75,42 +75,42 @@ def test_a_run_leaves_pictures_metrics_settings_and_checkpoint(train):
 def test_metrics_tell_how_the_moment_network_does(train):
     lines = metrics_of(train("run"))
     assert [line["step"] for line in lines] == list(range(1, 15))
-    assert [line["objective"] for line in lines] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 2
+    assert [line["round"] for line in lines] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 2
     for name in ("loss", "moment_logistic", "moment_penalty", "moment_squared_norm", "moment_accuracy"):
         assert all(np.isfinite(line[name]) for line in lines)
     assert [line["step"] for line in lines if "frechet_distance" in line] == [7, 14]
 
 
-def test_the_moment_network_is_trained_before_objectives_and_fixed_during_them(trainer, monkeypatch):
+def test_the_moment_network_is_trained_before_rounds_and_fixed_during_them(trainer, monkeypatch):
     steps = []
     train_network = molm.Objective.train_network
     monkeypatch.setattr(molm.Objective, "train_network", lambda self: (steps.append(trainer.step), train_network(self)))
     weights = []
     for _ in range(9):
         trainer.advance()
-        weights.append(trainer.objective.net.f.value.weight.detach().clone())
+        weights.append(trainer.matching.net.f.value.weight.detach().clone())
     assert steps == [0] * 3 + [4] * 2 + [8] * 2
     same = [torch.equal(one, other) for one, other in itertools.pairwise(weights)]
     assert same == [True, True, True, False, True, True, True, False]
 
 
-def test_every_objective_takes_the_data_moments_of_the_network_of_the_time_and_restarts_the_average(pictures):
+def test_every_round_takes_the_data_moments_of_the_network_of_the_time_and_restarts_the_average(pictures):
     images = data.load(str(pictures))
     every = len(images.train)
     trainer = molm.new_trainer(images, molm.Settings(**{**TINY, "real_images": every}))
-    loss = trainer.objective.moment_loss
+    loss = trainer.matching.moment_loss
     for _ in range(6):
         trainer.advance()
-        exact = trainer.objective.net.moments(data.scale(images.train)).mean
+        exact = trainer.matching.net.moments(data.scale(images.train)).mean
         torch.testing.assert_close(loss.target_mean, exact, rtol=1e-5, atol=1e-6)
     assert loss.step == 2
-    assert trainer.objective.chosen.batch_size == every
+    assert trainer.matching.chosen.batch_size == every
 
 
 def test_the_network_starts_with_the_squared_norm_asked_for(pictures):
     images = data.load(str(pictures))
     trainer = molm.new_trainer(images, molm.Settings(**{**TINY, "squared_norm": 3.0}))
-    m = trainer.objective.net.moments(data.scale(images.train))
+    m = trainer.matching.net.moments(data.scale(images.train))
     gradients = dict(zip(m.names, m.mean.split(m.sizes), strict=True))
     squares = [mean.square().sum().item() for name, mean in gradients.items() if name.startswith("gradient")]
     assert sum(squares) == pytest.approx(3.0, rel=2e-3)
@@ -120,15 +120,15 @@ def test_the_learning_rate_of_the_moment_network_falls_with_that_of_the_generato
     rates = []
     for _ in range(TINY["steps"]):
         trainer.advance()
-        rates.append(trainer.objective.optimizer.param_groups[0]["lr"])
+        rates.append(trainer.matching.optimizer.param_groups[0]["lr"])
     assert rates[0] == molm.Settings.moment_lr
-    # The last objective of four begins with step 13 of 14.
+    # The last round of four begins with step 13 of 14.
     assert rates[-1] == pytest.approx(molm.Settings.moment_lr * (1 - 0.98 * (2 * 12 / 14 - 1)))
 
 
 def test_weights_of_the_groups_reach_the_loss(pictures):
     settings = molm.Settings(**{**TINY, "hidden_weight": 0.25, "gradient_weight": 2.0, "input_weight": 0.5})
-    loss = molm.new_trainer(data.load(str(pictures)), settings).objective.moment_loss
+    loss = molm.new_trainer(data.load(str(pictures)), settings).matching.moment_loss
     sizes = [torch.Size(shape).numel() for shape in loss.shapes]
     expected = {"hidden": 0.25, "gradient": 2.0, "input": 0.5}
     for name, weight in zip(loss.names, loss.mean_weight.split(sizes), strict=True):
@@ -146,9 +146,9 @@ def test_the_generator_learns_from_the_gradient_moments(pictures):
 
 def test_the_moment_network_gets_no_gradients_from_the_generators_steps(trainer):
     trainer.advance()
-    before = {name: p.grad.clone() for name, p in trainer.objective.net.named_parameters()}
+    before = {name: p.grad.clone() for name, p in trainer.matching.net.named_parameters()}
     trainer.advance()
-    for name, parameter in trainer.objective.net.named_parameters():
+    for name, parameter in trainer.matching.net.named_parameters():
         assert torch.equal(parameter.grad, before[name])
 
 
@@ -160,7 +160,7 @@ def test_two_runs_with_the_same_seed_are_equal_to_the_last_bit_and_another_seed_
 
 @pytest.mark.parametrize(("average", "evaluate_every"), [("adam", 4), ("adam", 7), ("moving", 7), ("none", 7)])
 def test_a_stopped_and_continued_run_equals_an_uninterrupted_one(train, average, evaluate_every):
-    """Stopped between objectives, and within one."""
+    """Stopped between rounds, and within one."""
 
     def send_signal(line):
         if line.startswith(f"step {evaluate_every}:"):
@@ -248,10 +248,10 @@ def test_help_lists_every_setting_with_its_default(capfd):
 def test_moments_of_a_run_are_those_of_its_network(trainer):
     """The loss that the generator saw, from the saved pieces."""
     trainer.advance()
-    objective = trainer.objective
+    matching = trainer.matching
     images = trainer.generator(torch.randn(4, 8))
-    value = objective.moment_loss.eval()(objective.net.moments(images))
-    m = objective.net.moments(images.detach())
-    v = objective.moment_loss.mean_average * objective.moment_loss.mean_weight
-    torch.testing.assert_close(value, v @ (objective.moment_loss.target_mean - m.mean))
+    value = matching.moment_loss.eval()(matching.net.moments(images))
+    m = matching.net.moments(images.detach())
+    v = matching.moment_loss.mean_average * matching.moment_loss.mean_weight
+    torch.testing.assert_close(value, v @ (matching.moment_loss.target_mean - m.mean))
     assert isinstance(m, mo.Moments)
