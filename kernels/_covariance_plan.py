@@ -30,6 +30,7 @@ class TileGroup(Group):
     tiles: int
     chunk_rows: int
     chunks: int
+    triangles: tuple[int, ...]
 
     @property
     def long(self) -> bool:

@@ -78,7 +78,6 @@ class Group:
     strides: tuple[tuple[int, ...], ...]  # of every list, one for every tensor of every layer
     offsets: tuple[int, ...] | None = None  # of the columns in packed vectors
     inners: tuple[int, ...] | None = None
-    triangles: tuple[int, ...] | None = None
 
     def tensors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The launch's tensors out of the whole list's, padded: for every layer, all of its own."""
@@ -103,7 +102,7 @@ class Group:
         outputs: Sequence[Tensor] | None = None,
         grads: Sequence[Tensor] | None = None,
     ) -> Layers:
-        """The layers of the kernels, without positions."""
+        """The layers of the kernels, as all have them: without positions and triangles."""
         return Layers(
             inputs=self.tensors(inputs),
             grads=None if grads is None else self.tensors(grads),
@@ -116,7 +115,7 @@ class Group:
             offsets=self.offsets,
             inners=self.inners,
             positions=None,
-            triangles=self.triangles,
+            triangles=None,
             VECTOR=tl.constexpr(self.vector),
         )
 

@@ -160,7 +160,7 @@ def backward_launches(
     launches = []
     for group in output_groups(x, out, tile, architecture):
         arguments = {
-            "layers": group.record(x, out),
+            "layers": group.record(x, out)._replace(triangles=group.triangles),
             "grad": grad,
             "grad_mean": grad_mean,
             "mean": mean if centered else None,

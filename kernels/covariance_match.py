@@ -177,6 +177,7 @@ def covariance_match_launches(
     for group in groups:
         arguments = {
             **product_arguments(group, x, shifts, correction, mode, tile),
+            "layers": group.record(x)._replace(triangles=group.triangles),
             "targets": Targets(
                 group.tensors(match.target),
                 group.integers([int(t.dim() == 2) for t in match.target]),
