@@ -37,10 +37,10 @@ def tolerance(dtype, rows=1):
 
 
 def assert_equal(actual, wanted, dtype, rows=1):
-    """Up to the roundings of sums over `rows`, relative to the largest entry."""
+    """Up to the roundings of sums over `rows` and to `dtype`, relative to the largest entry."""
     assert actual.isfinite().all()
     error = (actual.double() - wanted).abs().max() / wanted.abs().max()
-    assert error <= max(tolerance(dtype, rows), epsilon(actual.dtype)), f"{error:.3g}"
+    assert error <= max(tolerance(dtype, rows), epsilon(dtype)), f"{error:.3g}"
 
 
 def assert_covariance(cov, x, correction=1, centered=True):
@@ -171,18 +171,14 @@ def test_gradients_come_out_where_differences_from_the_mean_do_not_fit(rows, dty
 def test_gradients_come_out_where_their_sums_do_not_fit(dtype):
     """Terms of one row that are larger than the largest number, and cancel."""
     largest = torch.finfo(dtype).max
-    x = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.5, 0.5]]).to(dtype)
+    x = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [0.5, 1.0]]).to(dtype)
     wide = statistics_dtype(dtype)
-    grad = torch.tensor([[0.75, 0.0], [-0.75 * 2 + 2**-4, 0.0]], dtype=torch.float64) * largest
-    grad = grad.to(wide)
+    grad = (torch.tensor([[0.75, 0.0], [2**-5 - 0.75, 0.0]], dtype=torch.float64) * largest).to(wide)
     mean = torch.zeros(2, dtype=wide)
     dx = OPS.covariance_backward(grad, None, x, mean, 1, False, "ieee")
     scaled = grad.double() / 4
     wanted = x.double() @ (scaled + scaled.mT) / 2
-    fits = wanted.abs() < largest / 4
-    assert fits.any()
-    assert torch.allclose(dx.double()[fits] / 4, wanted[fits], rtol=2 * epsilon(dtype), atol=0)
-    assert not dx.isnan().any()
+    assert torch.allclose(dx.double() / 4, wanted, rtol=2 * epsilon(dtype), atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -209,13 +205,6 @@ def test_second_derivatives_come_out_where_sums_do_not_fit():
     (dx,) = torch.autograd.grad((torch.cov(wide.mT).square() * 1e-38).sum(), wide, create_graph=True)
     (wanted,) = torch.autograd.grad((dx * h.double() / 1e18).sum(), wide)
     assert_equal(hessian_product(x, h), wanted, torch.float32, 40)
-
-
-def covariances(x, dtype):
-    return torch.cov((x.double() / factor(dtype)).mT)
-
-
-MATRICES = {"full": lambda t: t, "packed": triangle.pack}
 
 
 @pytest.mark.parametrize("width", [5, 130, 300])
@@ -251,14 +240,14 @@ def test_a_loss_beside_a_column_of_the_largest_number_keeps_its_value(dtype):
     assert torch.allclose(loss, wanted, rtol=tolerance(dtype), atol=0)
 
 
-@pytest.mark.parametrize("weight", [1.0, 1e30, 0.0])
+@pytest.mark.parametrize("weight", [1.0, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_loss_that_does_not_fit_is_infinite(weight, dtype):
     x = beside_the_largest(9, dtype).requires_grad_()
     goal = torch.eye(2, dtype=statistics_dtype(dtype))
     loss = mo.covariance_loss(x, goal, cov_weight=weight)
-    assert loss.item() == (float("inf") if weight else 0.0)
-    assert mo.covariance_loss(x.detach(), goal, cov_weight=weight).item() == loss.item()
+    assert loss.item() == float("inf")
+    assert mo.covariance_loss(x.detach(), goal, cov_weight=weight).item() == float("inf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -285,7 +274,7 @@ def test_averages_start_from_covariances_whose_sums_do_not_fit(dtype, average):
     if isinstance(average, mo.MovingAverage):
         cov = triangle.unpack(loss.cov_average, 140)
         assert_equal(cov.double() / unit / unit, exact(x), dtype, 60)
-        assert loss.cov_started.all()
+        assert loss.started.all()
 
 
 @pytest.mark.parametrize("average", ["none", "moving"])
@@ -312,11 +301,6 @@ def test_the_distance_of_two_batches_comes_out(dtype):
     unit = factor(dtype)
     wanted = weight * unit**2 * (exact(x) - exact(y)).square().sum()
     assert_equal(loss / unit / unit, wanted, dtype, 300)
-
-
-def scaled_down(x, dtype):
-    """With covariances whose squares do not fit, while those over D^2 do."""
-    return x * (1e-10 if dtype == torch.float32 else 1e-77)
 
 
 # Differences of covariances whose squares fit only after they are divided by 4 D^2.
