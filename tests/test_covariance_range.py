@@ -7,6 +7,7 @@ from helpers import DTYPES, assert_same_bits, epsilon, make_features, statistics
 import moment_ops as mo
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance as covariance_op
+from moment_ops.ops.records import Match
 from moment_ops.ops.reference_covariance import PRECISIONS
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -295,8 +296,7 @@ def test_a_difference_is_squared_after_it_is_weighted(average, weighted):
     """1e-25 * 1e30^2 fits."""
     value, target = torch.tensor([3e30, 1e30]), torch.zeros(2)
     weight = torch.tensor([1e-25, 2e-25])
-    scale = dict(mean_weight=weight, mean_scale=1.0) if weighted else dict(mean_weight=None, mean_scale=1e-25)
-    match = mo.ops.records.Match(target, None, average="none", **scale)
+    match = Match(target, None, mean_weight=weight) if weighted else Match(target, None, mean_scale=1e-25)
     if average == "moving":
         state = [torch.zeros(2), torch.zeros(2, dtype=torch.bool), torch.zeros((), dtype=torch.int64)]
         match = match._replace(average="moving", options=[0.5], state=state, update=True)

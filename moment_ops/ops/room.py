@@ -14,6 +14,8 @@ def column_scale(rows: Tensor) -> Tensor:
 
     Values that a scaled column loses do not count beside its largest. Columns that are not finite stay as they are.
     """
+    if not rows.numel():
+        return rows.new_ones(rows.shape[1])
     largest = rows.detach().abs().amax(0)
     exponent = math.log2(torch.finfo(rows.dtype).max)
     wants_room = (largest > 2.0 ** (0.4 * exponent)) & (largest < math.inf)
