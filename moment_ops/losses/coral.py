@@ -1,11 +1,11 @@
 """Deep CORAL: the distance between the covariances of two domains."""
 
-import torch
 from torch import Tensor
 
 from moment_ops.distributed import ProcessGroup, group_size, merged_covariances, row_counts
 from moment_ops.losses.embeddings import check_embeddings
 from moment_ops.losses.gram_distance import gram_distance
+from moment_ops.losses.squares import divided_squares
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import columns_of, statistics_dtype
@@ -57,5 +57,4 @@ def coral_loss(source: Tensor, target: Tensor, *, process_group: ProcessGroup = 
     else:
         packed = [merged_covariances([x], 1, "ieee", process_group)[0][0] for x in (source, target)]
         first, second = (triangle.unpack(part, columns) for part in packed)
-    squares = (first - second).square().sum(dtype=torch.float64)
-    return (squares / (4 * columns**2)).to(statistics_dtype(source.dtype))
+    return divided_squares(first - second, 4 * columns**2).to(statistics_dtype(source.dtype))

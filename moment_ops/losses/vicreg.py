@@ -6,6 +6,7 @@ from torch import Tensor
 from moment_ops.distributed import ProcessGroup, group_size, merged_covariances, merged_moments, row_counts
 from moment_ops.losses.embeddings import check_embeddings
 from moment_ops.losses.gram_distance import gram_squared_norm
+from moment_ops.losses.squares import divided_squares
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import columns_of, statistics_dtype
@@ -76,6 +77,7 @@ def vicreg_covariance(x: Tensor, *, process_group: ProcessGroup = False) -> Tens
         # Its two gradients are added before they are rounded to 16 bits.
         wide = x.to(statistics_dtype(x.dtype))
         squares = gram_squared_norm(wide, process_group) - _variance(wide, process_group).double().square().sum()
+        value = squares / columns
     else:
         if alone:
             full = covariance(x, 1, True, "ieee")[0]
@@ -83,5 +85,5 @@ def vicreg_covariance(x: Tensor, *, process_group: ProcessGroup = False) -> Tens
             full = triangle.unpack(merged_covariances([x], 1, "ieee", process_group)[0][0], columns)
         # Without its last entry and in rows of D + 1, a square matrix has its diagonal in the first column.
         shifted = full.flatten()[:-1].view(columns - 1, columns + 1)
-        squares = shifted[:, 1:].square().sum(dtype=torch.float64)
-    return (squares / columns).to(statistics_dtype(x.dtype))
+        value = divided_squares(shifted[:, 1:], columns)
+    return value.to(statistics_dtype(x.dtype))

@@ -49,8 +49,9 @@ class AverageKind(NamedTuple):
 def _squared(quantity: Quantity, estimate: Tensor, slope: float, vectors: Sequence[Tensor]) -> Matched:
     """The squared distance of an estimate, with this derivative by the value, from the target."""
     difference = estimate - quantity.target
-    terms = quantity.reduction * quantity.weight * difference**2
-    return Matched(terms, slope * (2 * quantity.reduction) * quantity.weight * difference, vectors)
+    # Weighted before it is squared, as the square alone may not fit.
+    scaled = quantity.reduction * quantity.weight * difference
+    return Matched(scaled * difference, slope * (2 * scaled), vectors)
 
 
 def _match_none(quantity: Quantity, past: Past) -> Matched:

@@ -24,6 +24,7 @@ from moment_ops.ops.library import define
 from moment_ops.ops.match import advance
 from moment_ops.ops.nodes import register_derivative
 from moment_ops.ops.records import CovarianceMatch, parameters
+from moment_ops.ops.room import column_scale
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -128,6 +129,12 @@ def _covariance_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor
     ctx.save_for_backward(grad, x, mean)
 
 
+def _product_with_room(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, infinite only where the result is."""
+    rows, columns = column_scale(a.mT)[:, None], column_scale(b)
+    return (a * rows) @ (b * columns) / rows / columns
+
+
 def _covariance_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     """Derivative of `dx = grad_mean / N + slope * Xc (grad + grad')`, in PyTorch that is itself differentiable."""
     grad, x, mean = ctx.saved_tensors
@@ -139,12 +146,14 @@ def _covariance_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None,
             d_grad_mean = tangent.sum(0) / rows
         if grad is not None:
             shifted = _flat(x).to(mean.dtype)
+            scale = column_scale(shifted)
+            shifted = shifted * scale
             if ctx.centered:
-                shifted = shifted - mean
+                shifted = shifted - mean * scale
             slope = 1 / (rows - ctx.correction) if rows > ctx.correction else float("nan")
-            product = slope * (shifted.mT @ tangent)
+            product = slope * _product_with_room(shifted.mT, tangent) / scale[:, None]
             d_grad = product + product.mT
-            d_rows = slope * (tangent @ (grad + grad.mT))
+            d_rows = slope * _product_with_room(tangent, grad + grad.mT)
             d_x = d_rows.reshape(x.shape).to(x.dtype)
             if ctx.centered:
                 d_mean = -d_rows.sum(0)

@@ -3,11 +3,14 @@
 A panel is some block rows of the triangle: rows start ... stop and columns start ... D. Work is cut by shapes alone,
 and matrices are padded with zeros where MKL, PyTorch's BLAS, would sum in an order that depends on the number of
 threads.
-Every named precision runs as "ieee": a precision bounds the error.
+Every named precision runs as "ieee": a precision bounds the error. Where a sum of products has no room in its dtype,
+a layer is computed anew of scaled columns.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.packed_match import match_packed
 from moment_ops.ops.records import CovarianceMatch
+from moment_ops.ops.room import column_scale, excess, times_power_of_two
 
 OPERATORS = {
     "covariance": ("float32", "bfloat16", "float16", "float64"),
@@ -129,7 +133,7 @@ def _panels(
     count, width = source.x.shape
     height = min(height, source.width)
     # MKL's products do not propagate a factor that is NaN.
-    slope = 1 / max(count - correction, 1)
+    slope = 1 / _divisor(count, correction)
     scratch = source.x.new_empty(height * source.width, dtype=source.dtype) if destination is None else None
     promoted = count > _PROMOTED and source.dtype == torch.float32
     sums = source.x.new_empty(height * source.width, dtype=torch.float64) if promoted else None
@@ -178,8 +182,46 @@ def _promoted_products(source: _Centered, start: int, panel: Tensor, total: Tens
     return total.add_(panel)
 
 
+def _divisor(count: int, correction: int) -> int:
+    return max(count - correction, 1)
+
+
+def _has_room(panel: Tensor, divisor: int) -> bool:
+    """Whether no sum behind a panel has overflowed: none is larger than those of the diagonal, up to rounding."""
+    return float(panel.diagonal().amax()) < torch.finfo(panel.dtype).max / 4 / divisor
+
+
+def _with_room(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows whose columns are multiplied by a scale; None where no column wants one."""
+    rows = x.to(statistics_dtype(x.dtype))
+    scale = column_scale(rows)
+    return (rows, None) if bool((scale == 1).all()) else (rows * scale, scale)
+
+
+def _finite(*tensors: Tensor | None) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors if t is not None)
+
+
+def _is_factor(value: float, dtype: torch.dtype) -> bool:
+    """Whether a factor keeps its digits in a dtype."""
+    limits = torch.finfo(dtype)
+    return value == 0 or limits.tiny <= abs(value) <= limits.max
+
+
 def covariance(x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor) -> None:
     """Fill `cov` (D, D) and `mean` (D,) from `x` (N, D)."""
+    _fill(x, correction, centered, cov, mean)
+    if _has_room(cov, _divisor(len(x), correction)):
+        return
+    rows, scale = _with_room(x)
+    if scale is not None:
+        _fill(rows, correction, centered, cov, mean)
+        mean /= scale
+        cov /= scale
+        cov /= scale[:, None]
+
+
+def _fill(x: Tensor, correction: int, centered: bool, cov: Tensor, mean: Tensor) -> None:
     source = _Centered(x, _CHUNK, centered)
     mean.copy_(source.mean)
     direct = source.width == len(cov)
@@ -199,19 +241,91 @@ def covariance_match_(
         grads = [None] * len(x) if grad is None else triangle.split(grad, widths)
         total = torch.zeros((), dtype=torch.float64)
         for rows, target, w, m, g in zip(x, match.target, match.weight, means, grads, strict=True):
-            total += w * _squared_distance(rows, correction, target, 2 * w, m, g)
+            total += _weighted_distance(rows, correction, target, w, m, g)
         loss.copy_(total)
         return
     packed = torch.empty(triangle.total_size(widths), dtype=mean.dtype)
     for rows, m, p in zip(x, means, triangle.split(packed, widths), strict=True):
-        source = _Centered(rows, _CHUNK)
-        m.copy_(source.mean)
-        for start, _, panel in _panels(source, correction):
-            triangle.store(panel, p, start)
+        if not _pack(rows, correction, m, p, None):
+            scaled, scale = _with_room(rows)
+            if scale is not None:
+                _pack(scaled, correction, m, p, scale)
     value, derivative = match_packed("cpu", packed, triangle.pack_all(match.target), widths, match)
     loss.copy_(value)
     if grad is not None:
         grad.copy_(derivative)
+
+
+def _pack(rows: Tensor, correction: int, mean: Tensor, packed: Tensor, scale: Tensor | None) -> bool:
+    """Fill the mean and the packed covariance of rows, whose columns' scale is taken out; whether they had room."""
+    source = _Centered(rows, _CHUNK)
+    mean.copy_(source.mean if scale is None else source.mean / scale)
+    has_room = True
+    for start, stop, panel in _panels(source, correction):
+        has_room = has_room and _has_room(panel, _divisor(len(rows), correction))
+        if scale is not None:
+            panel /= scale[start:]
+            panel /= scale[start:stop, None]
+        triangle.store(panel, packed, start)
+    return has_room
+
+
+def _weighted_distance(
+    rows: Tensor, correction: int, target: Tensor, weight: float, mean: Tensor, grad: Tensor | None
+) -> Tensor:
+    """`weight * |C - T|^2` in float64; fills the mean, and the packed derivative where it is wanted."""
+    total = _squared_distance(rows, correction, target, 2 * weight, mean, grad)
+    if math.isfinite(float(total)) and _is_factor(2 * weight, mean.dtype):
+        return weight * total
+    scaled, scale = _with_room(rows)
+    if scale is None and not _finite(scaled, target):
+        return weight * total
+    return _distance_with_room(scaled, scale, correction, target, weight, mean, grad)
+
+
+# Squares of numbers up to the largest, times a power of two with this exponent, fit into float64.
+_DOWN = -540
+
+
+def _distance_with_room(
+    rows: Tensor,
+    scale: Tensor | None,
+    correction: int,
+    target: Tensor,
+    weight: float,
+    mean: Tensor,
+    grad: Tensor | None,
+) -> Tensor:
+    """As `_weighted_distance`, of rows whose columns are scaled, in float64 throughout."""
+    source = _Centered(rows, _CHUNK)
+    up = torch.ones(rows.shape[1], dtype=torch.float64) if scale is None else 1 / scale.double()
+    mean.copy_(source.mean * up)
+    if weight == 0:
+        if grad is not None:
+            grad.zero_()
+        return torch.zeros((), dtype=torch.float64)
+    mantissa, exponent = math.frexp(weight)
+    total = torch.zeros((), dtype=torch.float64)
+    for down in (0, _DOWN):
+        total.zero_()
+        for start, stop, panel in _panels(source, correction):
+            difference = times_power_of_two(panel.double(), down) * up[start:] * up[start:stop, None]
+            difference -= times_power_of_two(_target_panel(target, start, torch.empty_like(panel)).double(), down)
+            if grad is not None:
+                slope = times_power_of_two(2 * mantissa * difference, exponent - down)
+                triangle.store(slope.to(grad.dtype), grad, start)
+            squares = difference.square_()
+            total += squares[:, : stop - start].sum() + 2 * squares[:, stop - start :].sum()
+        if math.isfinite(float(total)):
+            break
+    return times_power_of_two(mantissa * total, exponent - 2 * down)
+
+
+def _target_panel(target: Tensor, start: int, panel: Tensor) -> Tensor:
+    """Fill a panel that begins at row `start` from a target, full or packed."""
+    if target.dim() == 1:
+        return triangle.load(target, start, panel)
+    return panel.copy_(target[start : start + panel.shape[0], start:])
 
 
 def _squared_distance(
@@ -223,9 +337,7 @@ def _squared_distance(
     mean.copy_(source.mean)
 
     def subtrahend(start: int, panel: Tensor) -> object:
-        if target.dim() == 1:
-            return triangle.load(target, start, panel)
-        return panel.copy_(target[start : start + panel.shape[0], start:])
+        return _target_panel(target, start, panel)
 
     total = torch.zeros((), dtype=torch.float64)
     height = triangle.BLOCK if grad is None and rows.shape[1] < 4 * _PANEL else _PANEL
@@ -238,24 +350,26 @@ def _squared_distance(
     return total
 
 
+# Fills its second argument with the product of its first and a matrix.
+_Multiply: TypeAlias = Callable[[Tensor, Tensor], None]
+
+
 def _backward(
     x: Tensor,
     mean: Tensor | None,
     slope: float,
     grad_mean: Tensor | None,
     out: Tensor,
-    multiply: Callable[[Tensor, Tensor], None] | None,
-) -> None:
-    """Fill `out` with `grad_mean / N + slope * (X - mean) G`, by chunks of rows.
+    multiply: _Multiply,
+) -> bool:
+    """Fill `out` with `grad_mean / N + slope * (X - mean) G`, by chunks of rows; whether that is finite.
 
     Args:
         multiply: fills its second argument with the product of its first and G.
     """
     count, width = x.shape
     dtype = statistics_dtype(x.dtype)
-    if multiply is None:
-        out.zero_() if grad_mean is None else out.copy_(grad_mean / count)
-        return
+    finite = True
     # G is put together for every chunk anew, so that chunks are large.
     step = max(1024, _CHUNK // width)
     rounded = mean is not None and dtype != torch.float64
@@ -279,8 +393,49 @@ def _backward(
         multiply(shifted, product)
         if grad_mean is not None:
             product += grad_mean / count
+        finite = finite and math.isfinite(float(product.sum()))
         if product is not rows:
             rows.copy_(product[: len(given)])
+    return finite
+
+
+def _gradient(
+    x: Tensor,
+    mean: Tensor | None,
+    slope: float,
+    grad_mean: Tensor | None,
+    out: Tensor,
+    matrix: Tensor | None,
+    product: Callable[[Tensor, int], _Multiply],
+) -> None:
+    """As `_backward`, also where a number on the way does not fit.
+
+    Args:
+        matrix: from which `product` makes the multiplication by G, linearly.
+    """
+    count, width = x.shape
+    if matrix is None:
+        out.zero_() if grad_mean is None else out.copy_(grad_mean / count)
+        return
+    finite = _backward(x, mean, slope, grad_mean, out, product(matrix, width))
+    if finite and _is_factor(slope, statistics_dtype(x.dtype)):
+        return
+    if not (math.isfinite(slope) and _finite(x, mean, matrix, grad_mean)):
+        return
+    rows, wide_matrix = x.double(), matrix.double()
+    down, matrix_down = excess(rows), excess(wide_matrix)
+    rows = times_power_of_two(rows, -down)
+    wide_mean = None if mean is None else times_power_of_two(mean.double(), -down)
+    if wide_mean is not None and mean is not None and mean.dtype != torch.float64:
+        wide_mean = wide_mean + _rest_of_mean(rows, wide_mean)
+    result = torch.empty_like(rows)
+    _backward(rows, wide_mean, 1.0, None, result, product(times_power_of_two(wide_matrix, -matrix_down), width))
+    mantissa, exponent = math.frexp(slope)
+    # Half of it, as the sum with the mean's gradient may fit where its terms do not.
+    half = times_power_of_two(mantissa * result, exponent + down + matrix_down - 1)
+    if grad_mean is not None:
+        half += grad_mean.double() / count / 2
+    out.copy_(2 * half)
 
 
 def _rest_of_mean(x: Tensor, mean: Tensor) -> Tensor:
@@ -325,20 +480,21 @@ def covariance_backward(
     out: Tensor,
 ) -> None:
     """Fill `out` with `grad_mean / N + (X - mean) (grad + grad') / (N - correction)`."""
-    count, width = x.shape
-    multiply = None
-    if grad is not None:
-        matrix = grad
+    slope = 1 / (len(x) - correction) if len(x) > correction else float("nan")
+    _gradient(x, mean if centered else None, slope, grad_mean, out, grad, _full_product)
 
-        def multiply(rows: Tensor, product: Tensor) -> None:
-            for start, stop, height in _strips(width):
-                strip = matrix.new_zeros(height, width)
-                torch.add(matrix[start:stop], matrix[:, start:stop].mT, out=strip[: stop - start])
-                with _columns(product, start, stop, height) as columns:
-                    torch.mm(rows, strip.mT, out=columns)
 
-    slope = 1 / (count - correction) if count > correction else float("nan")
-    _backward(x, mean if centered else None, slope, grad_mean, out, multiply)
+def _full_product(matrix: Tensor, width: int) -> _Multiply:
+    """Multiplication by a matrix and its transpose."""
+
+    def multiply(rows: Tensor, product: Tensor) -> None:
+        for start, stop, height in _strips(width):
+            strip = matrix.new_zeros(height, width)
+            torch.add(matrix[start:stop], matrix[:, start:stop].mT, out=strip[: stop - start])
+            with _columns(product, start, stop, height) as columns:
+                torch.mm(rows, strip.mT, out=columns)
+
+    return multiply
 
 
 def covariance_match_backward(
@@ -361,10 +517,10 @@ def covariance_match_backward(
     for rows, m, g, packed, dx in zip(
         x, mean.split(widths), grad_means, triangle.split(grad, widths), out, strict=True
     ):
-        _backward(rows, m, slope, g, dx, _symmetric_product(packed, rows.shape[1]))
+        _gradient(rows, m, slope, g, dx, packed, _symmetric_product)
 
 
-def _symmetric_product(packed: Tensor, width: int) -> Callable[[Tensor, Tensor], None]:
+def _symmetric_product(packed: Tensor, width: int) -> _Multiply:
     """Multiplication by a packed symmetric matrix."""
     memory = packed.new_empty(_padded(_strip_columns(width)) * width)
 

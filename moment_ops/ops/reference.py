@@ -1,6 +1,5 @@
 """Every operator in plain PyTorch: any dtype, device and layout. The definition that kernels are tested against."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from moment_ops.ops.averages import AVERAGES, Past, Quantity
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.records import Match
+from moment_ops.ops.room import column_scale
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
@@ -47,9 +47,7 @@ def _with_room(rows: Tensor) -> tuple[Tensor, Tensor | float]:
     wide = _wide(rows)
     if wide.dtype != rows.dtype:
         return wide, 1.0
-    exponent = math.log2(torch.finfo(wide.dtype).max)
-    largest = wide.detach().abs().amax(0)
-    scale = torch.ones_like(largest).masked_fill(largest > 2.0 ** (0.4 * exponent), 2.0 ** -round(0.6 * exponent))
+    scale = column_scale(wide)
     return wide * scale, scale
 
 

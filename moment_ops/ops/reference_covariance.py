@@ -9,6 +9,7 @@ from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.packed_match import match_packed
 from moment_ops.ops.records import CovarianceMatch
+from moment_ops.ops.room import column_scale
 
 PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 
@@ -47,9 +48,8 @@ def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """(D,) wide. The first row is subtracted before anything is summed: a constant column has its mean exactly."""
-    pivot = _wide(rows[0])
-    return pivot + (_wide(rows) - pivot).mean(0)
+    """(D,) of wide rows. The first is subtracted before anything is summed: a constant column has its mean exactly."""
+    return rows[0] + (rows - rows[0]).mean(0)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -57,17 +57,22 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
-    """`Xc' Xc / (N - correction)`, (D, D), exactly symmetric, and the mean, (D,)."""
+    """`Xc' Xc / (N - correction)`, (D, D), exactly symmetric, and the mean, (D,).
+
+    Results come out wherever they fit, whatever the sums and products on the way to them.
+    """
     rows = _rows(x)
-    mean = _mean(rows)
-    shifted = _wide(rows) - mean if centered else rows
+    scale = _wide(column_scale(rows))
+    wide = _wide(rows) * scale
+    mean = _mean(wide)
+    shifted = wide - mean if centered else wide
     if precision != "ieee":
         shifted = shifted.to(rows.dtype)
     cov = product(shifted.mT, shifted, precision)
     freedom = rows.shape[0] - correction
     cov = cov / freedom if freedom > 0 else torch.full_like(cov, float("nan"))
     triangle.make_symmetric(cov)
-    return cov.to(rows.dtype), mean.to(rows.dtype)
+    return (cov / scale / scale[:, None]).to(rows.dtype), (mean / scale).to(rows.dtype)
 
 
 def covariance_backward(
@@ -81,19 +86,27 @@ def covariance_backward(
 ) -> Tensor:
     """`grad_mean / N + (X - mean) (grad + grad') / (N - correction)`, in the shape and dtype of x."""
     rows = _rows(x)
-    dx = torch.zeros_like(rows)
+    # Halves, as sums and differences of two numbers that are may not be one.
+    half = torch.zeros_like(rows)
     if grad is not None:
-        shifted = rows
+        shifted = _wide(rows) / 2
         if centered:
-            shifted = _wide(rows) - mean
+            shifted = shifted - _wide(mean) / 2
             if rows.dtype != torch.float64:
                 # What rounding to float32 left out of the mean.
                 shifted = shifted - shifted.mean(0)
-            shifted = shifted.to(rows.dtype)
-        dx = (product(shifted, grad + grad.mT, precision) / (len(rows) - correction)).to(rows.dtype)
+        half = _product_with_room(shifted, grad / 2 + grad.mT / 2, rows.dtype, precision)
+        half = (2 * (half / (len(rows) - correction))).to(rows.dtype)
     if grad_mean is not None:
-        dx = dx + grad_mean / len(rows)
+        half = half + grad_mean / len(rows) / 2
+    dx = 2 * half
     return dx.reshape(x.shape).to(x.dtype)
+
+
+def _product_with_room(a: Tensor, b: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
+    """`a @ b` of wide `a`, rounded to `dtype` before; infinite only where the result is."""
+    rows, columns = column_scale(a.to(dtype).mT)[:, None], column_scale(b)
+    return product((a * rows).to(dtype), b * columns, precision) / _wide(rows) / _wide(columns)
 
 
 def covariance_match_(x: Sequence[Tensor], correction: int, match: CovarianceMatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,37 @@
+"""Powers of two that leave room for sums of squares: what is computed of scaled columns has the same digits."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# The longest step by a power of two, which is itself a number in float64.
+_STEP = 1000
+
+
+def column_scale(rows: Tensor) -> Tensor:
+    """(D,) 1, or a small power of two for columns (N, D) whose sums of squares may overflow.
+
+    Values that a scaled column loses do not count beside its largest. Columns that are not finite stay as they are.
+    """
+    if not rows.numel():
+        return rows.new_ones(rows.shape[1])
+    largest = rows.detach().abs().amax(0)
+    exponent = math.log2(torch.finfo(rows.dtype).max)
+    wants_room = (largest > 2.0 ** (0.4 * exponent)) & (largest < math.inf)
+    return torch.ones_like(largest).masked_fill(wants_room, 2.0 ** -round(0.6 * exponent))
+
+
+def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
+    """`x`, float64, times `2 ** exponent`: infinite only where the result is."""
+    while exponent:
+        step = max(-_STEP, min(_STEP, exponent))
+        x = x * 2.0**step
+        exponent -= step
+    return x
+
+
+def excess(*tensors: Tensor | None) -> int:
+    """Exponent of the power of two by which float64 numbers are too large for sums of their products; 0 for most."""
+    largest = max((float(t.abs().max()) for t in tensors if t is not None), default=0.0)
+    return max(0, math.frexp(largest)[1] - _STEP // 2) if math.isfinite(largest) else 0
