@@ -241,6 +241,34 @@ def test_a_loss_that_fits_comes_out_with_its_gradient(width, dtype, kind):
     assert_equal(dx.double() / unit, exact_dx, dtype, 60 * width)
 
 
+def test_a_gradient_that_fits_comes_out_where_its_factor_has_no_digits_in_float32():
+    """1e-37 * 2 / 2000 is subnormal."""
+    x = (torch.randn(2001, 3) * 1e5).requires_grad_()
+    (dx,) = torch.autograd.grad(1e-37 * mo.covariance_loss(x, torch.eye(3)), x)
+    wide = x.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad((torch.cov(wide.mT) - torch.eye(3)).square().sum() * 1e-37, wide)
+    assert_equal(dx, wanted, torch.float32, 300)
+
+
+@pytest.mark.parametrize("shape", [(7, 100), (33, 5), (5000, 40)])
+def test_results_that_had_no_room_do_not_depend_on_the_number_of_threads(backend, shape):
+    if backend == "reference":
+        pytest.skip("the reference promises nothing about threads")
+    x, goal = large(*shape, ratio=1.0), torch.eye(shape[1])
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            layer = x.clone().requires_grad_()
+            loss = mo.covariance_loss(layer, goal, cov_weight=2e-38)
+            cov, mean = covariance_op(layer.detach(), 1, True, "ieee")
+            results.append([cov, mean, loss.detach(), *torch.autograd.grad(loss, layer)])
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_loss_beside_a_column_of_the_largest_number_keeps_its_value(dtype):
     x = torch.randn(60, 5, dtype=dtype)
