@@ -291,6 +291,25 @@ def test_a_loss_that_does_not_fit_is_infinite(weight, dtype):
     assert mo.covariance_loss(x.detach(), goal, cov_weight=weight).item() == float("inf")
 
 
+@pytest.mark.parametrize("average", [None, mo.MovingAverage(0.7), mo.AdamMovingAverage(lr=0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_of_covariances_that_do_not_fit_is_infinite(average, dtype):
+    """Not a number is infinity less infinity, and nothing times infinity."""
+    x = beside_the_largest(9, dtype)
+    target = torch.zeros(2, 2, dtype=dtype)
+    assert mo.CovarianceLoss(target, average)(x).item() == float("inf")
+    assert mo.covariance_distance(x, x / 2, method="covariance").item() == float("inf")
+    assert mo.coral_loss(x, x / 2).item() == float("inf")
+
+
+@pytest.mark.parametrize("average", [None, mo.MovingAverage(0.7), mo.AdamMovingAverage(lr=0.1)])
+def test_the_loss_of_a_value_that_is_not_a_number_is_none(average):
+    x = beside_the_largest(9, torch.float32)
+    x[0, 0] = float("nan")
+    assert mo.CovarianceLoss(torch.zeros(2, 2), average)(x).isnan()
+    assert mo.coral_loss(x, x / 2).isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_means_of_a_loss_come_out_beside_the_largest_numbers(dtype):
     x = beside_the_largest(9, dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
-from moment_ops.ops.packed_match import match_packed
+from moment_ops.ops.packed_match import match_packed, without_indefinite
 from moment_ops.ops.products_cpu import CHUNK, PROMOTED, column_sums, padded_size, view_of
 from moment_ops.ops.records import CovarianceMatch
 from moment_ops.ops.room import all_finite, column_scale, keeps_digits, times_power_of_two
@@ -282,6 +282,8 @@ def _distance_with_room(
             total += squares[:, : stop - start].sum() + 2 * squares[:, stop - start :].sum()
         if math.isfinite(float(total)):
             break
+    if len(rows) > correction and all_finite(rows):
+        total = without_indefinite(total, target)
     return times_power_of_two(mantissa * total, exponent - 2 * down)
 
 
