@@ -183,6 +183,15 @@ def test_gradients_come_out_where_their_sums_do_not_fit(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_come_out_where_products_do_not_fit_before_they_are_divided(dtype):
+    unit = factor(dtype)
+    x, grad = large(60, 5, dtype), large(5, 5, dtype) * 8
+    dx = OPS.covariance_backward(grad, None, x, torch.zeros(5, dtype=dtype), 1, False, "ieee")
+    wanted = (x.double() / unit) @ ((grad.double() + grad.double().mT) / unit) / 59
+    assert_equal(dx.double() / unit / unit, wanted, dtype, 60)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gradient_of_the_mean_is_added_before_a_product_overflows(dtype):
     largest = torch.finfo(dtype).max
     x = torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype)
@@ -212,7 +221,7 @@ def test_derivatives_of_the_gradient_by_the_features_come_out_where_their_sums_d
     x, h = large(60, 5, dtype), large(60, 5, dtype).requires_grad_()
     x = x.requires_grad_()
     unit = factor(dtype)
-    grad = large(5, 5, dtype) / 4
+    grad = large(5, 5, dtype) * 8
     mean = torch.zeros(5, dtype=dtype)
     dx = OPS.covariance_backward(grad, None, x, mean, 1, False, "ieee")
     (d_x,) = torch.autograd.grad(dx, x, h.detach())
