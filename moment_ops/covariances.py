@@ -71,8 +71,9 @@ def covariance(
 
     Returns:
         (D, D), exactly symmetric, float32 (float64 for float64 features); for several layers, a tuple of them.
-        Differentiable, twice in eager mode. A non-finite value makes its feature's row and column of the covariance
-        non-finite.
+        Differentiable, twice in eager mode. On the CPU and in plain PyTorch, entries and gradients come out wherever
+        they fit, whatever the sums on the way to them. A non-finite value makes its feature's row and column of the
+        covariance non-finite.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices, ranks, sizes or options; a matrix beyond the free memory.

@@ -183,6 +183,15 @@ def test_gradients_come_out_where_their_sums_do_not_fit(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_come_out_where_products_do_not_fit_before_they_are_divided(dtype):
+    unit = factor(dtype)
+    x, grad = large(60, 5, dtype), large(5, 5, dtype) * 8
+    dx = OPS.covariance_backward(grad, None, x, torch.zeros(5, dtype=dtype), 1, False, "ieee")
+    wanted = (x.double() / unit) @ ((grad.double() + grad.double().mT) / unit) / 59
+    assert_equal(dx.double() / unit / unit, wanted, dtype, 60)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gradient_of_the_mean_is_added_before_a_product_overflows(dtype):
     largest = torch.finfo(dtype).max
     x = torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype)
@@ -212,7 +221,7 @@ def test_derivatives_of_the_gradient_by_the_features_come_out_where_their_sums_d
     x, h = large(60, 5, dtype), large(60, 5, dtype).requires_grad_()
     x = x.requires_grad_()
     unit = factor(dtype)
-    grad = large(5, 5, dtype) / 4
+    grad = large(5, 5, dtype) * 8
     mean = torch.zeros(5, dtype=dtype)
     dx = OPS.covariance_backward(grad, None, x, mean, 1, False, "ieee")
     (d_x,) = torch.autograd.grad(dx, x, h.detach())
@@ -241,6 +250,34 @@ def test_a_loss_that_fits_comes_out_with_its_gradient(width, dtype, kind):
     assert_equal(dx.double() / unit, exact_dx, dtype, 60 * width)
 
 
+def test_a_gradient_that_fits_comes_out_where_its_factor_has_no_digits_in_float32():
+    """1e-37 * 2 / 2000 is subnormal."""
+    x = (torch.randn(2001, 3) * 1e5).requires_grad_()
+    (dx,) = torch.autograd.grad(1e-37 * mo.covariance_loss(x, torch.eye(3)), x)
+    wide = x.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad((torch.cov(wide.mT) - torch.eye(3)).square().sum() * 1e-37, wide)
+    assert_equal(dx, wanted, torch.float32, 300)
+
+
+@pytest.mark.parametrize("shape", [(7, 100), (33, 5), (5000, 40)])
+def test_results_that_had_no_room_do_not_depend_on_the_number_of_threads(backend, shape):
+    if backend == "reference":
+        pytest.skip("the reference promises nothing about threads")
+    x, goal = large(*shape, ratio=1.0), torch.eye(shape[1])
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            layer = x.clone().requires_grad_()
+            loss = mo.covariance_loss(layer, goal, cov_weight=2e-38)
+            cov, mean = covariance_op(layer.detach(), 1, True, "ieee")
+            results.append([cov, mean, loss.detach(), *torch.autograd.grad(loss, layer)])
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_loss_beside_a_column_of_the_largest_number_keeps_its_value(dtype):
     x = torch.randn(60, 5, dtype=dtype)
@@ -261,6 +298,25 @@ def test_a_loss_that_does_not_fit_is_infinite(weight, dtype):
     loss = mo.covariance_loss(x, goal, cov_weight=weight)
     assert loss.item() == float("inf")
     assert mo.covariance_loss(x.detach(), goal, cov_weight=weight).item() == float("inf")
+
+
+@pytest.mark.parametrize("average", [None, mo.MovingAverage(0.7), mo.AdamMovingAverage(lr=0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_of_covariances_that_do_not_fit_is_infinite(average, dtype):
+    """Not a number is infinity less infinity, and nothing times infinity."""
+    x = beside_the_largest(9, dtype)
+    target = torch.zeros(2, 2, dtype=dtype)
+    assert mo.CovarianceLoss(target, average)(x).item() == float("inf")
+    assert mo.covariance_distance(x, x / 2, method="covariance").item() == float("inf")
+    assert mo.coral_loss(x, x / 2).item() == float("inf")
+
+
+@pytest.mark.parametrize("average", [None, mo.MovingAverage(0.7), mo.AdamMovingAverage(lr=0.1)])
+def test_the_loss_of_a_value_that_is_not_a_number_is_none(average):
+    x = beside_the_largest(9, torch.float32)
+    x[0, 0] = float("nan")
+    assert mo.CovarianceLoss(torch.zeros(2, 2), average)(x).isnan()
+    assert mo.coral_loss(x, x / 2).isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

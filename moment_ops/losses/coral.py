@@ -9,6 +9,7 @@ from moment_ops.losses.squares import divided_squares
 from moment_ops.ops import triangle
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import columns_of, statistics_dtype
+from moment_ops.ops.packed_match import without_indefinite
 
 
 def _check(source: Tensor, target: Tensor, alone: bool) -> None:
@@ -57,4 +58,6 @@ def coral_loss(source: Tensor, target: Tensor, *, process_group: ProcessGroup = 
     else:
         packed = [merged_covariances([x], 1, "ieee", process_group)[0][0] for x in (source, target)]
         first, second = (triangle.unpack(part, columns) for part in packed)
-    return divided_squares(first - second, 4 * columns**2).to(statistics_dtype(source.dtype))
+    value = divided_squares(first - second, 4 * columns**2)
+    value = without_indefinite(value, first.diagonal(), second.diagonal())
+    return value.to(statistics_dtype(source.dtype))

@@ -129,10 +129,10 @@ def _covariance_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor
     ctx.save_for_backward(grad, x, mean)
 
 
-def _product_with_room(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`, infinite only where the result is."""
+def _scaled_product(slope: float, a: Tensor, b: Tensor) -> Tensor:
+    """`slope * a @ b`, infinite only where the result is."""
     rows, columns = column_scale(a.mT)[:, None], column_scale(b)
-    return (a * rows) @ (b * columns) / rows / columns
+    return slope * ((a * rows) @ (b * columns)) / rows / columns
 
 
 def _covariance_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,9 +151,9 @@ def _covariance_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None,
             if ctx.centered:
                 shifted = shifted - mean * scale
             slope = 1 / (rows - ctx.correction) if rows > ctx.correction else float("nan")
-            product = slope * _product_with_room(shifted.mT, tangent) / scale[:, None]
+            product = _scaled_product(slope, shifted.mT, tangent) / scale[:, None]
             d_grad = product + product.mT
-            d_rows = slope * _product_with_room(tangent, grad + grad.mT)
+            d_rows = _scaled_product(slope, tangent, grad + grad.mT)
             d_x = d_rows.reshape(x.shape).to(x.dtype)
             if ctx.centered:
                 d_mean = -d_rows.sum(0)

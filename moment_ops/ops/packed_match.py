@@ -48,7 +48,13 @@ def match_packed(
             update=match.update,
         )
         loss += count * _match(name, value[part], matched, grad[part])
-    return loss.to(value.dtype), grad
+    return without_indefinite(loss, value, target).to(value.dtype), grad
+
+
+def without_indefinite(loss: Tensor, *covariances: Tensor) -> Tensor:
+    """A loss that is not a number, of covariances that are, is infinity less infinity, or nothing times infinity."""
+    known = torch.stack([cov.detach().min() for cov in covariances]).isnan().any().logical_not()
+    return loss.masked_fill(loss.isnan() & known, float("inf"))
 
 
 def _match(name: str, value: Tensor, match: Match, grad: Tensor) -> Tensor:

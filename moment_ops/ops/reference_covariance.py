@@ -95,18 +95,15 @@ def covariance_backward(
             if rows.dtype != torch.float64:
                 # What rounding to float32 left out of the mean.
                 shifted = shifted - shifted.mean(0)
-        half = _product_with_room(shifted, grad / 2 + grad.mT / 2, rows.dtype, precision)
-        half = (2 * (half / (len(rows) - correction))).to(rows.dtype)
+        # Rows and columns have a scale of their own, as in the covariance.
+        symmetric = grad / 2 + grad.mT / 2
+        row_scale, scale = column_scale(shifted.to(rows.dtype).mT)[:, None], column_scale(symmetric)
+        quarter = product((shifted * row_scale).to(rows.dtype), symmetric * scale, precision) / (len(rows) - correction)
+        half = (2 * (quarter / _wide(row_scale) / _wide(scale))).to(rows.dtype)
     if grad_mean is not None:
         half = half + grad_mean / len(rows) / 2
     dx = 2 * half
     return dx.reshape(x.shape).to(x.dtype)
-
-
-def _product_with_room(a: Tensor, b: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
-    """`a @ b` of wide `a`, rounded to `dtype` before; infinite only where the result is."""
-    rows, columns = column_scale(a.to(dtype).mT)[:, None], column_scale(b)
-    return product((a * rows).to(dtype), b * columns, precision) / _wide(rows) / _wide(columns)
 
 
 def covariance_match_(x: Sequence[Tensor], correction: int, match: CovarianceMatch) -> tuple[Tensor, Tensor, Tensor]:

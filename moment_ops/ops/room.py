@@ -31,7 +31,17 @@ def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
     return x
 
 
-def excess(*tensors: Tensor | None) -> int:
-    """Exponent of the power of two by which float64 numbers are too large for sums of their products; 0 for most."""
-    largest = max((float(t.abs().max()) for t in tensors if t is not None), default=0.0)
-    return max(0, math.frexp(largest)[1] - _STEP // 2) if math.isfinite(largest) else 0
+def all_finite(*tensors: Tensor | None) -> bool:
+    """Whether every entry of some tensors is; reads from the device."""
+    return all(bool(t.isfinite().all()) for t in tensors if t is not None)
+
+
+def keeps_digits(value: float, dtype: torch.dtype) -> bool:
+    """Whether a factor keeps its digits in a dtype."""
+    limits = torch.finfo(dtype)
+    return value == 0 or limits.tiny <= abs(value) <= limits.max
+
+
+def excess(x: Tensor) -> int:
+    """Exponent of the power of two by which finite float64 numbers are too large for sums of their products, or 0."""
+    return max(0, math.frexp(float(x.abs().max()))[1] - _STEP // 2)
