@@ -159,7 +159,7 @@ class MomentLoss(BufferedLoss):
         var = None if target.var is None else target.var.detach().to(dtype, copy=True).contiguous()
         mean_scale, mean_weight = column_weights(self._weights["mean"], "mean_weight", target.sizes, mean, kept=True)
         var_scale, var_weight = column_weights(self._weights["var"], "var_weight", target.sizes, mean, kept=True)
-        self.shapes, self.correction = target.shapes, target.correction
+        self.shapes, self.names, self.correction = target.shapes, target.names, target.correction
         self._layers = Layers(target.shapes, target.names, target.correction)
         self._sizes = target.sizes
         self._mean_scale, self._var_scale = mean_scale, var_scale

@@ -106,10 +106,10 @@ def test_after_a_run_ctrl_c_does_what_it_did_before(train):
 
 
 def test_a_diverged_run_stops_and_keeps_the_last_finite_checkpoint(train, monkeypatch, tmp_path):
-    forward = gfmn.Objective.forward
+    forward = gfmn.Matching.forward
     calls = iter(range(100))
     monkeypatch.setattr(
-        gfmn.Objective,
+        gfmn.Matching,
         "forward",
         lambda self, images: forward(self, images) * (1.0 if next(calls) < 14 else float("nan")),
     )

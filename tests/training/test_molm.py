@@ -83,8 +83,8 @@ def test_metrics_tell_how_the_moment_network_does(train):
 
 def test_the_moment_network_is_trained_before_rounds_and_fixed_during_them(trainer, monkeypatch):
     steps = []
-    train_network = molm.Objective.train_network
-    monkeypatch.setattr(molm.Objective, "train_network", lambda self: (steps.append(trainer.step), train_network(self)))
+    train_network = molm.Matching.train_network
+    monkeypatch.setattr(molm.Matching, "train_network", lambda self: (steps.append(trainer.step), train_network(self)))
     weights = []
     for _ in range(9):
         trainer.advance()
