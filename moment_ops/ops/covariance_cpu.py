@@ -162,7 +162,7 @@ def _divisor(count: int, correction: int) -> int:
 
 def _has_room(panel: Tensor, divisor: int) -> bool:
     """Whether no sum behind a panel has overflowed: none is larger than those of the diagonal, up to rounding."""
-    return float(panel.diagonal().amax()) < torch.finfo(panel.dtype).max / 4 / divisor
+    return float(panel.trace()) < torch.finfo(panel.dtype).max / 4 / divisor
 
 
 def _with_room(x: Tensor) -> tuple[Tensor, Tensor | None]:

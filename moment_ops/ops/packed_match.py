@@ -8,6 +8,7 @@ from torch import Tensor
 from moment_ops.ops import backends, extension, reference, triangle
 from moment_ops.ops.match import with_record
 from moment_ops.ops.records import CovarianceMatch, Match
+from moment_ops.ops.room import is_seen_finite
 
 
 def match_packed(
@@ -53,6 +54,8 @@ def match_packed(
 
 def without_indefinite(loss: Tensor, *covariances: Tensor) -> Tensor:
     """A loss that is not a number, of covariances that are, is infinity less infinity, or nothing times infinity."""
+    if is_seen_finite(loss):
+        return loss
     known = torch.stack([cov.detach().min() for cov in covariances]).isnan().any().logical_not()
     return loss.masked_fill(loss.isnan() & known, float("inf"))
 

@@ -5,8 +5,18 @@ import math
 import torch
 from torch import Tensor
 
+from moment_ops.ops.nodes import is_transformed
+
 # The longest step by a power of two, which is itself a number in float64.
 _STEP = 1000
+
+
+def is_seen_finite(value: Tensor) -> bool:
+    """Whether a scalar is on the CPU, where reading it waits for nothing, and finite."""
+    readable = type(value) is Tensor and value.device.type == "cpu"
+    if not readable or torch.compiler.is_compiling() or is_transformed():
+        return False
+    return math.isfinite(value.detach())
 
 
 def column_scale(rows: Tensor) -> Tensor:
