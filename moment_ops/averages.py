@@ -1,6 +1,7 @@
 """Running averages across steps: frozen configurations. Their state lives in the buffers of the loss that uses them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -114,3 +115,8 @@ class AdamMovingAverage:
 
 
 Average = MovingAverage | AdamMovingAverage
+
+
+def averaging(average: Average | None, columns: int) -> tuple[str, Sequence[float]]:
+    """The kind and the options that the operators take, for `columns` matched columns."""
+    return ("none", ()) if average is None else (average.kind, average.options(columns))

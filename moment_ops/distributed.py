@@ -39,20 +39,13 @@ class _AllReduce(Node):
         return _AllReduce.call(grad, ctx.process_group), None
 
 
-class _SumOverRanks(Node):
+class _SumOverRanks(_AllReduce):
     """All-reduce whose gradient suits DistributedDataParallel, which averages gradients over the processes.
 
     Every process computes the same loss from the sum, so the gradient with respect to the sum is the same everywhere,
     and the sum of all processes' gradients is `world size` times this one: no collective in backward. A backward that
     is itself differentiated holds terms of one process alone, and sums in earnest.
     """
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, process_group: ProcessGroup) -> Tensor:
-        ctx.process_group = process_group
-        total = packed.clone()
-        dist.all_reduce(total, group=process_group)
-        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -195,7 +188,7 @@ def merged_covariances(
     results = [covariance_of_rank(x, precision) for x in layers]
     mean, packed = merge_covariances(
         torch.cat([mean for _, mean in results]),
-        torch.cat([triangle.pack(cov) for cov, _ in results]),
+        triangle.pack_all([cov for cov, _ in results]),
         layers[0].shape[0],
         widths=widths,
         pivot=None,
@@ -203,6 +196,14 @@ def merged_covariances(
         process_group=process_group,
     )
     return triangle.split(packed, widths), mean
+
+
+def merged_covariance(x: Tensor, process_group: ProcessGroup) -> Tensor:
+    """The unbiased (D, D) covariance of one layer over the rows of all processes."""
+    if group_size(process_group) == 1:
+        return covariance(x, 1, True, "ieee")[0]
+    (packed,), mean = merged_covariances([x], 1, "ieee", process_group)
+    return triangle.unpack(packed, len(mean))
 
 
 def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> list[Tensor]:
@@ -215,7 +216,7 @@ def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> li
 
 def _packed_outer(vector: Tensor, widths: Sequence[int]) -> Tensor:
     """Packed triangles of the outer products of every layer's part with itself."""
-    return torch.cat([triangle.pack(torch.outer(part, part)) for part in vector.split(list(widths))])
+    return triangle.pack_all([torch.outer(part, part) for part in vector.split(list(widths))])
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
@@ -283,6 +284,11 @@ def row_counts(rows: Sequence[int], like: Tensor, process_group: ProcessGroup) -
     gathered = [torch.empty_like(counts) for _ in range(world)]
     dist.all_gather(gathered, counts, group=process_group)
     return [c.tolist() for c in gathered]
+
+
+def total_rows(rows: int, like: Tensor, process_group: ProcessGroup) -> int:
+    """Rows of all processes together, as `row_counts`."""
+    return sum(count for (count,) in row_counts([rows], like, process_group))
 
 
 def gather_rows(groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup) -> list[list[Tensor]]:

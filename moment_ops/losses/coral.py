@@ -2,12 +2,10 @@
 
 from torch import Tensor
 
-from moment_ops.distributed import ProcessGroup, group_size, merged_covariances, row_counts
+from moment_ops.distributed import ProcessGroup, group_size, merged_covariance, total_rows
 from moment_ops.losses.embeddings import check_embeddings
 from moment_ops.losses.gram_distance import gram_distance
 from moment_ops.losses.squares import divided_squares
-from moment_ops.ops import triangle
-from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import columns_of, statistics_dtype
 from moment_ops.ops.packed_match import without_indefinite
 
@@ -45,19 +43,11 @@ def coral_loss(source: Tensor, target: Tensor, *, process_group: ProcessGroup = 
     Cost: with N + M < D through (N + M)^2 D inner products and no (D, D) matrix, else through the two covariances,
     (N + M) D^2 products: whichever is less. Over processes it waits for the device, for the numbers of rows.
     """
-    alone = group_size(process_group) == 1
-    _check(source, target, alone)
+    _check(source, target, alone=group_size(process_group) == 1)
     columns = columns_of(source)
-    rows = source.shape[0] + target.shape[0]
-    if not alone:
-        rows = sum(count for (count,) in row_counts([rows], source, process_group))
-    if rows < columns:
+    if total_rows(source.shape[0] + target.shape[0], source, process_group) < columns:
         return gram_distance([source], [target], weight=[1 / (4 * columns**2)], process_group=process_group)
-    if alone:
-        first, second = (covariance(x, 1, True, "ieee")[0] for x in (source, target))
-    else:
-        packed = [merged_covariances([x], 1, "ieee", process_group)[0][0] for x in (source, target)]
-        first, second = (triangle.unpack(part, columns) for part in packed)
+    first, second = (merged_covariance(x, process_group) for x in (source, target))
     value = divided_squares(first - second, 4 * columns**2)
     value = without_indefinite(value, first.diagonal(), second.diagonal())
     return value.to(statistics_dtype(source.dtype))

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from moment_ops.averages import AdamMovingAverage, Average
+from moment_ops.averages import AdamMovingAverage, Average, averaging
 from moment_ops.covariances import check_memory
 from moment_ops.distributed import ProcessGroup, group_size
 from moment_ops.losses.buffers import BufferedLoss
@@ -203,7 +203,6 @@ class CovarianceLoss(BufferedLoss):
         self._weights = {"mean": own_weight(mean_weight), "cov": own_weight(cov_weight)}
         self.mean_loss: MomentLoss | None = None
         self._state_names: tuple[str, ...] = ()
-        self._averaging: tuple[str, Sequence[float]] = ("none", ())
         self._set_target(target)
         self.reset()
 
@@ -257,14 +256,13 @@ class CovarianceLoss(BufferedLoss):
         target_mean = _mean_of(target, self._weights["mean"])
         _check_values(target, matrices)
         dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
-        packed = torch.cat([triangle.pack(matrix.detach().to(dtype)) for matrix in matrices])
+        packed = triangle.pack_all([matrix.detach().to(dtype) for matrix in matrices])
         if target_mean is not None:
             self._set_mean_loss(means(target_mean.detach(), widths))
         self.widths, self.correction, self.names = widths, correction, names_of(target)
         self._scales = scales(weights, widths, self.reduction)
-        if self.average is not None:
-            # Averages count the entries of full matrices.
-            self._averaging = self.average.kind, self.average.options(sum(width * width for width in widths))
+        # Averages count the entries of full matrices.
+        self._averaging: tuple[str, Sequence[float]] = averaging(self.average, sum(width * width for width in widths))
         self._set_buffer("target_cov", packed)
 
     def _set_mean_loss(self, target: Moments) -> None:

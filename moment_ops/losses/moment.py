@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moment_ops.averages import Average
+from moment_ops.averages import Average, averaging
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
 from moment_ops.losses.buffers import BufferedLoss
 from moment_ops.losses.matching import Layers, Merge, match_input
@@ -118,7 +118,6 @@ class MomentLoss(BufferedLoss):
         self.process_group = process_group
         self._weights = {"mean": own_weight(mean_weight), "var": own_weight(var_weight)}
         self._state_names: tuple[str, ...] = ()
-        self._averaging: tuple[str, Sequence[float]] = ("none", ())
         self.reset(_check_target(target))
 
     def reset(self, target: Moments | None = None) -> None:
@@ -145,7 +144,7 @@ class MomentLoss(BufferedLoss):
             self.training and self.average is not None,
         )
         merge = _merge_over(self.process_group, match.target_mean, self._sizes, self.correction)
-        return match_input(input, match, self._layers, merge)
+        return match_input(input, match, Layers(self.shapes, self.names, self.correction), merge)
 
     def extra_repr(self) -> str:
         columns = self.target_mean.shape[0]
@@ -160,12 +159,10 @@ class MomentLoss(BufferedLoss):
         mean_scale, mean_weight = column_weights(self._weights["mean"], "mean_weight", target.sizes, mean, kept=True)
         var_scale, var_weight = column_weights(self._weights["var"], "var_weight", target.sizes, mean, kept=True)
         self.shapes, self.names, self.correction = target.shapes, target.names, target.correction
-        self._layers = Layers(target.shapes, target.names, target.correction)
         self._sizes = target.sizes
         self._mean_scale, self._var_scale = mean_scale, var_scale
         self._factor = 1 / mean.shape[0] if self.reduction == "mean" else 1.0
-        if self.average is not None:
-            self._averaging = self.average.kind, self.average.options(mean.shape[0])
+        self._averaging: tuple[str, Sequence[float]] = averaging(self.average, mean.shape[0])
         self._set_buffer("target_mean", mean)
         self._set_buffer("target_var", var)
         self._set_buffer("mean_weight", mean_weight, persistent=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops.nodes import Node
-from moment_ops.ops.room import column_scale, is_seen_finite
+from moment_ops.ops.room import column_scale, is_readable, is_seen_finite
 
 
 class _DividedSquares(Node):
@@ -27,7 +27,7 @@ class _DividedSquares(Node):
 
 def divided_squares(x: Tensor, divisor: float) -> Tensor:
     """`x.square().sum() / divisor` in float64; twice differentiable."""
-    if x.device.type == "cpu":
+    if is_readable(x):
         value = x.square().sum(dtype=torch.float64) / divisor
         if is_seen_finite(value):
             return value

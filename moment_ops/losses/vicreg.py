@@ -3,20 +3,16 @@
 import torch
 from torch import Tensor
 
-from moment_ops.distributed import ProcessGroup, group_size, merged_covariances, merged_moments, row_counts
+from moment_ops.distributed import ProcessGroup, group_size, merged_covariance, merged_moments, total_rows
 from moment_ops.losses.embeddings import check_embeddings
 from moment_ops.losses.gram_distance import gram_squared_norm
 from moment_ops.losses.squares import divided_squares
-from moment_ops.ops import triangle
-from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import columns_of, statistics_dtype
-from moment_ops.statistics import moments
 
 
 def _variance(x: Tensor, process_group: ProcessGroup) -> Tensor:
     """(D,) unbiased variances over the rows of all processes."""
-    alone = group_size(process_group) == 1
-    var = moments(x).var if alone else merged_moments([x], 1, True, process_group)[1]
+    _, var = merged_moments([x], 1, True, process_group)
     assert var is not None
     return var
 
@@ -68,22 +64,15 @@ def vicreg_covariance(x: Tensor, *, process_group: ProcessGroup = False) -> Tens
     error is then some epsilons of `||C||_F^2`. Else through the covariance, N D^2 products. Over processes it waits for
     the device, for the numbers of rows.
     """
-    alone = group_size(process_group) == 1
-    check_embeddings(x, "x", alone)
-    rows, columns = x.shape[0], columns_of(x)
-    if not alone:
-        rows = sum(count for (count,) in row_counts([rows], x, process_group))
-    if rows < columns:
+    check_embeddings(x, "x", alone=group_size(process_group) == 1)
+    columns = columns_of(x)
+    if total_rows(x.shape[0], x, process_group) < columns:
         # Its two gradients are added before they are rounded to 16 bits.
         wide = x.to(statistics_dtype(x.dtype))
         squares = gram_squared_norm(wide, process_group) - _variance(wide, process_group).double().square().sum()
         value = squares / columns
     else:
-        if alone:
-            full = covariance(x, 1, True, "ieee")[0]
-        else:
-            full = triangle.unpack(merged_covariances([x], 1, "ieee", process_group)[0][0], columns)
         # Without its last entry and in rows of D + 1, a square matrix has its diagonal in the first column.
-        shifted = full.flatten()[:-1].view(columns - 1, columns + 1)
+        shifted = merged_covariance(x, process_group).flatten()[:-1].view(columns - 1, columns + 1)
         value = divided_squares(shifted[:, 1:], columns)
     return value.to(statistics_dtype(x.dtype))

@@ -89,8 +89,8 @@ def _triton_unavailable() -> str | None:
         return "triton is not installed; `pip install triton`"
     if interpreted():
         return None
-    if _gpu_unavailable() is not None:
-        return f"{_gpu_unavailable()}; TRITON_INTERPRET=1 runs the kernels slowly, on CPU tensors"
+    if reason := _gpu_unavailable():
+        return f"{reason}; TRITON_INTERPRET=1 runs the kernels slowly, on CPU tensors"
     if not _has_compiler():
         return "triton needs a C compiler for its launcher: gcc or clang on the PATH, or one in the variable CC"
     return None

@@ -11,12 +11,15 @@ from moment_ops.ops.nodes import is_transformed
 _STEP = 1000
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether x has values on the CPU, where reading them waits for nothing."""
+    plain = type(x) is Tensor and x.device.type == "cpu"
+    return plain and not (torch.compiler.is_compiling() or is_transformed())
+
+
 def is_seen_finite(value: Tensor) -> bool:
-    """Whether a scalar is on the CPU, where reading it waits for nothing, and finite."""
-    readable = type(value) is Tensor and value.device.type == "cpu"
-    if not readable or torch.compiler.is_compiling() or is_transformed():
-        return False
-    return math.isfinite(value.detach())
+    """Whether a scalar can be read, and is finite."""
+    return is_readable(value) and math.isfinite(value.detach())
 
 
 def column_scale(rows: Tensor) -> Tensor:
