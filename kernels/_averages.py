@@ -226,4 +226,6 @@ def match_average(value, target, weight, latest, vectors, entries, average, numb
             tl.store(vectors.averages[2] + packed, tl.where(finite, next_second, second), mask=mask)
         weighted = weight * estimate
         terms, slope = weighted * difference, -weighted
+        # Nothing times infinity does not fit.
+        terms = tl.where((weighted == 0) & (tl.abs(difference) == float("inf")), float("inf"), terms)
     return terms, slope

@@ -84,7 +84,8 @@ class Partials(NamedTuple):
 
 
 class Shifts(NamedTuple):
-    """What is subtracted from features, and the rest of their mean, (F) each."""
+    """What is subtracted from features times their scale, and the rest of their mean, (F) each; or None."""
 
     shift: Any
     rest: Any
+    scale: Any  # powers of two

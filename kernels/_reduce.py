@@ -15,6 +15,7 @@ import triton.language as tl
 from moment_ops.kernels._common import (
     STRIP_BITS,
     arrive,
+    is_finite,
     locate,
     merge,
     pick,
@@ -163,6 +164,59 @@ def variance(m2, rows, correction):
     return m2 * factor.to(m2.dtype)
 
 
+@triton.jit
+def wide_moments(layers, program, left, width, bias, channel_columns, cut, lost, mean, var, dtype: tl.constexpr, strip):
+    """(mean, var), (COLUMNS), of a strip, whose columns that are `lost` are read again: where they fit, they come out.
+
+    Sums are in float64, of float64 rows times a power of two that leaves room for their squares. A few columns at a
+    time, as this takes registers from what is done always.
+    """
+    COLUMNS: tl.constexpr = strip.COLUMNS
+    WIDTH: tl.constexpr = min(COLUMNS, 128)
+    ROWS: tl.constexpr = 512 // WIDTH
+    EXPONENT: tl.constexpr = 600 if dtype == tl.float64 else 0
+    down = tl.full((), 2.0**-EXPONENT, tl.float64)
+    up = tl.full((), 2.0**EXPONENT, tl.float64)
+    stride = pick_integer(layers.strides, layers, program).to(tl.int64) * layers.VECTOR
+    for begin in range(0, COLUMNS, WIDTH):
+        column, mask, packed = strip_columns(layers, program, strip, left + begin, width, WIDTH)
+        x = pick(layers.inputs, layers, program) + column  # (WIDTH)
+        pivot = tl.zeros([WIDTH], tl.float64)
+        m2 = tl.zeros([WIDTH], tl.float64)
+        # Relative to 0, and then to the mean.
+        for _ in range(2):
+            total = tl.zeros([ROWS, WIDTH], tl.float64)
+            squares = tl.zeros([ROWS, WIDTH], tl.float64)
+            for first in tl.range(0, cut.rows, ROWS, num_stages=1):
+                row = first + tl.arange(0, ROWS)
+                here = mask[None, :] & (row < cut.rows)[:, None]
+                value = tl.load(x[None, :] + row.to(tl.int64)[:, None] * stride, mask=here, other=0.0)
+                if layers.outputs is not None:
+                    added = None
+                    if bias is not None:
+                        at = bias + packed.to(tl.int32) // channel_columns
+                        added = tl.load(at, mask=mask, other=0.0).to(dtype)[None, :]
+                    value = rectified(value, added, dtype)
+                deviation = tl.where(here, value.to(tl.float64) * down - pivot[None, :], 0.0)
+                total += deviation
+                squares += deviation * deviation
+            rest = tl.sum(total, axis=0)
+            shift = rest / tl.cast(cut.rows, tl.float64)
+            m2 = tl.sum(squares, axis=0) - rest * shift
+            pivot += shift
+        here = lost & (tl.arange(0, COLUMNS) // WIDTH == begin // WIDTH)
+        mean = tl.where(here, repeated(pivot * up, COLUMNS).to(mean.dtype), mean)
+        wide_var = variance(m2, cut.rows, cut.correction) * up * up
+        var = tl.where(here, repeated(wide_var, COLUMNS).to(var.dtype), var)
+    return mean, var
+
+
+@triton.jit
+def repeated(values, SIZE: tl.constexpr):
+    """(SIZE) values, over and over."""
+    return tl.reshape(tl.broadcast_to(values[None, :], [SIZE // values.shape[0], values.shape[0]]), [SIZE])
+
+
 class Moments(NamedTuple):
     """What `reduce_columns` returns."""
 
@@ -214,5 +268,12 @@ def reduce_columns(
         complete = arrive(partials.tickets + first, cut.chunks)
         if complete:
             mean, m2 = fold_partials(partials.partials, first, strips, cut, strip)
-    var = variance(m2, cut.rows, cut.correction).to(dtype)
+    var = variance(m2, cut.rows, cut.correction)
+    # Read again where something that is not finite came out, hardly ever.
+    lost = mask & ~(is_finite(mean) & is_finite(m2))
+    if complete and tl.max(lost.to(tl.int32), axis=0) > 0:
+        mean, var = wide_moments(
+            layers, program, left, width, bias, channel_columns, cut, lost, mean, var, dtype, strip
+        )
+    var = var.to(dtype)
     return Moments(complete, first, mean.to(tl.float64 if WIDE else dtype), var, packed, mask)

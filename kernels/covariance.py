@@ -2,7 +2,8 @@
 
 A program multiplies one tile of an upper triangle, from rows less a shift close to their mean. What the shift leaves of
 the mean is subtracted from the products, as `rows * rest rest'`: without cancellation, for it is an eighth of a
-standard deviation at most. Tiles below the diagonal are never computed.
+standard deviation at most. Large columns are multiplied by a power of two, so that sums of their products fit. Tiles
+below the diagonal are never computed.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from moment_ops.kernels import _column_plan, _launch
 from moment_ops.kernels._architectures import Architecture, architecture_of, product_mode
-from moment_ops.kernels._common import arrive, pick, pick_integer
+from moment_ops.kernels._common import arrive, is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import PROMOTED_ROWS, TileGroup, triangle_groups
 from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
@@ -31,12 +32,34 @@ OPERATORS = {
 }
 
 
+@triton.jit
+def exponent_of(value):
+    """Of a positive float32, 128 of an infinite one."""
+    return (value.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def power_of_two(exponent):
+    """float32, of exponents of normal numbers."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def room(mean, var):
+    """The scale of columns, float32: 1, or what makes those beyond 2**50 as small as 2**41.
+
+    Up to 2**28 products of such columns have a sum; products with the smallest numbers keep their digits.
+    """
+    exponent = tl.maximum(exponent_of(tl.abs(mean)), exponent_of(var) >> 1)
+    wanted = is_finite(mean) & (var >= 0) & (exponent > 50)
+    return power_of_two(tl.where(wanted, 40 - tl.minimum(exponent, 127), 0))
+
+
 @triton.jit(do_not_specialize=[*CUT])
 def shifts_kernel(
     layers,
     mean_out,  # (F)
-    shift_out,  # (F)
-    rest_out,  # (F)
+    shifts,
     partials,
     rows,
     chunk_rows,
@@ -49,15 +72,18 @@ def shifts_kernel(
     got = reduce_columns(layers, None, None, partials, cut, tl.float32, strip, WIDE=True)
     if got.complete:
         shift = got.mean.to(tl.float32)
+        scale = room(shift, got.var)
         tl.store(mean_out + got.packed, shift, mask=got.mask)
+        tl.store(shifts.scale + got.packed, scale, mask=got.mask)
         if layers.inputs[0].dtype.element_ty.primitive_bitwidth == 16:
             # A multiple of an eighth of the deviation has few bits: differences from it then have few, too.
-            exponent = (got.var.to(tl.int32, bitcast=True) >> 23) - 127
-            unit = (((exponent >> 1) + 125) << 23).to(tl.float32, bitcast=True)
+            exponent = exponent_of(got.var)
+            unit = power_of_two((exponent >> 1) - 2)
             coarse = tl.floor(shift / unit + 0.5) * unit
             shift = tl.where((got.var > 0) & (exponent > -127) & (exponent < 128), coarse, shift)
-        tl.store(shift_out + got.packed, shift, mask=got.mask)
-        tl.store(rest_out + got.packed, (got.mean - shift.to(tl.float64)).to(tl.float32), mask=got.mask)
+        rest = (got.mean - shift.to(tl.float64)).to(tl.float32)
+        tl.store(shifts.shift + got.packed, shift * scale, mask=got.mask)
+        tl.store(shifts.rest + got.packed, rest * scale, mask=got.mask)
 
 
 @triton.jit
@@ -81,11 +107,13 @@ def locate_tile(layers, program, tile):
 
 @triton.jit
 def tile_products(x, stride, row_columns, column_columns, width, shifts, offset, first, last, tile):
-    """(SIDE, SIDE) sums over rows first ... last of products of columns, less a shift where there is one."""
+    """(SIDE, SIDE) sums over rows first ... last of products of scaled columns, less a shift where there is one."""
     SIDE: tl.constexpr = tile.COLUMNS
     left_mask = row_columns < width
     right_mask = column_columns < width
-    if shifts is not None:
+    left_scale = tl.load(shifts.scale + offset + row_columns, mask=left_mask, other=0.0)
+    right_scale = tl.load(shifts.scale + offset + column_columns, mask=right_mask, other=0.0)
+    if shifts.shift is not None:
         shift = shifts.shift + offset
         left_shift = tl.load(shift + row_columns, mask=left_mask, other=0.0)
         right_shift = tl.load(shift + column_columns, mask=right_mask, other=0.0)
@@ -99,7 +127,9 @@ def tile_products(x, stride, row_columns, column_columns, width, shifts, offset,
             at = x + row.to(tl.int64)[:, None] * stride  # (DEPTH, 1)
             left = tl.load(at + row_columns[None, :], mask=here & left_mask[None, :], other=0.0).to(tl.float32)
             right = tl.load(at + column_columns[None, :], mask=here & right_mask[None, :], other=0.0).to(tl.float32)
-            if shifts is not None:
+            left = left * left_scale[None, :]
+            right = right * right_scale[None, :]
+            if shifts.shift is not None:
                 # One factor of rows beyond the last is zero, which is enough.
                 left = tl.where(here, left - left_shift[None, :], 0.0)
                 right = right - right_shift[None, :]
@@ -205,14 +235,19 @@ def products(layers, shifts, partials, cut, tile):
 
 @triton.jit
 def covariances(sums, cut, shifts, got, row_columns, column_columns):
-    """Covariances, float32, of sums of products of columns, less a shift where there is one."""
-    if shifts is not None:
+    """Covariances, float32, of sums of products of scaled columns, less a shift where there is one."""
+    left_mask = row_columns < got.width
+    right_mask = column_columns < got.width
+    if shifts.rest is not None:
         rest = shifts.rest + got.offset
-        left = tl.load(rest + row_columns, mask=row_columns < got.width, other=0.0).to(sums.dtype)
-        right = tl.load(rest + column_columns, mask=column_columns < got.width, other=0.0).to(sums.dtype)
+        left = tl.load(rest + row_columns, mask=left_mask, other=0.0).to(sums.dtype)
+        right = tl.load(rest + column_columns, mask=right_mask, other=0.0).to(sums.dtype)
         # The product first: it is the same on both sides of the diagonal.
         sums -= left[:, None] * right[None, :] * tl.cast(cut.rows, sums.dtype)
-    return variance(sums, cut.rows, cut.correction).to(tl.float32)
+    scale = shifts.scale + got.offset
+    left = power_of_two(-exponent_of(tl.load(scale + row_columns, mask=left_mask, other=1.0)))
+    right = power_of_two(-exponent_of(tl.load(scale + column_columns, mask=right_mask, other=1.0)))
+    return variance(sums, cut.rows, cut.correction).to(tl.float32) * left[:, None] * right[None, :]
 
 
 @triton.jit
@@ -232,7 +267,7 @@ def store_covariance(sums, cov, cut, shifts, got, quarter, SIDE: tl.constexpr):
 @triton.jit(do_not_specialize=[*CUT])
 def covariance_kernel(
     layers,
-    shifts,  # or None
+    shifts,
     cov,  # (D, D), of the only layer
     partials,
     rows,
@@ -261,6 +296,11 @@ def unit_columns(layers: Sequence[Tensor]) -> list[Tensor]:
     return [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in layers]
 
 
+def shifts_of(mean: Tensor) -> Shifts:
+    """Room for shifts of columns that have these means."""
+    return Shifts(*_launch.workspace(3 * len(mean), mean.dtype, mean.device).view(3, -1))
+
+
 def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shifts: Shifts) -> list[Launch]:
     """The launches that fill the mean and the shifts of (N, D) layers."""
     return [
@@ -269,8 +309,7 @@ def shifts_launches(layers: Sequence[Tensor], mean: Tensor, shifts: Shifts) -> l
             group.programs,
             {
                 "mean_out": mean,
-                "shift_out": shifts.shift,
-                "rest_out": shifts.rest,
+                "shifts": shifts,
                 **reduction_arguments(group, layers, correction=0),
             },
             group.tile.warps,
@@ -306,13 +345,13 @@ def covariance_launches(
     x: Tensor, correction: int, centered: bool, precision: str, cov: Tensor, mean: Tensor, architecture: Architecture
 ) -> list[Launch]:
     """The launches of `covariance` of x (N, D)."""
-    shifts = Shifts(*_launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1))
+    shifts = shifts_of(mean)
     mode = product_mode(precision, x.dtype, centered, architecture)
     tile = forward_tile(mode, architecture, len(x), [x.shape[1]])
     (group,) = triangle_groups([x], tile, architecture)
     arguments = {**product_arguments(group, [x], shifts, correction, mode, tile), "cov": cov}
     if not centered:
-        arguments["shifts"] = None
+        arguments["shifts"] = Shifts(None, None, shifts.scale)
     launch = Launch(covariance_kernel, group.programs, arguments, tile.warps, tile.registers)
     return [*shifts_launches([x], mean, shifts), launch]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moment_ops.kernels import _launch
 from moment_ops.kernels._architectures import Architecture, architecture_of, gradient_mode
-from moment_ops.kernels._common import pick, pick_integer
+from moment_ops.kernels._common import is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import output_groups
 from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._products import multiply, promote
@@ -67,6 +67,49 @@ def shifted_rows(x, mean, offset, width, begin, lane, mask):
     if mean is not None:
         value -= tl.load(mean + offset + column, mask=inside, other=0.0)[None, :]
     return value
+
+
+@triton.jit
+def symmetric_row(matrix, width, row, columns, mask, PACKED: tl.constexpr):
+    """A row of a symmetric matrix, packed, or (D, D) and added to its transpose; float64, at columns of one block."""
+    if PACKED:
+        row_block = row // BLOCK
+        column_block = tl.min(columns, 0) // BLOCK
+        offset, stride = packed_block(width, tl.minimum(row_block, column_block), tl.maximum(row_block, column_block))
+        inner_row = tl.cast(row - row_block * BLOCK, tl.int64)
+        inner_columns = (columns - column_block * BLOCK).to(tl.int64)
+        at = tl.where(row_block > column_block, inner_columns * stride + inner_row, inner_row * stride + inner_columns)
+        return tl.load(matrix + offset + at, mask=mask, other=0.0).to(tl.float64)
+    else:
+        wide = width.to(tl.int64)
+        here = tl.load(matrix + tl.cast(row, tl.int64) * wide + columns, mask=mask, other=0.0).to(tl.float64)
+        return here + tl.load(matrix + columns.to(tl.int64) * wide + row, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_wide(out, limit, x, mean, matrix, width, offset, row_mask, columns, slope, added, PACKED: tl.constexpr):
+    """Gradients that are not below a limit once more: summed in float64, row after row of the matrix.
+
+    out, x: (ROWS, 1) pointers; added: the means' gradient, float64, (COLUMNS).
+    """
+    mask = columns < width
+    total = tl.zeros([row_mask.shape[0], columns.shape[0]], tl.float64)
+    for k in tl.range(0, width, num_stages=1):
+        left = tl.load(x + k, mask=row_mask[:, None], other=0.0).to(tl.float64)
+        if mean is not None:
+            left -= tl.load(mean + offset + k)
+        total += left * symmetric_row(matrix, width, k, columns, mask, PACKED)[None, :]
+    value = (total * slope + added[None, :]).to(tl.float32)
+    at = out + columns[None, :]
+    here = row_mask[:, None] & mask[None, :]
+    stored = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    tl.store(at, value.to(out.dtype.element_ty), mask=here & ~(tl.abs(stored) < limit))
+
+
+@triton.jit
+def is_normal(value):
+    """Whether a float64 keeps its digits in float32."""
+    return (value == 0.0) | ((tl.abs(value) >= 2.0**-126) & (tl.abs(value) < 2.0**128))
 
 
 @triton.jit(do_not_specialize=["rows", "correction"])
@@ -133,10 +176,24 @@ def covariance_backward_kernel(
     value = total * slope.to(tl.float32)
     if grad_mean is not None:
         value += (tl.load(grad_mean + offset + columns, mask=mask, other=0.0) / tl.cast(rows, tl.float32))[None, :]
+    lost = ~is_finite(value) & row_mask[:, None] & mask[None, :]
     output = pick(layers.outputs, layers, program)
     output_stride = pick_integer(layers.output_strides, layers, program).to(tl.int64) * layers.VECTOR
-    at = output + row.to(tl.int64)[:, None] * output_stride + columns[None, :]
-    tl.store(at, value.to(output.dtype.element_ty), mask=row_mask[:, None] & mask[None, :])
+    out = output + row.to(tl.int64)[:, None] * output_stride  # (ROWS, 1)
+    tl.store(out + columns[None, :], value.to(output.dtype.element_ty), mask=row_mask[:, None] & mask[None, :])
+    # Hardly ever. A slope that is not a number leaves nothing else.
+    few_digits = not is_normal(slope)
+    if (tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0 or few_digits) and slope == slope:
+        tl.debug_barrier()
+        PART: tl.constexpr = COLUMNS // 8
+        limit = tl.where(few_digits, 0.0, float("inf"))
+        for part in range(8):
+            some = first_column + part * PART + tl.arange(0, PART)
+            added = tl.zeros([PART], tl.float64)
+            if grad_mean is not None:
+                added = tl.load(grad_mean + offset + some, mask=some < width, other=0.0).to(tl.float64)
+                added = added / tl.cast(rows, tl.float64)
+            store_wide(out, limit, x, mean, matrix, width, offset, row_mask, some, slope, added, PACKED)
 
 
 def backward_launches(

@@ -25,7 +25,7 @@ from moment_ops.kernels._common import bits, is_finite, pick, pick_integer
 from moment_ops.kernels._covariance_plan import triangle_groups
 from moment_ops.kernels._launch import Launch
 from moment_ops.kernels._plan import padded
-from moment_ops.kernels._records import Rows, Shifts
+from moment_ops.kernels._records import Rows
 from moment_ops.kernels._tiles import forward_tile
 from moment_ops.kernels._triangle import BLOCK, packed_block
 from moment_ops.kernels.covariance import (
@@ -35,6 +35,7 @@ from moment_ops.kernels.covariance import (
     products,
     quarters,
     shifts_launches,
+    shifts_of,
     unit_columns,
 )
 from moment_ops.kernels.match import COUNTS, finish_loss, loss_arguments, match_quantity
@@ -162,7 +163,7 @@ def covariance_match_launches(
     architecture: Architecture,
 ) -> list[Launch]:
     """The launches of `covariance_match_`: those that come last complete the loss."""
-    shifts = Shifts(*_launch.workspace(2 * len(mean), mean.dtype, mean.device).view(2, -1))
+    shifts = shifts_of(mean)
     mode = product_mode(match.precision, x[0].dtype, True, architecture)
     tile = forward_tile(mode, architecture, len(x[0]), [layer.shape[1] for layer in x])
     groups = triangle_groups(x, tile, architecture)

@@ -62,7 +62,10 @@ def moments_kernel(
 
 @triton.jit
 def coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask):
-    """(a, b, center) of the gradient a + b * (x - center) at positions `packed`."""
+    """(a, b, center, unit) of the gradient a + b * (x * unit - center) at positions `packed`.
+
+    Where the mean is large a difference from it may not fit, and half of it does: unit is 1/2, and b twice as large.
+    """
     dtype = mean.dtype.element_ty
     # All loads before the first use.
     statistic_rows = rows
@@ -83,7 +86,10 @@ def coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, laye
     factor = tl.cast(factor, tl.float64)
     slope = (2.0 * factor / (statistic_rows - correction)).to(dtype)
     # A variance that the loss does not use sends no gradient, also where it has no degrees of freedom.
-    return a * (factor / statistic_rows).to(dtype), tl.where(b == 0, b, b * slope), center
+    b = tl.where(b == 0, b, b * slope)
+    large = tl.abs(center) >= (2.0**103 if dtype == tl.float32 else 2.0**970)
+    unit = tl.where(large, 0.5, 1.0).to(dtype)
+    return a * (factor / statistic_rows).to(dtype), tl.where(large, 2.0 * b, b), center * unit, unit
 
 
 @triton.jit(do_not_specialize=["rows", "chunk_rows", "correction"])
@@ -123,13 +129,13 @@ def moments_backward_kernel(
         g = pick(layers.grads, layers, program) + column
         added = tl.load(tile_at(begin, g, g_stride, ROWS, COLUMNS), mask=here, other=0.0)
     layer = pick_integer(layers.positions, layers, program)
-    a, b, center = coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask)
+    a, b, center, unit = coefficients(grad_mean, grad_var, mean, count, scale, rows, correction, layer, packed, mask)
     y_stride = pick_integer(layers.output_strides, layers, program).to(tl.int64) * layers.VECTOR
     y = pick(layers.outputs, layers, program) + column
     for tile in range(begin, end, strip.ROWS):
         value = tl.zeros([ROWS, LANES], accumulate) + a[None, :]
         if grad_var is not None:
-            value += b[None, :] * (features.to(accumulate) - center[None, :])
+            value += b[None, :] * (features.to(accumulate) * unit[None, :] - center[None, :])
         if layers.grads is not None:
             value += added.to(accumulate)
         if RECTIFIED:

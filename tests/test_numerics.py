@@ -399,3 +399,16 @@ def test_a_loss_that_fits_comes_out_beside_moments_that_hardly_do(source):
 def test_a_loss_that_does_not_fit_is_infinite():
     loss = mo.moment_loss(torch.randn(20, 3) * 1e18, make_target([(3,)]))
     assert loss.item() == float("inf")
+
+
+@pytest.mark.parametrize("average", [None, mo.MovingAverage(0.5), mo.AdamMovingAverage(lr=0.1)])
+def test_the_loss_of_variances_that_do_not_fit_is_infinite(average):
+    """Not a number is infinity less infinity, and nothing times infinity."""
+    x = torch.tensor([0.9, -0.9, 0.3]).repeat(3)[:, None] * torch.finfo(torch.float32).max
+    target = mo.Moments(torch.zeros(1), torch.zeros(1), shapes=((1,),))
+    assert mo.MomentLoss(target, average)(x).item() == float("inf")
+    assert mo.MomentLoss(target, average)(mo.moments(x)).item() == float("inf")
+    assert mo.moment_loss(x, mo.moments(x)).item() == float("inf")
+    x[0] = float("nan")
+    assert mo.MomentLoss(target, average)(x).isnan()
+    assert mo.moment_loss(x, mo.moments(x)).isnan()

@@ -48,7 +48,7 @@ inline double match_terms(const Matching<Average, A>& m, const MatchVectors<Aver
                             reduction, Average::kStarts ? started[j] != 0 : true, store};
     A column[kPlaces<Average>], column_grad;
     for (int k = 0; k < Average::kKept; ++k) column[k] = kept[k][j];
-    terms[j] = Average::step(term, column, column_grad, parameters);
+    terms[j] = loss_term(Average::step(term, column, column_grad, parameters), value[j], target[j]);
     for (int k = 0; k < Average::kKept; ++k) kept[k][j] = column[k];
     grad[j] = column_grad;
   }

@@ -58,7 +58,7 @@ __device__ __forceinline__ A match_quantity(const MatchVectors<Average, A>& v, i
                                             const typename Average::template Parameters<A>& parameters) {
   const MatchTerm<A> term{value, entries.target, entries.weight * v.scale, reduction, started, store};
   A grad;
-  const A loss = Average::step(term, entries.kept, grad, parameters);
+  const A loss = loss_term(Average::step(term, entries.kept, grad, parameters), value, entries.target);
   if (store) {
 #pragma unroll
     for (int k = 0; k < Average::kKept; ++k) v.kept[k][at] = entries.kept[k];

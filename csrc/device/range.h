@@ -15,6 +15,13 @@ MOMENT_OPS_HOST_DEVICE bool is_finite(A value) {
   return std::abs(value) < std::numeric_limits<A>::infinity();
 }
 
+// A term of a loss, which does not fit where it is infinity less infinity, or nothing times infinity. Without a branch.
+template <class A>
+MOMENT_OPS_HOST_DEVICE A loss_term(A term, A value, A target) {
+  constexpr A kInfinity = std::numeric_limits<A>::infinity();
+  return (term != term) & (std::abs(value) + std::abs(target) == kInfinity) ? kInfinity : term;
+}
+
 // A sum that keeps what its rounding drops (Kahan 1965), however many terms it has.
 struct CompensatedSum {
   double total = 0, dropped = 0;

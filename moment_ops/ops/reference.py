@@ -140,6 +140,12 @@ def _finite(mean: Tensor, var: Tensor | None) -> Tensor:
     return mean.isfinite() if var is None else mean.isfinite() & var.isfinite()
 
 
+def _loss_terms(terms: Tensor, value: Tensor, target: Tensor) -> Tensor:
+    """Infinite where a term is infinity less infinity, or nothing times infinity: it does not fit."""
+    infinite = value.abs() + target.abs() == float("inf")
+    return terms.masked_fill(terms.isnan() & infinite, float("inf"))
+
+
 def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss and its derivatives with respect to mean and var; the state advances in place where it is to."""
     kind = AVERAGES[match.average]
@@ -161,7 +167,7 @@ def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tens
         if step is not None:
             for old, new in zip(vectors, matched.vectors, strict=True):
                 old.copy_(new)
-        loss = loss + matched.terms.sum(dtype=torch.float64)
+        loss = loss + _loss_terms(matched.terms, value, target).sum(dtype=torch.float64)
         grads.append(matched.grad.expand_as(value).clone())
     if step is not None and started is not None:
         started.logical_or_(finite)

@@ -141,6 +141,13 @@ def test_integers_are_those_of_python_cut_to_their_width(instruction, types, out
     assert_same(evaluate(instruction, *inputs, out=out), np.array(expected, out))
 
 
+@pytest.mark.parametrize(("name", "function"), [("add", np.add), ("sub", np.subtract), ("max", np.maximum)])
+def test_packed_integers_are_pairs_of_integers(name, function):
+    pairs = [np.random.default_rng(seed).integers(-(1 << 15), 1 << 15, 80).astype(np.int16) for seed in range(2)]
+    result = evaluate(f"{name}.s16x2 {{y}}, {{0}}, {{1}}", *(x.view(U32) for x in pairs), out=U32)
+    assert_same(result.view(np.int16), function(*pairs))
+
+
 def rounded(exact, dtype, mode="rn"):
     """The float nearest to a rational, ties to even; or the next one towards zero, down, or up."""
     info = np.finfo(dtype)

@@ -12,7 +12,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from specs.resources import specialization
 
 from moment_ops.kernels import covariance, covariance_backward, covariance_match, gram, match, moments, relu_moments
-from moment_ops.kernels._records import Shifts
 from moment_ops.ops import triangle
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.records import CovarianceMatch, Match
@@ -101,7 +100,8 @@ def test_moments():
 
 def test_shifts_of_covariances():
     mean = empty(COLUMNS)
-    assert_compiled_once(covariance.shifts_launches([empty(n, COLUMNS)], mean, Shifts(mean, mean)) for n in BATCHES)
+    shifts = covariance.shifts_of(mean)
+    assert_compiled_once(covariance.shifts_launches([empty(n, COLUMNS)], mean, shifts) for n in BATCHES)
 
 
 def test_relu_moments():

@@ -64,12 +64,14 @@ class Shifts(Case):
 
     def launches(self, architecture: int) -> list[Launch]:
         columns = sum(x[0].numel() for x in self.layers)
-        self.mean, self.shift, self.rest = (torch.empty(columns) for _ in range(3))
-        return covariance.shifts_launches(self.layers, self.mean, _records.Shifts(self.shift, self.rest))
+        self.mean, self.shift, self.rest, self.scale = (torch.empty(columns) for _ in range(4))
+        shifts = _records.Shifts(self.shift, self.rest, self.scale)
+        return covariance.shifts_launches(self.layers, self.mean, shifts)
 
     def check(self) -> None:
         mean, var = exact_moments(self.layers, correction=0)
         assert mean_error(self.mean, mean, var) <= mean_bound(torch.float32)
+        assert bool((self.scale == 1).all())
         scale = 1e-6 * mean.abs()
         assert bool(
             ((self.shift.double() + self.rest.double() - mean).abs() <= 1e-12 * mean.abs() + 1e-6 * var.sqrt()).all()
@@ -77,7 +79,7 @@ class Shifts(Case):
         assert bool((self.rest.double().abs() <= var.sqrt() / 8 + scale).all())
 
     def results(self) -> list[Tensor]:
-        return [self.mean, self.shift, self.rest]
+        return [self.mean, self.shift, self.rest, self.scale]
 
 
 class MomentsBackward(Case):

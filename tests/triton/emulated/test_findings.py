@@ -21,7 +21,7 @@ from emulated import contracted
 from emulated.cases import emulate, planned
 from emulated.columns import MatchFeatures
 from emulated.products import Covariance, CovarianceMatch
-from moment_ops.kernels import _averages, _common, _products, covariance_match, match
+from moment_ops.kernels import _averages, _common, _products, _reduce, match
 
 TRITON = Path(__file__).parents[1]
 
@@ -54,22 +54,27 @@ def test_as_compiled_it_leaves_finite_values_alone(architecture):
 
 @pytest.fixture
 def finite_by_difference():
-    """The kernels with the contracted test in place of theirs."""
-    source = _common.is_finite.src
+    """The kernels with the contracted test in place of theirs, and next to the product: nothing is read again."""
+    changes = [
+        (_common.is_finite, 'tl.abs(value) < float("inf")', "value - value == 0"),
+        (_reduce.reduce_columns, "mask & ~(is_finite(mean) & is_finite(m2))", "mask & (mask != mask)"),
+    ]
+    sources = [function.src for function, _, _ in changes]
 
-    def change(text):
-        _common.is_finite._unsafe_update_src(text)
+    def change(texts):
+        for (function, _, _), text in zip(changes, texts, strict=True):
+            function._unsafe_update_src(text)
         # Their callers have to be compiled anew.
-        for module in (_common, _products, _averages, match, covariance_match):
+        for module in (_common, _products, _averages, _reduce, match):
             for function in vars(module).values():
                 if isinstance(function, JITFunction):
                     function.hash = None
 
-    changed = source.replace('tl.abs(value) < float("inf")', "value - value == 0")
-    assert changed != source
+    changed = [source.replace(*what) for source, (_, *what) in zip(sources, changes, strict=True)]
+    assert all(new != old for new, old in zip(changed, sources, strict=True))
     change(changed)
     yield
-    change(source)
+    change(sources)
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -78,7 +83,6 @@ MATCHES = {
     "ADAM fp32": lambda: MatchFeatures(7, [(40,)], F32, "adam"),
     "moving fp32": lambda: MatchFeatures(7, [(40,)], F32, "moving"),
     "moving bf16": lambda: MatchFeatures(7, [(40,)], BF16, "moving"),
-    "covariances, ADAM fp32": lambda: CovarianceMatch(10, [16], F32, "ieee", "adam"),
 }
 
 
@@ -98,6 +102,10 @@ def test_matches_with_it_are_found_in_their_text(name, finite_by_difference):
 @pytest.mark.parametrize("name", MATCHES)
 def test_matches_as_they_are_move_it(name):
     emulate(MATCHES[name](), 80)
+
+
+def test_a_match_of_covariances_moves_it():
+    emulate(CovarianceMatch(10, [16], F32, "ieee", "adam"), 80)
 
 
 def test_tiles_beyond_the_last_column_leave_sums_of_blocks_of_rows_too():

@@ -14,12 +14,13 @@ _LOGICAL = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 def arithmetic(state: State, ins: Instruction, type_: Type) -> Run:
-    """add, sub, min, max of integers."""
-    if type_.count > 1:
+    """add, sub, min, max of integers; of two of 16 bits, each on its own."""
+    packed = type_.count > 1
+    if packed and (type_.bits, type_.count) != (16, 2):
         raise UnknownInstruction(f".{type_}")
     registers = state.registers
     inputs = [registers.read(operand, type_) for operand in ins.operands[1:3]]
-    return elementwise(_PLAIN[ins.opcode], inputs, registers.write(ins.operands[0], type_))
+    return elementwise(_PLAIN[ins.opcode], inputs, registers.write(ins.operands[0], type_), packed)
 
 
 def multiplication(state: State, ins: Instruction, form: Form, type_: Type) -> Run:

@@ -159,11 +159,12 @@ def test_features_of_16_bits_lose_nothing_on_tensor_cores(dtype, ratio):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_a_shift_leaves_of_a_mean_is_an_eighth_of_the_deviation(dtype):
     x = (torch.randn(300, 200) * torch.logspace(-9, 3, 200) + torch.randn(200)).to(dtype)
-    mean, shift, rest = torch.empty(3, 200)
-    for launch in covariance.shifts_launches([x], mean, Shifts(shift, rest)):
+    mean, shift, rest, scale = torch.empty(4, 200)
+    for launch in covariance.shifts_launches([x], mean, Shifts(shift, rest, scale)):
         _launch.start([launch], x.device)
     exact_mean = x.double().mean(0)
     std = x.double().std(0, correction=0)
+    assert (scale == 1).all()
     assert ((shift.double() + rest.double() - exact_mean).abs() <= 1e-12 * exact_mean.abs() + 1e-6 * std).all()
     assert (rest.double().abs() <= std / 8 + 1e-6 * exact_mean.abs()).all()
 

@@ -37,8 +37,19 @@ from test_moments import (  # noqa: F401
 from test_numerics import (  # noqa: F401
     test_a_constant_column_has_its_mean_and_no_variance,
     test_a_first_row_far_from_all_others_costs_no_digits,
+    test_a_loss_that_does_not_fit_is_infinite,
+    test_a_loss_that_fits_comes_out_beside_moments_that_hardly_do,
+    test_a_mean_comes_out_beside_the_largest_numbers,
+    test_columns_beside_one_that_overflows_keep_their_bits,
+    test_gradients_come_out_where_differences_from_the_mean_do_not_fit,
+    test_halves_up_to_their_largest_number,
+    test_moments_behind_a_relu_come_out_where_they_fit,
     test_no_degrees_of_freedom_give_a_variance_that_is_nan,
     test_one_row_is_its_own_mean_without_variance,
+    test_overflows_are_seen_in_every_layout,
+    test_pooled_rows_that_overflow,
+    test_the_largest_number_is_the_mean_of_its_column_without_variance,
+    test_the_loss_of_variances_that_do_not_fit_is_infinite,
 )
 from test_opcheck import (  # noqa: F401
     test_match_,
@@ -62,6 +73,12 @@ def test_a_value_that_is_not_finite_stays_in_its_column(row, value):
 @pytest.mark.parametrize("added", [True, False])
 def test_moments_backward_keeps_the_contract(layout, added):
     test_opcheck.test_moments_backward(layout, added, "both", True)
+
+
+@pytest.mark.parametrize("rows", [2, 64, 600, 4099])
+@pytest.mark.parametrize("dtype", test_numerics.NEAR_THE_LIMIT)
+def test_a_variance_that_fits_comes_out_where_its_sum_does_not_fit(rows, dtype):
+    test_numerics.test_a_variance_that_fits_comes_out_where_its_sum_does_not_fit(rows, 10.0, dtype)
 
 
 def test_moments_are_differentiable_twice():

@@ -102,6 +102,11 @@ _IN_FLIGHT = 40 * 1024
 _IN_FLIGHT_WITH_STORES = 32 * 1024
 
 
+# Narrow loads, of a tap's biases besides, where features are read again whose moments had no room: a loop that the
+# assembler unrolls, by 4, 2 and 1.
+READ_AGAIN = 8
+
+
 def _thread_rows(launch: Launch, itemsize: int) -> int:
     """128-bit accesses that a thread makes for a tile."""
     arguments = named(launch)
@@ -118,8 +123,8 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
 
     128 registers leave room for 512 threads. With a tile of eight rows each keeps 128 bytes in flight, 64 KiB together;
     with the four rows of a tap of 16 bits 32 KiB. Features are loaded in three places, the first tile, the loop and the
-    tail, always in 128 bits, and a tap stores as often. What is narrower are the vectors of narrow strips, scalars, and
-    a tap's biases, one for each lane of a thread's.
+    tail, always in 128 bits, and a tap stores as often. What is narrower are the vectors of narrow strips, scalars, a
+    tap's biases, one for each lane of a thread's, and what is read again.
     """
 
     def budget(launch: Launch) -> Budget:
@@ -135,9 +140,10 @@ def reduces(wide: bool = True) -> Callable[[Launch], Budget]:
         scalars = 3 if "loss" in arguments else 0
         return Budget(
             registers=_tiles.REDUCTION_REGISTERS,
-            shared=_column_shared(launch, 8 if arguments["partials"] is not None else 4),
+            # What is read again is summed in float64.
+            shared=_column_shared(launch, 8),
             wide_loads=accesses if wide else 0,
-            narrow_loads=scalars + (biases if tap else 0) if wide and (vectors_are_wide or tap) else None,
+            narrow_loads=READ_AGAIN + scalars + (biases if tap else 0) if wide and (vectors_are_wide or tap) else None,
             wide_stores=(2 if wide and vectors_are_wide else 0) + (accesses if wide and tap else 0),
             narrow_stores=scalars if wide and vectors_are_wide and "average" not in arguments else None,
             processor_in_flight=_IN_FLIGHT_WITH_STORES if tap and itemsize == 2 else _IN_FLIGHT,

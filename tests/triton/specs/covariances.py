@@ -10,7 +10,6 @@ from torch import Tensor
 from moment_ops.kernels import covariance, covariance_backward, covariance_match
 from moment_ops.kernels._architectures import Architecture
 from moment_ops.kernels._launch import Launch
-from moment_ops.kernels._records import Shifts
 from moment_ops.ops import triangle
 from moment_ops.ops.averages import AVERAGES
 from moment_ops.ops.records import CovarianceMatch
@@ -35,7 +34,7 @@ def _covariance(architecture: Architecture, shape: tuple[int, int], dtype: torch
 
 def _shifts(architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype) -> Launch:
     return covariance.shifts_launches(
-        [_empty(*shape, dtype=dtype)], _empty(shape[1]), Shifts(_empty(shape[1]), _empty(shape[1]))
+        [_empty(*shape, dtype=dtype)], _empty(shape[1]), covariance.shifts_of(_empty(shape[1]))
     )[0]
 
 
@@ -149,7 +148,8 @@ def _gradient_budget(architecture: int) -> Callable[[Launch], Budget]:
             shared=shared,
             wide_loads=sides * loads,
             wide_stores=vectors(launch, rows * columns, itemsize),
-            narrow_stores=0,
+            # An eighth of the tile at a time is summed again where it had no room.
+            narrow_stores=rows * columns // 8 // (32 * launch.warps),
             matrix_products=sides * products,
         )
 
