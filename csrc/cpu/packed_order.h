@@ -9,7 +9,7 @@
 
 namespace moment_ops::cpu {
 
-// Walks the packed positions of the columns [begin, end), given in memory order.
+// Walks the packed positions of the columns [begin, end), given in memory order: visit(column, logical).
 template <class Visit>
 inline void for_each_logical(const Layer& layer, int64_t begin, int64_t end, Visit visit) {
   const auto& dimensions = layer.dimensions;
@@ -22,13 +22,21 @@ inline void for_each_logical(const Layer& layer, int64_t begin, int64_t end, Vis
     rest /= dimensions[i].size;
     logical += index[i] * dimensions[i].logical;
   }
-  for (int64_t column = 0; column < end - begin; ++column) {
-    visit(column, logical);
-    for (int i = rank - 1; i >= 0; --i) {
-      logical += dimensions[i].logical;
-      if (++index[i] < dimensions[i].size) break;
+  // Runs along the innermost dimension; a layer without any has one column.
+  const Dimension inner = rank > 0 ? dimensions[rank - 1] : Dimension{1, 1, 1};
+  for (int64_t column = 0; column < end - begin;) {
+    const int64_t run = std::min(inner.size - (rank > 0 ? index[rank - 1] : 0), end - begin - column);
+    for (int64_t i = 0; i < run; ++i) visit(column + i, logical + i * inner.logical);
+    column += run;
+    logical += run * inner.logical;
+    if (rank > 0) index[rank - 1] += run;
+    for (int i = rank - 1; i >= 0 && index[i] == dimensions[i].size; --i) {
       logical -= dimensions[i].size * dimensions[i].logical;
       index[i] = 0;
+      if (i > 0) {
+        logical += dimensions[i - 1].logical;
+        ++index[i - 1];
+      }
     }
   }
 }
