@@ -148,7 +148,8 @@ inline std::vector<RowsOfStrip> cut_rows(const std::vector<Layer>& layers, const
   std::vector<RowsOfStrip> pieces;
   for (size_t i = 0; i < strips.size(); ++i) {
     const int64_t rows = layers[strips[i].layer].rows;
-    const int64_t step = std::max(kFewestRows, (rows / per_strip + kBackwardRows) / kBackwardRows * kBackwardRows);
+    const int64_t even = (rows + per_strip - 1) / per_strip;
+    const int64_t step = std::max(kFewestRows, (even + kBackwardRows - 1) / kBackwardRows * kBackwardRows);
     for (int64_t row = 0; row < rows; row += step) {
       pieces.push_back({static_cast<int64_t>(i), row, std::min(row + step, rows)});
     }

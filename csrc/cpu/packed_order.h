@@ -22,21 +22,20 @@ inline void for_each_logical(const Layer& layer, int64_t begin, int64_t end, Vis
     rest /= dimensions[i].size;
     logical += index[i] * dimensions[i].logical;
   }
-  // Runs along the innermost dimension; a layer without any has one column.
-  const Dimension inner = rank > 0 ? dimensions[rank - 1] : Dimension{1, 1, 1};
+  if (rank == 0) return visit(0, logical);
+  // Runs along the innermost dimension.
+  const Dimension inner = dimensions[rank - 1];
   for (int64_t column = 0; column < end - begin;) {
-    const int64_t run = std::min(inner.size - (rank > 0 ? index[rank - 1] : 0), end - begin - column);
+    const int64_t run = std::min(inner.size - index[rank - 1], end - begin - column);
     for (int64_t i = 0; i < run; ++i) visit(column + i, logical + i * inner.logical);
     column += run;
-    logical += run * inner.logical;
-    if (rank > 0) index[rank - 1] += run;
-    for (int i = rank - 1; i >= 0 && index[i] == dimensions[i].size; --i) {
+    logical += (run - 1) * inner.logical;
+    index[rank - 1] += run - 1;
+    for (int i = rank - 1; i >= 0; --i) {
+      logical += dimensions[i].logical;
+      if (++index[i] < dimensions[i].size) break;
       logical -= dimensions[i].size * dimensions[i].logical;
       index[i] = 0;
-      if (i > 0) {
-        logical += dimensions[i - 1].logical;
-        ++index[i - 1];
-      }
     }
   }
 }
