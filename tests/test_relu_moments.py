@@ -253,10 +253,15 @@ def test_what_is_saved_beside_y_is_the_mean():
     assert tapped == plain + 4 * 100
 
 
+@pytest.mark.parametrize("shape", [(1030, 700), (67, 64, 4, 4), (64, 3, 40, 45)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("tap", TAPS)
-def test_threads_and_repetitions_change_no_bit(tap):
-    x = torch.randn(1030, 700, requires_grad=True)
-    grads = [torch.randn(1030, 700), torch.randn(700), torch.randn(700)]
+def test_threads_and_repetitions_change_no_bit(tap, layout, shape):
+    if layout == torch.channels_last and len(shape) < 4:
+        pytest.skip("there are no channels")
+    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    columns = x[0].numel()
+    grads = [torch.randn(shape).to(memory_format=layout), torch.randn(columns), torch.randn(columns)]
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 2):

@@ -9,7 +9,7 @@
 
 namespace moment_ops::cpu {
 
-// Walks the packed positions of the columns [begin, end), given in memory order.
+// Walks the packed positions of the columns [begin, end), given in memory order: visit(column, logical).
 template <class Visit>
 inline void for_each_logical(const Layer& layer, int64_t begin, int64_t end, Visit visit) {
   const auto& dimensions = layer.dimensions;
@@ -22,8 +22,15 @@ inline void for_each_logical(const Layer& layer, int64_t begin, int64_t end, Vis
     rest /= dimensions[i].size;
     logical += index[i] * dimensions[i].logical;
   }
-  for (int64_t column = 0; column < end - begin; ++column) {
-    visit(column, logical);
+  if (rank == 0) return visit(0, logical);
+  // Runs along the innermost dimension.
+  const Dimension inner = dimensions[rank - 1];
+  for (int64_t column = 0; column < end - begin;) {
+    const int64_t run = std::min(inner.size - index[rank - 1], end - begin - column);
+    for (int64_t i = 0; i < run; ++i) visit(column + i, logical + i * inner.logical);
+    column += run;
+    logical += (run - 1) * inner.logical;
+    index[rank - 1] += run - 1;
     for (int i = rank - 1; i >= 0; --i) {
       logical += dimensions[i].logical;
       if (++index[i] < dimensions[i].size) break;

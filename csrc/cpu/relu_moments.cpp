@@ -14,7 +14,7 @@ namespace {
 // cache and run twice as slowly.
 constexpr int kTapRows = 4;
 // One layer has to keep all threads busy.
-constexpr int64_t kTapStripBytes = 16 * 1024;
+constexpr int64_t kTapStripBytes = 8 * 1024;
 
 // torch's ReLU on the CPU: everything below zero becomes zero; NaN and -0 stay.
 inline double relu(double value) { return value < 0 ? 0 : value; }

@@ -13,6 +13,7 @@ that the first row alone will not do.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 def _full_precision(x: Tensor) -> Any:
     """Kernels call operators of PyTorch that autocast would turn to 16 bits."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    # The context takes longer to make than a small product.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:

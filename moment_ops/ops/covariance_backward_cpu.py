@@ -6,7 +6,6 @@ does not fit, a layer is computed anew in float64.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
-from moment_ops.ops.products_cpu import CHUNK, PADDING, PROMOTED, column_sums, padded_size, view_of
+from moment_ops.ops.products_cpu import CHUNK, PADDING, PROMOTED, column_sums, leading, padded_size, view_of
 from moment_ops.ops.room import all_finite, excess, keeps_digits, times_power_of_two
 
 OPERATORS = {
@@ -50,26 +49,25 @@ def _backward(
     single = count <= min(step, PROMOTED)
     rest = None if mean is None or single or not rounded else _rest_of_mean(x, mean)
     for first in range(0, count, step):
-        given, rows = x[first : first + step], out[first : first + step]
-        padded = max(len(given), PADDING)
-        shifted = (
-            x.new_zeros(padded, width, dtype=dtype) if padded > len(given) else torch.empty_like(given, dtype=dtype)
-        )
-        centred = shifted[: len(given)]
+        given, rows = (x, out) if count <= step else (x[first : first + step], out[first : first + step])
+        height = given.shape[0]
+        padded = max(height, PADDING)
+        shifted = x.new_zeros(padded, width, dtype=dtype) if padded > height else torch.empty_like(given, dtype=dtype)
+        centred = leading(shifted, height, width)
         if mean is None:
             centred.copy_(given)
         else:
             torch.sub(given, mean, out=centred)
             if rounded:
-                centred -= column_sums(centred) / count if rest is None else rest
+                centred -= column_sums(centred).div_(count) if rest is None else rest
         shifted *= slope
-        product = rows if out.dtype == dtype and padded == len(given) else torch.empty_like(shifted)
+        product = rows if out.dtype == dtype and padded == height else torch.empty_like(shifted)
         multiply(shifted, product)
         if grad_mean is not None:
             product += grad_mean / count
         finite = finite and math.isfinite(float(product.sum()))
         if product is not rows:
-            rows.copy_(product[: len(given)])
+            rows.copy_(leading(product, height, width))
     return finite
 
 
@@ -132,15 +130,17 @@ def _strips(width: int) -> Iterator[tuple[int, int, int]]:
         yield start, stop, padded_size(stop - start)
 
 
-@contextmanager
-def _columns(product: Tensor, start: int, stop: int, padded: int) -> Iterator[Tensor]:
-    """Columns start ... stop to be filled, followed by padding that is thrown away."""
-    if padded == stop - start:
-        yield product[:, start:stop]
-        return
-    columns = product.new_empty(len(product), padded)
-    yield columns
-    product[:, start:stop] = columns[:, : stop - start]
+def _columns(product: Tensor, start: int, stop: int, padded: int) -> Tensor:
+    """Memory for columns start ... stop, theirs or, with padding, of its own; `_store` takes them from there."""
+    if padded > stop - start:
+        return product.new_empty(product.shape[0], padded)
+    return product if stop - start == product.shape[1] else product[:, start:stop]
+
+
+def _store(columns: Tensor, product: Tensor, start: int, stop: int) -> None:
+    """Columns start ... stop, from where they were filled."""
+    if columns.shape[1] > stop - start:
+        product[:, start:stop] = columns[:, : stop - start]
 
 
 def covariance_backward(
@@ -163,10 +163,15 @@ def _full_product(matrix: Tensor, width: int) -> _Multiply:
 
     def multiply(rows: Tensor, product: Tensor) -> None:
         for start, stop, height in _strips(width):
-            strip = matrix.new_zeros(height, width)
-            torch.add(matrix[start:stop], matrix[:, start:stop].mT, out=strip[: stop - start])
-            with _columns(product, start, stop, height) as columns:
-                torch.mm(rows, strip.mT, out=columns)
+            below, right = (matrix, matrix) if stop - start == width else (matrix[start:stop], matrix[:, start:stop])
+            if height == stop - start:
+                strip = below + right.mT
+            else:
+                strip = matrix.new_zeros(height, width)
+                torch.add(below, right.mT, out=strip[: stop - start])
+            columns = _columns(product, start, stop, height)
+            torch.mm(rows, strip.mT, out=columns)
+            _store(columns, product, start, stop)
 
     return multiply
 
@@ -201,14 +206,16 @@ def _symmetric_product(packed: Tensor, width: int) -> _Multiply:
     def multiply(rows: Tensor, product: Tensor) -> None:
         for start, stop, height in _strips(width):
             right = view_of(memory, (height, width - start))
-            triangle.load(packed, start, right[: stop - start])
-            right[stop - start :] = 0
-            with _columns(product, start, stop, height) as columns:
-                torch.mm(rows[:, start:], right.mT, out=columns)
-                if start:
-                    above = view_of(memory, (start, height))
-                    triangle.load_above(packed, width, start, above[:, : stop - start])
-                    above[:, stop - start :] = 0
-                    columns.addmm_(rows[:, :start], above)
+            triangle.load(packed, start, leading(right, stop - start, width - start))
+            if height > stop - start:
+                right[stop - start :] = 0
+            columns = _columns(product, start, stop, height)
+            torch.mm(rows[:, start:] if start else rows, right.mT, out=columns)
+            if start:
+                above = view_of(memory, (start, height))
+                triangle.load_above(packed, width, start, above[:, : stop - start])
+                above[:, stop - start :] = 0
+                columns.addmm_(rows[:, :start], above)
+            _store(columns, product, start, stop)
 
     return multiply

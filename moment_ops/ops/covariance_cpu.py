@@ -16,7 +16,7 @@ from torch import Tensor
 from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.packed_match import match_packed, without_indefinite
-from moment_ops.ops.products_cpu import CHUNK, PROMOTED, column_sums, padded_size, view_of
+from moment_ops.ops.products_cpu import CHUNK, PROMOTED, column_sums, leading, padded_size, view_of
 from moment_ops.ops.records import CovarianceMatch
 from moment_ops.ops.room import all_finite, column_scale, keeps_digits, times_power_of_two
 
@@ -35,13 +35,14 @@ class _Centered:
 
     Args:
         x: (N, D), any strides.
+        mean: (D,), filled.
         entries: the most to hold at once.
 
     The mean is known first, and is subtracted in two terms: rounded to float32, a mean of 1e4 standard deviations would
     leave 1e-3 of them in every column. A constant column is 0 throughout.
     """
 
-    def __init__(self, x: Tensor, entries: int, centered: bool = True) -> None:
+    def __init__(self, x: Tensor, mean: Tensor, entries: int, centered: bool = True) -> None:
         self.x, self.centered = x, centered
         self.dtype = statistics_dtype(x.dtype)
         count, width = x.shape
@@ -49,33 +50,58 @@ class _Centered:
         self.chunks = [(first, min(first + rows, count)) for first in range(0, count, rows)]
         self.width = padded_size(width)
         self.buffer = x.new_empty(rows * self.width, dtype=self.dtype)
-        self.pivot = self._rough_mean(min(rows, _FEWEST_ROWS))
+        # A single chunk stays in the buffer.
+        self.whole: Tensor | None = None
+        if len(self.chunks) == 1:
+            self._center_whole(mean)
+        else:
+            self._find_mean(mean)
+
+    def _center_whole(self, mean: Tensor) -> None:
+        count, width = self.x.shape
+        self.whole = self.buffer.view(count, self.width)
+        filled = self._without_padding(self.whole, width)
+        few = min(count, _FEWEST_ROWS)
+        pivot = self._rough_mean(filled if few == count else filled[:few])
+        rest = column_sums(torch.sub(self.x, pivot, out=filled)).div_(count)
+        torch.add(pivot, rest, out=mean)
+        if self.centered:
+            filled -= rest
+        else:
+            filled.copy_(self.x)
+
+    def _find_mean(self, mean: Tensor) -> None:
+        count, width = self.x.shape
+        few = min(self.chunks[0][1], _FEWEST_ROWS)
+        self.pivot = self._rough_mean(self._buffer(few, 0)[:, :width])
         rest = torch.zeros(width, dtype=torch.float64)
         for first, last in self.chunks:
             rest += column_sums(self._shift(first, last, 0))
         rest /= count
-        self.mean = (self.pivot.double() + rest).to(self.dtype)
+        mean.copy_(self.pivot.double() + rest)
         self.rest = rest.to(self.dtype)
-        # A single chunk stays in the buffer.
-        self.whole: Tensor | None = None
-        if len(self.chunks) == 1:
-            self.whole = self._buffer(count, 0)
-            if centered:
-                self.whole[:, :width] -= self.rest
-            else:
-                self.whole[:, :width] = x
 
-    def _rough_mean(self, rows: int) -> Tensor:
+    def _rough_mean(self, memory: Tensor) -> Tensor:
+        """Of the first rows, as many as there are in some memory."""
+        count = memory.shape[0]
         first = self.x[0].to(self.dtype)
-        shifted = torch.sub(self.x[:rows], first, out=self._buffer(rows, 0)[:, : len(first)])
-        return first + column_sums(shifted) / rows
+        rows = self.x if count == self.x.shape[0] else self.x[:count]
+        return column_sums(torch.sub(rows, first, out=memory)).div_(count).add_(first)
 
     def _buffer(self, rows: int, start: int) -> Tensor:
         """Memory for `rows` rows from column `start` on, with zeros in the padding."""
         columns = self.width - start
         buffer = self.buffer[: rows * columns].view(rows, columns)
-        buffer[:, self.x.shape[1] - start :] = 0
+        self._without_padding(buffer, self.x.shape[1] - start)
         return buffer
+
+    @staticmethod
+    def _without_padding(buffer: Tensor, columns: int) -> Tensor:
+        """The first columns of some memory, whose others become zero."""
+        if columns == buffer.shape[1]:
+            return buffer
+        buffer[:, columns:].zero_()
+        return buffer[:, :columns]
 
     def _shift(self, first: int, last: int, start: int) -> Tensor:
         """Rows less the pivot, without padding."""
@@ -85,7 +111,7 @@ class _Centered:
     def chunk(self, first: int, last: int, start: int) -> Tensor:
         """Rows first ... last and columns start ... D, padded, until the next call."""
         if self.whole is not None:
-            return self.whole[:, start:]
+            return self.whole[:, start:] if start else self.whole
         if self.centered:
             self._shift(first, last, start).sub_(self.rest[start:])
             return self.buffer[: (last - first) * (self.width - start)].view(last - first, -1)
@@ -120,7 +146,7 @@ def _panels(
         stop = min(start + height, width)
         shape = padded_size(stop - start), source.width - start
         padded = view_of(scratch, shape) if destination is None else destination(start, stop)
-        panel = padded[: stop - start, : width - start]
+        panel = leading(padded, stop - start, width - start)
         if sums is None:
             beta = 0.0
             if subtrahend is not None:
@@ -128,7 +154,8 @@ def _panels(
                 beta = -1.0
             for first, last in source.chunks:
                 rows = source.chunk(first, last, start)
-                torch.addmm(padded, rows[:, : shape[0]].mT, rows, beta=beta, alpha=slope, out=padded)
+                left = leading(rows, last - first, shape[0])
+                torch.addmm(padded, left.mT, rows, beta=beta, alpha=slope, out=padded)
                 beta = 1.0
         else:
             total = _promoted_products(source, start, padded, view_of(sums, shape)).mul_(slope)
@@ -136,7 +163,7 @@ def _panels(
                 subtrahend(start, panel)
                 total[: stop - start, : width - start] -= panel
             padded.copy_(total)
-        triangle.make_symmetric(panel[:, : stop - start])
+        triangle.make_symmetric(leading(panel, stop - start, stop - start))
         if count <= correction:
             panel.fill_(float("nan"))
         yield start, stop, panel
@@ -186,13 +213,18 @@ def covariance(x: Tensor, correction: int, centered: bool, precision: str, cov: 
 
 
 def _fill(x: Tensor, correction: int, centered: bool, cov: Tensor, mean: Tensor) -> None:
-    source = _Centered(x, CHUNK, centered)
-    mean.copy_(source.mean)
-    direct = source.width == len(cov)
-    for start, stop, panel in _panels(source, correction, (lambda i, j: cov[i:j, i:]) if direct else None):
+    source = _Centered(x, mean, CHUNK, centered)
+    width = x.shape[1]
+
+    def upper(start: int, stop: int) -> Tensor:
+        return cov if stop - start == width else cov[start:stop, start:]
+
+    direct = source.width == width
+    for start, stop, panel in _panels(source, correction, upper if direct else None):
         if not direct:
-            cov[start:stop, start:] = panel
-        cov[stop:, start:stop] = panel[:, stop - start :].mT
+            upper(start, stop).copy_(panel)
+        if stop < width:
+            cov[stop:, start:stop] = panel[:, stop - start :].mT
 
 
 def covariance_match_(
@@ -203,10 +235,11 @@ def covariance_match_(
     means = mean.split(widths)
     if match.average == "none":
         grads = [None] * len(x) if grad is None else triangle.split(grad, widths)
-        total = torch.zeros((), dtype=torch.float64)
+        total = 0.0
         for rows, target, w, m, g in zip(x, match.target, match.weight, means, grads, strict=True):
             total += _weighted_distance(rows, correction, target, w, m, g)
-        loss.copy_(total)
+        # A tensor of it: `fill_` raises where the number does not fit.
+        loss.copy_(torch.scalar_tensor(total, dtype=torch.float64))
         return
     packed = torch.empty(triangle.total_size(widths), dtype=mean.dtype)
     for rows, m, p in zip(x, means, triangle.split(packed, widths), strict=True):
@@ -222,8 +255,9 @@ def covariance_match_(
 
 def _pack(rows: Tensor, correction: int, mean: Tensor, packed: Tensor, scale: Tensor | None) -> bool:
     """Fill the mean and the packed covariance of rows, whose columns' scale is taken out; whether they had room."""
-    source = _Centered(rows, CHUNK)
-    mean.copy_(source.mean if scale is None else source.mean / scale)
+    source = _Centered(rows, mean, CHUNK)
+    if scale is not None:
+        mean /= scale
     has_room = True
     for start, stop, panel in _panels(source, correction):
         has_room = has_room and _has_room(panel, _divisor(len(rows), correction))
@@ -236,10 +270,10 @@ def _pack(rows: Tensor, correction: int, mean: Tensor, packed: Tensor, scale: Te
 
 def _weighted_distance(
     rows: Tensor, correction: int, target: Tensor, weight: float, mean: Tensor, grad: Tensor | None
-) -> Tensor:
+) -> float:
     """`weight * |C - T|^2` in float64; fills the mean, and the packed derivative where it is wanted."""
     total = _squared_distance(rows, correction, target, 2 * weight, mean, grad)
-    if math.isfinite(float(total)) and keeps_digits(2 * weight, mean.dtype):
+    if math.isfinite(total) and keeps_digits(2 * weight, mean.dtype):
         return weight * total
     scaled, scale = _with_room(rows)
     if scale is None and not all_finite(scaled, target):
@@ -259,15 +293,15 @@ def _distance_with_room(
     weight: float,
     mean: Tensor,
     grad: Tensor | None,
-) -> Tensor:
+) -> float:
     """As `_weighted_distance`, of rows whose columns are scaled, in float64 throughout."""
-    source = _Centered(rows, CHUNK)
+    source = _Centered(rows, mean, CHUNK)
     up = torch.ones(rows.shape[1], dtype=torch.float64) if scale is None else 1 / scale.double()
-    mean.copy_(source.mean * up)
+    mean *= up
     if weight == 0:
         if grad is not None:
             grad.zero_()
-        return torch.zeros((), dtype=torch.float64)
+        return 0.0
     mantissa, exponent = math.frexp(weight)
     total = torch.zeros((), dtype=torch.float64)
     for down in (0, _DOWN):
@@ -284,7 +318,7 @@ def _distance_with_room(
             break
     if len(rows) > correction and all_finite(rows):
         total = without_indefinite(total, target)
-    return times_power_of_two(mantissa * total, exponent - 2 * down)
+    return float(times_power_of_two(mantissa * total, exponent - 2 * down))
 
 
 def _target_panel(target: Tensor, start: int, panel: Tensor) -> Tensor:
@@ -296,21 +330,28 @@ def _target_panel(target: Tensor, start: int, panel: Tensor) -> Tensor:
 
 def _squared_distance(
     rows: Tensor, correction: int, target: Tensor, slope: float, mean: Tensor, grad: Tensor | None
-) -> Tensor:
+) -> float:
     """|C - T|^2 in float64, panel by panel; fills the mean, and the packed `slope * (C - T)` where it is wanted."""
     # For the value alone, panels and rows stay well below the size of the matrix.
-    source = _Centered(rows, rows.shape[1] ** 2 // 4 if grad is None else CHUNK)
-    mean.copy_(source.mean)
+    source = _Centered(rows, mean, rows.shape[1] ** 2 // 4 if grad is None else CHUNK)
 
     def subtrahend(start: int, panel: Tensor) -> object:
         return _target_panel(target, start, panel)
 
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0
     height = triangle.BLOCK if grad is None and rows.shape[1] < 4 * _PANEL else _PANEL
     for start, stop, panel in _panels(source, correction, subtrahend=subtrahend, height=height):
         if grad is not None:
             triangle.store(panel, grad, start, slope)
-        # Entries right of the leading square count twice.
         panel.square_()
-        total += panel[:, : stop - start].sum(1).double().sum() + 2 * panel[:, stop - start :].sum(1).double().sum()
+        squares = _sum(leading(panel, stop - start, stop - start))
+        # Entries right of the leading square count twice.
+        if stop - start < panel.shape[1]:
+            squares += 2 * _sum(panel[:, stop - start :])
+        total += squares
     return total
+
+
+def _sum(matrix: Tensor) -> float:
+    """In float64, of sums of rows in the matrix's dtype."""
+    return float(matrix.sum(1).sum(dtype=torch.float64))

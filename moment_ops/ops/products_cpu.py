@@ -26,3 +26,10 @@ def view_of(memory: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """The first entries of a vector, as a matrix."""
     assert memory is not None
     return memory[: shape[0] * shape[1]].view(shape)
+
+
+def leading(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The first rows and columns of a matrix: itself where it has no others."""
+    if matrix.shape[0] == rows:
+        return matrix if matrix.shape[1] == columns else matrix[:, :columns]
+    return matrix[:rows, :columns]

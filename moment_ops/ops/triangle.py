@@ -138,7 +138,8 @@ def load_above(packed: Tensor, width: int, start: int, out: Tensor) -> Tensor:
 
 def make_symmetric(square: Tensor) -> None:
     """Copy the upper triangle onto the lower one, in place."""
-    square.copy_(square.triu() + square.triu(1).mT)
+    above = square.triu(1)
+    square.triu_().add_(above.mT)
 
 
 def _pack(full: Tensor) -> Tensor:
