@@ -238,11 +238,17 @@ ERRORS = {
     "empty other": (X, Y[:0], {}, ValueError, "other.*empty batch"),
     "one row": (X[:1], Y, {}, ValueError, "input: got a batch of 1, expected more than 1 rows"),
     "one other row": (X, Y[:1], {}, ValueError, "other: got a batch of 1, expected more than 1 rows"),
-    "three rows": (X[:3], Y, {"estimator": "unbiased"}, ValueError, "input: got 3 rows.* 4 for the unbiased"),
-    "three other rows": (X, Y[:3], {"estimator": "unbiased"}, ValueError, "other: got 3 rows.* 4 for the unbiased"),
+    "three rows": (X[:3], Y, {"estimator": "unbiased"}, ValueError, "input: got 3 rows.* 4 with estimator 'unbiased'"),
+    "three other rows": (
+        X,
+        Y[:3],
+        {"estimator": "unbiased"},
+        ValueError,
+        "other: got 3 rows.* 4 with estimator 'unbiased'",
+    ),
     "number of layers": ([X, X], [Y], {}, ValueError, "input: got 2 layers, expected 1 as in other"),
-    "widths": (X, Y[:, :2], {}, ValueError, "input: got 3 columns .* expected 2 as other"),
-    "devices": (X.to("meta"), Y, {}, ValueError, "input: got device meta, expected cpu as other"),
+    "widths": (X, Y[:, :2], {}, ValueError, "input: got 3 columns .* expected 2 as in other"),
+    "devices": (X.to("meta"), Y, {}, ValueError, "input: got device meta, expected cpu as in other"),
     "method": (X, Y, {"method": "both"}, ValueError, "method: got 'both'"),
     "reduction": (X, Y, {"reduction": "max"}, ValueError, "reduction: got 'max'"),
     "precision": (X, Y, {"precision": "fp8"}, ValueError, "precision: got 'fp8'"),
@@ -277,7 +283,7 @@ def test_wrong_arguments(case, kind):
 
 
 def test_the_class_checks_the_values_of_the_other_features():
-    with pytest.raises(ValueError, match="other: got values that are not finite"):
+    with pytest.raises(ValueError, match=r"^other: got non-finite values"):
         mo.CovarianceDistance(Y * float("nan"))
 
 

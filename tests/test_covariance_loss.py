@@ -325,11 +325,11 @@ NAN = torch.full((3, 3), float("nan"))
 MOMENTS = mo.Moments(torch.zeros(3), cov=EYE)
 FUNCTION_ERRORS = {
     "not square": (EYE[:2], {}, ValueError, r"target: got shape \(2, 3\), expected a square matrix"),
-    "width": (torch.eye(4), {}, ValueError, "input: got 3 columns .* expected 4 as target"),
+    "width": (torch.eye(4), {}, ValueError, "input: got 3 columns .* expected 4 as in target"),
     "layers": ([EYE, EYE], {}, ValueError, "input: got 1 layers, expected 2 as in target"),
     "target type": (3.0, {}, TypeError, "target: got float"),
     "no covariances": (mo.Moments(torch.zeros(3)), {}, ValueError, "target: got Moments without covariances"),
-    "mean of matrices": (EYE, {"mean_weight": 1.0}, ValueError, "mean_weight: got 1.0, .* give Moments"),
+    "mean of matrices": (EYE, {"mean_weight": 1.0}, ValueError, "mean_weight: got 1.0, .* pass Moments"),
     "reduction": (EYE, {"reduction": "max"}, ValueError, "reduction: got 'max'"),
     "precision": (EYE, {"precision": "fp8"}, ValueError, "precision: got 'fp8'"),
     "correction": (EYE, {"correction": -1}, ValueError, "correction: got -1"),
@@ -359,9 +359,9 @@ def test_one_row_has_no_covariance():
 SKEW = EYE + torch.tensor([[0.0, 1, 0], [0, 0, 0], [0, 0, 0]])
 ADAM = mo.AdamMovingAverage()
 CLASS_ERRORS = {
-    "asymmetric": (SKEW, {}, ValueError, "asymmetric matrix, entries differ by 1"),
-    "nan": (NAN, {}, ValueError, "not finite"),
-    "negative": (-EYE, {}, ValueError, "negative variance"),
+    "asymmetric": (SKEW, {}, ValueError, "^target: got an asymmetric matrix, whose entries differ by 1"),
+    "nan": (NAN, {}, ValueError, "^target: got non-finite values"),
+    "negative": (-EYE, {}, ValueError, "^target: got a negative variance"),
     "average": (EYE, {"average": 0.9}, TypeError, "average: got float"),
     "weights": (EYE, {"cov_weight": [1.0, 2.0]}, ValueError, "cov_weight: got 2 weights"),
     "correction of moments": (MOMENTS, {"correction": 0}, ValueError, "correction: got 0, expected 1 as in target"),

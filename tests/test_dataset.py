@@ -154,7 +154,7 @@ def test_an_extractor_of_moments_is_asked_for_its_features():
 
 
 def test_moments_without_covariances_and_without_features_are_an_error():
-    with pytest.raises(TypeError, match="extractor: got Moments without covariances, expected features, for cov=True"):
+    with pytest.raises(TypeError, match="extractor: got Moments without covariances, expected features with cov=True"):
         mo.dataset_moments(mo.moments, [torch.randn(5, 3)], cov=True)
 
 

@@ -1,4 +1,4 @@
-"""What the losses of covariances share: features and options, checked."""
+"""Checks of features and options that the losses of covariances share."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +24,7 @@ def check_options(reduction: Any, precision: Any, correction: Any, joint: Any) -
 
 
 def joined(layers: Sequence[Tensor], joint: bool) -> list[Tensor]:
-    """All columns as one layer, where they are to be one feature vector."""
+    """With `joint`, one layer of all columns."""
     return [torch.cat([as_rows(x) for x in layers], 1)] if joint else list(layers)
 
 
@@ -34,14 +34,15 @@ def widths_of(layers: Sequence[Tensor], joint: bool) -> list[int]:
     return [sum(widths)] if joint else widths
 
 
-def check_layers(layers: Sequence[Tensor], widths: Sequence[int], name: str) -> None:
+def check_layers(layers: Sequence[Tensor], widths: Sequence[int], name: str, names: Sequence[str] | None) -> None:
+    """The features called `names` have as many columns as `name` has."""
     if len(layers) != len(widths):
         raise ValueError(f"input: got {len(layers)} layers, expected {len(widths)} as in {name}")
     for i, (x, width) in enumerate(zip(layers, widths, strict=True)):
         if columns_of(x) != width:
-            label = "input" if len(layers) == 1 else f"input[{i}]"
             raise ValueError(
-                f"{label}: got {columns_of(x)} columns in shape {tuple(x.shape)}, expected {width} as {name}"
+                f"{checks.label_of('input', i, layers, names)}: got {columns_of(x)} columns in shape {tuple(x.shape)},"
+                f" expected {width} as in {name}"
             )
 
 
@@ -51,13 +52,14 @@ def check_rows(rows: int, correction: int, name: str = "input") -> None:
 
 
 def check_device(layers: Sequence[Tensor], others: Sequence[Tensor], name: str) -> None:
-    for i, other in enumerate(others):
+    """The features are on the device of all others."""
+    for other in others:
         if other.device != layers[0].device:
-            raise ValueError(f"input: got device {layers[0].device}, expected {other.device} as {name}[{i}]")
+            raise ValueError(f"input: got device {layers[0].device}, expected {other.device} as in {name}")
 
 
 def scales(weights: Sequence[float], widths: Sequence[int], reduction: str) -> list[float]:
-    """The weights of squared Frobenius norms, with the reduction in them."""
+    """The weights of squared Frobenius norms, multiplied by the factor of the reduction."""
     r = 1 / sum(width * width for width in widths) if reduction == "mean" else 1.0
     return [r * w for w in weights]
 
@@ -70,12 +72,12 @@ def means(packed: Tensor, widths: Sequence[int]) -> Moments:
 def merge_over(
     process_group: ProcessGroup, widths: Sequence[int], pivot: Tensor | None, correction: int
 ) -> Merge | None:
-    """What `match_covariances` wants to merge over processes; None for one alone."""
+    """How `match_covariances` merges over several processes; None on one process."""
     if group_size(process_group) == 1:
         return None
     return partial(merge_covariances, widths=widths, pivot=pivot, correction=correction, process_group=process_group)
 
 
 def names_of(given: Any) -> tuple[str, ...] | None:
-    """The names of the layers of a target or of other features."""
+    """The names of the layers of a target or of other features, or None."""
     return given.names if isinstance(given, Moments) else checks.names_of(given)

@@ -1,4 +1,4 @@
-"""The covariance loss through explicit matrices, as autograd nodes over `covariance_match_` and `match_`."""
+"""Matching explicit covariances: autograd nodes around the operators `covariance_match_` and `match_`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +16,12 @@ from moment_ops.ops.layout import columns_of, statistics_dtype
 from moment_ops.ops.nodes import Node, wants_grad
 from moment_ops.ops.records import CovarianceMatch, Match
 
-# From packed means, packed covariances over N and N to those over all processes.
+# From packed means, packed covariances with correction 0 and the number of rows to those of all processes.
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class _MatchCovariance(Node):
-    """(loss, means) of features: the operator `covariance_match_`; backward reads the features once more."""
+    """(loss, means) of features, by the operator `covariance_match_`. Backward reads the features once more."""
 
     @staticmethod
     def forward(ctx: Any, correction: int, match: CovarianceMatch, *features: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class _MatchCovariance(Node):
 def _differentiable_backward(
     ctx: Any, features: Sequence[Tensor], derivative: Tensor, grad: Tensor, grad_mean: Tensor | None
 ) -> list[Tensor]:
-    """For a backward that is differentiated: the saved derivative with its dependence on the covariance put back."""
+    """The backward that is itself differentiated: the saved derivative plus its dependence on the covariance."""
     widths = [x[0].numel() for x in features]
     grad_means = [None] * len(features) if grad_mean is None else list(grad_mean.split(widths))
     saved = triangle.split(derivative, widths)
@@ -75,12 +75,12 @@ def _differentiable_backward(
 def match_covariances(
     layers: Sequence[Tensor], match: CovarianceMatch, correction: int, merge: Merge | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of weighted squared Frobenius distances, and the packed means; both differentiable.
+    """The weighted sum of squared Frobenius distances, and the packed means. Both are differentiable.
 
     Args:
         layers: (N, ...) features.
-        match: the targets and their average; whether the derivative is kept is set here.
-        merge: over processes.
+        match: targets, weights and average; the field `keep` is set here.
+        merge: merges the means and covariances over several processes.
     """
     checks.check_tangents(match.target, "target")
     dtype = statistics_dtype(layers[0].dtype)

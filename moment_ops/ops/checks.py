@@ -36,6 +36,11 @@ def label(name: str, i: int, names: Sequence[str] | None) -> str:
     return f"{name}[{i if names is None else repr(names[i])}]"
 
 
+def label_of(name: str, i: int, layers: Sequence[Any], names: Sequence[str] | None) -> str:
+    """What an error calls a layer; the only one without a name is called by the argument's name."""
+    return name if len(layers) == 1 and names is None else label(name, i, names)
+
+
 def not_nested(x: Tensor, name: str) -> None:
     """Nested tensors have no shape to speak of."""
     if x.is_nested:
@@ -108,7 +113,7 @@ def batch(
     """Every layer has the same number of rows, at least one unless they may be empty, and at least one column."""
     rows = layers[0].shape[dim]
     for i, x in enumerate(layers):
-        called = name if len(layers) == 1 and names is None else label(name, i, names)
+        called = label_of(name, i, layers, names)
         if x.shape[dim] == 0 and not empty:
             raise ValueError(f"{called}: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
         if x.shape[dim] != rows:
