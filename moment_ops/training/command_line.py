@@ -19,10 +19,11 @@ from moment_ops.training.errors import TrainingError
 
 INTERRUPTED = 128 + signal.SIGINT
 METAVARS = {int: "N", float: "X", str: "NAME"}
+DATA_HELP = "mnist, or a folder of png and jpg images"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status. Errors that a user can act on are one line on stderr."""
+    """Run one command and return its exit status. Errors that a user can act on are printed as one line."""
     options = make_parser().parse_args(arguments)
     try:
         return options.command(options) or 0
@@ -38,67 +39,103 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moment-ops", description="Fused moment ops, and training with them.")
+    parser = argparse.ArgumentParser(
+        prog="moment-ops", description="Train generators by matching moments, and show what runs on this machine."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a generator")
+    text = "train a generator by matching moments"
+    train = commands.add_parser("train", help=text, description=sentence(text))
     methods = train.add_subparsers(title="methods", required=True, metavar="METHOD")
     add_train_gfmn(methods)
     add_train_molm(methods)
 
-    moments = add_command(commands, "moments", moments_command, "compute and save the target moments of a data set")
-    moments.add_argument("--data", default="mnist", help="mnist, or a folder of images (default: mnist)")
-    moments.add_argument("--extractor", type=Path, help="extractor file (default: trained in runs/ at first use)")
-    moments.add_argument("--output", type=Path, default=Path("target.npz"), help="file (default: target.npz)")
+    moments = add_command(
+        commands,
+        "moments",
+        moments_command,
+        "compute the moments of a classifier's features over a data set, and save them",
+    )
+    moments.add_argument("--data", default="mnist", help=f"{DATA_HELP} (default: mnist)")
+    moments.add_argument(
+        "--extractor",
+        type=Path,
+        metavar="FILE",
+        help="classifier (default: runs/extractor-DATA.pt, which is trained if it does not exist)",
+    )
+    moments.add_argument(
+        "--output", type=Path, default=Path("target.npz"), metavar="FILE", help="output file (default: target.npz)"
+    )
     add_device(moments)
 
-    sample = add_command(commands, "sample", sample_command, "draw samples from a checkpoint")
+    sample = add_command(commands, "sample", sample_command, "draw samples from the generator of a checkpoint")
     add_run(sample)
-    sample.add_argument("--count", type=int, default=100, help="number of samples (default: 100)")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the latent vectors (default: 0)")
+    sample.add_argument("--count", type=int, default=100, metavar="N", help="number of samples (default: 100)")
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latent vectors (default: 0)")
     sample.add_argument(
         "--output",
         type=Path,
         default=Path("samples.png"),
-        help="a grid if it ends in .png, uint8 images (N, H, W, C) if in .npz (default: samples.png)",
+        metavar="FILE",
+        help="output file: .png for a grid, .npz for a uint8 array (N, H, W, C) (default: samples.png)",
     )
     add_device(sample)
 
-    evaluate = add_command(commands, "evaluate", evaluate_command, "Frechet distance of a checkpoint's samples")
+    evaluate = add_command(
+        commands, "evaluate", evaluate_command, "compute the Frechet distance of a checkpoint's samples"
+    )
     add_run(evaluate)
-    evaluate.add_argument("--data", help="mnist, or a folder of images (default: what the run was trained on)")
+    evaluate.add_argument("--data", help=f"{DATA_HELP} (default: the data of the run)")
     add_device(evaluate)
 
-    add_command(commands, "env", env_command, "what can run here, and why something cannot")
+    add_command(commands, "env", env_command, "show which backends can run here, and why the others cannot")
     return parser
 
 
+def sentence(text: str) -> str:
+    """A help text as a sentence."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def add_command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
+    command = commands.add_parser(name, help=text, description=sentence(text))
     command.set_defaults(command=function, parser=command)
     return command
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+    parser.add_argument(
+        "--device", default="auto", help="torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)"
+    )
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, default=Path("runs/gfmn-mnist"), help="folder (default: runs/gfmn-mnist)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/gfmn-mnist"),
+        metavar="FOLDER",
+        help="folder of the run (default: runs/gfmn-mnist)",
+    )
+
+
+def add_new_run(parser: argparse.ArgumentParser, method: str) -> None:
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{method}-DATA)")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
 
 
 def add_train_gfmn(methods: Any) -> None:
     gfmn = add_command(
         methods, "gfmn", train_gfmn_command, "match the moments of a frozen classifier's features (GFMN)"
     )
-    gfmn.add_argument("--run", type=Path, help="folder of the run (default: runs/gfmn-DATA)")
-    gfmn.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    add_new_run(gfmn, "gfmn")
     gfmn.add_argument(
         "--extractor",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="weights of the networks of --features (default: a classifier beside the run, trained at first use)",
+        help="weights of the networks of --features, in their order (default, for the classifier only:"
+        " extractor-DATA.pt next to the folder of the run, which is trained if it does not exist)",
     )
     add_device(gfmn)
 
@@ -109,10 +146,12 @@ def add_train_gfmn(methods: Any) -> None:
 
 def add_train_molm(methods: Any) -> None:
     molm = add_command(
-        methods, "molm", train_molm_command, "match the moments of a network that learns to see differences (MoLM)"
+        methods,
+        "molm",
+        train_molm_command,
+        "match the moments of a network that learns to tell real images from generated ones (MoLM)",
     )
-    molm.add_argument("--run", type=Path, help="folder of the run (default: runs/molm-DATA)")
-    molm.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    add_new_run(molm, "molm")
     add_device(molm)
 
     from moment_ops.training.molm import Settings
@@ -121,7 +160,7 @@ def add_train_molm(methods: Any) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
-    """One option for every field with a help text; only those that are given appear in the result."""
+    """One option for every field with a help text. Only options that are given appear in the result."""
     for field in dataclasses.fields(settings):
         if not field.metadata:
             continue
@@ -130,14 +169,14 @@ def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
             keywords["action"] = "store_true"
         else:
             keywords["type"] = type(field.default)
-            keywords["help"] += f" (default: {field.default})"
+            keywords["help"] += f" (default: {field.default if field.default != '' else 'none'})"
             if "choices" not in keywords:
-                keywords["metavar"] = METAVARS[type(field.default)]
+                keywords.setdefault("metavar", METAVARS[type(field.default)])
         parser.add_argument("--" + field.name.replace("_", "-"), **keywords)
 
 
 def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The settings given on the command line. Steps that were asked for are made, however long it takes."""
+    """The settings given on the command line. If `--steps` is given, `--seconds` has no default."""
     names = {field.name for field in dataclasses.fields(settings)}
     given = {name: value for name, value in vars(options).items() if name in names}
     if "steps" in given:
@@ -208,9 +247,9 @@ def sample_command(options: argparse.Namespace) -> None:
     from moment_ops.training.networks import choose_device
 
     if options.count < 1:
-        options.parser.error(f"--count must be at least 1, got {options.count}")
+        options.parser.error(f"--count: got {options.count}, expected at least 1")
     if options.output.suffix not in (".png", ".npz"):
-        options.parser.error(f"--output must end in .png or .npz, got {options.output}")
+        options.parser.error(f"--output: got {options.output}, expected a file that ends in .png or .npz")
     generator = runs.averaged_generator(runs.load_checkpoint(options.run)).to(choose_device(options.device))
     images = data.unscale(torch.cat(evaluator.sample(generator, options.count, options.seed)))
     if options.output.suffix == ".png":
@@ -241,7 +280,7 @@ def env_command(options: argparse.Namespace) -> None:
 
 def summary(distance: float, held_out: float) -> str:
     ratio = distance / held_out
-    return f"Frechet distance {distance:.2f}; of held-out real images {held_out:.2f}; ratio {ratio:.2f}"
+    return f"Frechet distance {distance:.2f}; that of held-out images is {held_out:.2f}; ratio {ratio:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Networks whose features are matched, for ``MomentExtractor``: VGG19, ResNet18 and EfficientNet-Lite0."""
+"""Networks with pretrained weights, whose features are matched: VGG19, ResNet18 and EfficientNet-Lite0."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -15,12 +15,12 @@ _VGG19: tuple[tuple[int, int], ...] = ((2, 64), (2, 128), (4, 256), (4, 512), (4
 
 
 class VGG19(nn.Module):
-    """VGG19 with BatchNorm, CIFAR-style: 16 ReLUs, 303,104 features of a 32 x 32 image.
+    """VGG19 with BatchNorm for small images. Its 16 ReLUs have 303,104 features for an image of 32 x 32.
 
     Args:
-        image_size: height and width, a multiple of 32; of the classifier's input alone.
+        image_size: height and width of the images, a multiple of 32. Only the classifier depends on it.
 
-    Source: Simonyan & Zisserman 2015, as dos Santos et al. 2019 use it: a single linear layer for the classes.
+    Source: Simonyan & Zisserman 2015; with a single linear layer for the classes, as in dos Santos et al. 2019.
     """
 
     def __init__(self, channels: int = 3, classes: int = 1000, image_size: int = 32) -> None:
@@ -40,7 +40,7 @@ class VGG19(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut, which is a convolution where the shape changes."""
+    """Two convolutions and a shortcut, which is a convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet18, CIFAR-style, without striding in its stem: 17 ReLUs, 557,056 features of a 32 x 32 image.
+    """ResNet18 for small images, whose stem has no stride. Its 17 ReLUs have 557,056 features for an image of 32 x 32.
 
     Args:
-        image_size: height and width, a multiple of 32; of the classifier's input alone.
+        image_size: height and width of the images, a multiple of 32. Only the classifier depends on it.
 
-    Source: He et al. 2016, as dos Santos et al. 2019 use it; they match the first 16 ReLUs.
+    Source: He et al. 2016, in the form of dos Santos et al. 2019, who match the first 16 ReLUs.
     """
 
     def __init__(self, channels: int = 3, classes: int = 1000, image_size: int = 32) -> None:
@@ -91,21 +91,22 @@ class ResNet18(nn.Module):
 
 
 def load_weights(network: Network, path: Path | str) -> Network:
-    """Load a state dict that ``torch.save`` wrote: itself, or the entry "state_dict", "net" or "model" of a checkpoint.
+    """Load a state dict from a file of ``torch.save``.
 
-    A prefix "module." of its names, which DataParallel leaves, is dropped. Nothing is unpickled but tensors.
+    The file holds the state dict itself, or a checkpoint with the key "state_dict", "net" or "model". A prefix
+    "module." of its names, which DataParallel adds, is removed. Only tensors are unpickled.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise TrainingError(f"could not read {path}: {error.strerror}") from error
     except Exception as error:  # anything may be raised for arbitrary bytes
-        raise TrainingError(f"{path} is no file of weights: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from error
     for key in ("state_dict", "net", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TrainingError(f"{path} holds no weights by name")
+        raise TrainingError(f"{path} holds no state dict, a mapping from names to weights")
     try:
         network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     except RuntimeError as error:
@@ -116,8 +117,9 @@ def load_weights(network: Network, path: Path | str) -> Network:
 class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 with ImageNet weights, from the packages of the extra ``efficientnet``.
 
-    Takes images in [-1, 1], the range that it was trained for; grey ones become colour. Late layers of small images
-    have a single position. Its activations are ReLU6: tap ``torch.nn.ReLU6``.
+    It takes images in [-1, 1], the range that it was trained with. Grey images are repeated over the three channels.
+    Its activations are ReLU6, so that taps select ``torch.nn.ReLU6``. For small images, late layers have a single
+    position.
 
     Source: Tan & Le 2019; weights by Google, converted (Apache-2.0).
     """

@@ -1,4 +1,4 @@
-"""Whose features GFMN matches: a classifier trained on the data itself, or networks with weights of their own."""
+"""Extractors of features to match: of a classifier that is trained on the data, or of pretrained networks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSIFIER = "classifier"
 CHOICES = (CLASSIFIER, "vgg19", "resnet18", "vgg19+resnet18", "efficientnet-lite0")
 CLASSIFIER_ITERATIONS, CLASSIFIER_SECONDS = 640, 60.0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Of ResNet18's 17 ReLUs the paper matches the first 16.
+# dos Santos et al. 2019 match the first 16 of the 17 ReLUs of ResNet18.
 MATCHED_RELUS = 16
 
 _WITH_WEIGHTS: dict[str, Callable[[], nn.Module]] = {"vgg19": VGG19, "resnet18": ResNet18}
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 class _Normalized(nn.Module):
-    """A network of normalized colour images, for grey or colour images in [-1, 1]."""
+    """A network that takes normalized colour images, for grey or colour images in [-1, 1]."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -42,21 +42,26 @@ class _Normalized(nn.Module):
 
 
 def pretrained_extractor(features: str, weights: Sequence[Path] | None) -> mo.MomentExtractor:
-    """The taps of one of ``CHOICES`` but the classifier.
+    """The extractor for one of ``CHOICES`` other than the classifier.
 
     Args:
-        features: networks joined by "+".
-        weights: files of their weights, in that order; None leaves them as they are made, for a state to be loaded.
+        features: names of networks, joined by "+".
+        weights: files with their weights, in this order. None leaves the initial weights, for a state to be loaded.
 
-    Raises ``TrainingError`` where files are missing or too many, or hold something else.
+    Raises:
+        TrainingError: too few or too many files, or files that do not hold these weights.
     """
     if features == "efficientnet-lite0":
         if weights:
-            raise TrainingError("efficientnet-lite0 brings its weights; --extractor is for the other networks")
+            raise TrainingError(
+                f"--extractor: got {len(weights)} files, expected none: efficientnet-lite0 has its weights"
+            )
         return mo.MomentExtractor(EfficientNetLite0(), nn.ReLU6)
     names = features.split("+")
     if weights is not None and len(weights) != len(names):
-        raise TrainingError(f"{features} needs {len(names)} files of weights after --extractor, got {len(weights)}")
+        raise TrainingError(
+            f"--extractor: got {len(weights)} files, expected {len(names)} with the weights of {features}"
+        )
     networks = {name: _WITH_WEIGHTS[name]() for name in names}
     for network, path in zip(networks.values(), weights or (), strict=False):
         load_weights(network, path)
@@ -68,7 +73,7 @@ def pretrained_extractor(features: str, weights: Sequence[Path] | None) -> mo.Mo
 
 
 def fingerprint(data: ImageData) -> str:
-    """Tells data sets apart, so that a classifier is not reused for another one of the same name."""
+    """A hash of the training data, so that a classifier is not reused for other data of the same name."""
     digest = hashlib.sha256(data.train.cpu().numpy().tobytes())
     if data.train_labels is not None:
         digest.update(data.train_labels.cpu().numpy().tobytes())
@@ -78,9 +83,9 @@ def fingerprint(data: ImageData) -> str:
 def load_or_train_classifier(
     data: ImageData, path: Path, *, iterations: int = CLASSIFIER_ITERATIONS, say: Say = print
 ) -> Classifier:
-    """The frozen classifier whose features are matched; trained at first use and kept at ``path``.
+    """The frozen classifier whose features are matched. If ``path`` does not exist, it is trained and saved there.
 
-    It learns the labels of ``data``, or, where there are none, to tell how an image was turned.
+    It learns the labels of ``data``. Without labels it learns by which angle an image was rotated.
     """
     images, labels = data.train, data.train_labels
     held_out, held_out_labels = data.held_out, data.held_out_labels
@@ -94,7 +99,7 @@ def load_or_train_classifier(
         state = checkpoints.load(path, "feature extractor")
         if state["data"] == data_fingerprint:
             return restore_classifier(state["network"], data.train.device)
-        say(f"{path} was trained on other data")
+        say(f"the classifier in {path} was trained on other data, and is replaced")
     torch.manual_seed(0)
     classifier = Classifier(data.channels, classes).to(data.train.device)
     classifiers.train_classifier(
@@ -109,12 +114,12 @@ def load_or_train_classifier(
     share = classifiers.accuracy(classifier, held_out, held_out_labels)
     state = {"network": classifier.state_dict(), "data": data_fingerprint}
     checkpoints.save(path, "feature extractor", state)
-    say(f"extractor: {share:.1%} of the held-out images right; kept in {path}")
+    say(f"classifier: {share:.1%} of the held-out images are classified correctly; saved in {path}")
     return freeze(classifier)
 
 
 def restore_classifier(state: dict[str, Tensor], device: torch.device) -> Classifier:
-    """The frozen classifier that a state dict came from."""
+    """The frozen classifier with this state dict."""
     channels, classes = state["blocks.0.0.weight"].shape[1], state["head.weight"].shape[0]
     classifier = Classifier(channels, classes)
     classifier.load_state_dict(state)

@@ -47,10 +47,10 @@ def test_files_without_these_weights_are_errors(tmp_path):
     with pytest.raises(TrainingError, match=r"could not read .*weights\.pt: No such file"):
         load_weights(nn.Linear(2, 2), path)
     path.write_bytes(b"GIF89a")
-    with pytest.raises(TrainingError, match="is no file of weights"):
+    with pytest.raises(TrainingError, match="is not a file of weights"):
         load_weights(nn.Linear(2, 2), path)
     torch.save([torch.ones(2)], path)
-    with pytest.raises(TrainingError, match="holds no weights by name"):
+    with pytest.raises(TrainingError, match="holds no state dict"):
         load_weights(nn.Linear(2, 2), path)
     torch.save(nn.Linear(3, 2).state_dict(), path)
     with pytest.raises(TrainingError, match=r"holds weights of another network: .*size mismatch for weight"):

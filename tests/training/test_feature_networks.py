@@ -56,9 +56,9 @@ def test_both_networks_of_the_paper_give_its_features(weights):
 @pytest.mark.parametrize(
     ("features", "files", "message"),
     [
-        ("vgg19", [], "vgg19 needs 1 files of weights after --extractor, got 0"),
-        ("vgg19+resnet18", ["a.pt"], r"vgg19\+resnet18 needs 2 files of weights after --extractor, got 1"),
-        ("efficientnet-lite0", ["a.pt"], "efficientnet-lite0 brings its weights"),
+        ("vgg19", [], "--extractor: got 0 files, expected 1 with the weights of vgg19"),
+        ("vgg19+resnet18", ["a.pt"], r"--extractor: got 1 files, expected 2 with the weights of vgg19\+resnet18"),
+        ("efficientnet-lite0", ["a.pt"], "--extractor: got 1 files, expected none: efficientnet-lite0 has its weights"),
     ],
 )
 def test_missing_and_superfluous_files_are_errors(features, files, message):

@@ -113,7 +113,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_finite_checkpoint(train, monkey
         "forward",
         lambda self, images: forward(self, images) * (1.0 if next(calls) < 14 else float("nan")),
     )
-    with pytest.raises(TrainingError, match="the loss is not finite at step 15"):
+    with pytest.raises(TrainingError, match="the loss is non-finite at step 15"):
         train("run")
     assert trained_state(tmp_path / "run")["step"] == 10
 
@@ -134,7 +134,7 @@ def test_a_new_run_keeps_the_earlier_one_beside_it(train):
 def test_a_folder_with_other_files_is_not_taken_for_a_run(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("text")
-    with pytest.raises(TrainingError, match="in use for something else"):
+    with pytest.raises(TrainingError, match="holds files that are not of a run"):
         train("run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 

@@ -60,9 +60,9 @@ def test_a_stopped_and_continued_run_equals_an_uninterrupted_one(train, average)
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("7", "--covariance 7: expected 1 to 6 layers"),
-        ("0", "--covariance 0: expected 1 to 6 layers"),
-        ("nothing", "--covariance: there is no layer 'nothing'; the layers are blocks"),
+        ("7", "--covariance: got 7, expected 1 to 6 layers"),
+        ("0", "--covariance: got 0, expected 1 to 6 layers"),
+        ("nothing", "--covariance: got 'nothing', expected names of blocks"),
     ],
 )
 def test_layers_that_there_are_not_are_errors(train, choice, message):
