@@ -96,8 +96,8 @@ def covariance(
         TypeError, ValueError: wrong types, dtypes, devices, ranks, sizes or options; a matrix that does not fit into
             memory. The message names the argument.
 
-    Cost: per layer one or two launches, one read and N D^2 products, since only the upper triangle is computed.
-    Backward takes 2 N D^2 products, one read and one write.
+    Cost: per layer N D^2 products, since only the upper triangle is computed, and two reads, for the means and for the
+    products; on a GPU two launches. Backward takes 2 N D^2 products, one launch, one read and one write.
     """
     layers, *_, names = checks.batch_of(input)
     checks.correction(correction)

@@ -41,8 +41,7 @@ def coral_loss(source: Tensor, target: Tensor, *, process_group: ProcessGroup = 
         TypeError, ValueError: wrong types, dtypes, devices or shapes; fewer than two rows.
 
     Cost: if N + M < D, (N + M)^2 D products and no (D, D) matrix; otherwise (N + M) D^2 products and two (D, D)
-    matrices. One read of the features; backward takes one read and one write. Over several processes the host waits for
-    the numbers of rows.
+    matrices. Over several processes the host waits for the numbers of rows.
 
     Source: B. Sun and K. Saenko, Deep CORAL (2016), equations 1 to 3.
     """

@@ -125,9 +125,9 @@ def covariance_loss(
         TypeError, ValueError: wrong types, dtypes, devices, shapes, names, options or weights; too few rows; a matrix
             that does not fit into memory. The message names the argument.
 
-    Cost: N D^2 products, since only the upper triangle is computed, and one read of the features. Backward takes
-    2 N D^2 products, one read and one write. On one process and with a target that requires no grad, forward forms no
-    (D, D) matrix; if the input requires grad, it saves one packed triangle.
+    Cost: N D^2 products, since only the upper triangle is computed, and two reads of the features, for the means and
+    for the products. Backward takes 2 N D^2 products, one read and one write. On one process and with a target that
+    requires no grad, forward forms no (D, D) matrix; if the input requires grad, it saves one packed triangle.
 
     Source: the covariance matching loss of dos Santos et al. 2019, section 3. Their code matches the diagonal only.
     """
