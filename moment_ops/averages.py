@@ -18,15 +18,15 @@ def _number(value: object, name: str) -> float:
     return value
 
 
-def _zeros(kind: str, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
+def _zeros(average_kind: str, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
     """The state of an average before its first step, by name, in the order that the operators expect."""
-    description = AVERAGES[kind]
+    kind = AVERAGES[average_kind]
     state = {
         f"{quantity}_{vector}": torch.zeros_like(target_mean)
         for quantity in (("mean", "var") if has_var else ("mean",))
-        for vector in description.vectors
+        for vector in kind.vectors
     }
-    if description.has_started:
+    if kind.has_started:
         # A column whose first values are non-finite starts from its first finite value.
         state["started"] = torch.zeros_like(target_mean, dtype=torch.bool)
     state["step"] = torch.zeros((), dtype=torch.int64, device=target_mean.device)

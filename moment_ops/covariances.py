@@ -43,13 +43,13 @@ def missing_memory(width: int, dtype: torch.dtype, device: torch.device) -> str 
     )
 
 
-def check_memory(layers: Sequence[Tensor], name: str = "input", names: Sequence[str] | None = None) -> None:
+def check_memory(features: Sequence[Tensor], name: str = "input", names: Sequence[str] | None = None) -> None:
     """Raise ValueError for a layer whose covariance does not fit into memory."""
-    for i, x in enumerate(layers):
+    for i, x in enumerate(features):
         reason = missing_memory(columns_of(x), x.dtype, x.device)
         if reason is not None:
             raise ValueError(
-                f"{checks.label_of(name, i, layers, names)}: {reason}. Use covariance_distance(..., method='gram'),"
+                f"{checks.label_of(name, i, features, names)}: {reason}. Use covariance_distance(..., method='gram'),"
                 " which needs no such matrix, or pool the features first"
             )
 
@@ -99,11 +99,11 @@ def covariance(
     Cost: per layer N D^2 products, since only the upper triangle is computed, and two reads, for the means and for the
     products; on a GPU two launches. Backward takes 2 N D^2 products, one launch, one read and one write.
     """
-    layers, *_, names = checks.batch_of(input)
+    features, *_, names = checks.batch_of(input)
     checks.correction(correction)
     checks.option(precision, "precision", PRECISIONS)
     if not isinstance(centered, bool):
         raise TypeError(f"centered: got {centered!r}, expected a bool")
-    check_memory(layers, names=names)
-    results = tuple(covariance_op(x, correction, centered, precision)[0] for x in layers)
+    check_memory(features, names=names)
+    results = tuple(covariance_op(x, correction, centered, precision)[0] for x in features)
     return results[0] if isinstance(input, Tensor) else results

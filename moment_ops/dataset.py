@@ -98,20 +98,20 @@ class _Scatter:
         self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
 
-    def add(self, features: checks.Features) -> None:
-        """Add the rows of a batch."""
-        layers, _, shapes, _, names = checks.batch_of(features)
-        check_memory(layers, "features", names)
+    def add(self, batch: checks.Features) -> None:
+        """Add the rows of a batch of features."""
+        features, _, shapes, _, names = checks.batch_of(batch)
+        check_memory(features, "features", names)
         if self.rows == 0:
-            self._start(layers, shapes)
+            self._start(features, shapes)
             self.names = names
         if names != self.names:
             raise ValueError(f"batches: got features named {names}, expected {self.names} as in the first batch")
         if shapes != self._shapes:
             raise ValueError(f"batches: got features of shapes {shapes}, expected {self._shapes} as in the first batch")
-        rows = layers[0].shape[0]
+        rows = features[0].shape[0]
         share = rows / (self.rows + rows)
-        for x, pivot, mean, total in zip(layers, self._pivots, self._means, self._sums, strict=True):
+        for x, pivot, mean, total in zip(features, self._pivots, self._means, self._sums, strict=True):
             # Over N, not N - c, which would be NaN for a single row.
             matrix, batch_mean = covariance_op(x.flatten(1).to(pivot.dtype) - pivot, 0, True, "ieee")
             delta = batch_mean.double() - mean
@@ -121,8 +121,8 @@ class _Scatter:
             mean.add_(delta, alpha=share)
         self.rows += rows
 
-    def _start(self, layers: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
-        first = moments(layers, var=False)
+    def _start(self, features: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+        first = moments(features, var=False)
         self._shapes, self._pivots = shapes, list(first.mean.split(first.sizes))
         self._means = [torch.zeros_like(pivot, dtype=torch.float64) for pivot in self._pivots]
         self._sums = [mean.new_zeros(len(mean), len(mean)) for mean in self._means]

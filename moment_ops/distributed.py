@@ -55,17 +55,17 @@ class _SumOverRanks(_AllReduce):
 
 
 def moments_of_rank(
-    layers: Sequence[Tensor], var: bool, signature: plans.Signature | None = None
+    features: Sequence[Tensor], var: bool, signature: plans.Signature | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(mean, var, count) of this process, as `merge_ranks` takes them.
 
     The correction is 0, since a variance over N - 1 is NaN for a single row. A process without rows has means and
     variances of zero, through which the features get a gradient of zero.
     """
-    if layers[0].shape[0]:
-        return moments(layers, 0, 0, var, signature=signature)
-    mean = torch.cat([x.sum(0, dtype=statistics_dtype(x.dtype)).flatten() for x in layers])
-    return mean, mean if var else None, mean.new_zeros(len(layers), dtype=torch.int64)
+    if features[0].shape[0]:
+        return moments(features, 0, 0, var, signature=signature)
+    mean = torch.cat([x.sum(0, dtype=statistics_dtype(x.dtype)).flatten() for x in features])
+    return mean, mean if var else None, mean.new_zeros(len(features), dtype=torch.int64)
 
 
 def covariance_of_rank(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def merge_ranks(
         (mean, var, count), the same on every process. Gradients follow the convention of DistributedDataParallel:
         parameters get the gradient of one process on the concatenated batch, also if batch sizes differ.
     """
-    layers, columns = count.shape[0], mean.shape[0]
+    num_layers, columns = count.shape[0], mean.shape[0]
     rows = per_column(count.double(), sizes)
     shift = mean.double() - pivot.double()
     parts = [count.double(), rows * shift]
@@ -108,13 +108,13 @@ def merge_ranks(
         parts.append(m2 + rows * shift.square())
     total = _SumOverRanks.call(torch.cat(parts), process_group)
 
-    merged_count = total[:layers].detach().round().to(torch.int64)
+    merged_count = total[:num_layers].detach().round().to(torch.int64)
     rows = per_column(merged_count.double(), sizes)
-    shift = total[layers : layers + columns] / rows
+    shift = total[num_layers : num_layers + columns] / rows
     merged_mean = (pivot.double() + shift).to(mean.dtype)
     merged_var = None
     if var is not None:
-        m2 = (total[layers + columns :] - rows * shift.square()).clamp_min(0)
+        m2 = (total[num_layers + columns :] - rows * shift.square()).clamp_min(0)
         freedom = rows - new_correction
         merged_var = torch.where(freedom > 0, m2 / freedom, float("nan")).to(var.dtype)
     return merged_mean, merged_var, merged_count
@@ -157,18 +157,18 @@ def merge_covariances(
 
 
 def merged_moments(
-    layers: Sequence[Tensor], correction: int, var: bool, process_group: ProcessGroup
+    features: Sequence[Tensor], correction: int, var: bool, process_group: ProcessGroup
 ) -> tuple[Tensor, Tensor | None]:
     """Packed means and variances over the rows of all processes. Differentiable, as `merge_ranks`."""
     if group_size(process_group) == 1:
-        return moments(layers, 0, correction, var)[:2]
-    mean, variance, count = moments_of_rank(layers, var)
+        return moments(features, 0, correction, var)[:2]
+    mean, variance, count = moments_of_rank(features, var)
     return merge_ranks(
         mean,
         variance,
         count,
         0,
-        sizes=[columns_of(x) for x in layers],
+        sizes=[columns_of(x) for x in features],
         pivot=torch.zeros_like(mean),
         new_correction=correction,
         process_group=process_group,
@@ -176,21 +176,21 @@ def merged_moments(
 
 
 def merged_covariances(
-    layers: Sequence[Tensor], correction: int, precision: str, process_group: ProcessGroup
+    features: Sequence[Tensor], correction: int, precision: str, process_group: ProcessGroup
 ) -> tuple[list[Tensor], Tensor]:
     """Covariances over the rows of all processes, and packed means. Differentiable, as `merge_covariances`.
 
     The covariance of a layer is a (D, D) matrix on one process, and a packed triangle on several.
     """
     if group_size(process_group) == 1:
-        results = [covariance(x, correction, True, precision) for x in layers]
+        results = [covariance(x, correction, True, precision) for x in features]
         return [cov for cov, _ in results], torch.cat([mean for _, mean in results])
-    widths = [columns_of(x) for x in layers]
-    results = [covariance_of_rank(x, precision) for x in layers]
+    widths = [columns_of(x) for x in features]
+    results = [covariance_of_rank(x, precision) for x in features]
     mean, packed = merge_covariances(
         torch.cat([mean for _, mean in results]),
         triangle.pack_all([cov for cov, _ in results]),
-        layers[0].shape[0],
+        features[0].shape[0],
         widths=widths,
         pivot=None,
         correction=correction,
@@ -309,10 +309,10 @@ def gather_rows(groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup)
     on it.
     """
     if group_size(process_group) == 1:
-        return [list(layers) for layers in groups]
-    counts = row_counts([layers[0].shape[0] for layers in groups], groups[0][0], process_group)
+        return [list(features) for features in groups]
+    counts = row_counts([features[0].shape[0] for features in groups], groups[0][0], process_group)
     gathered: list[list[Tensor]] = []
-    for layers, *sizes in zip(groups, *counts, strict=True):
-        parts = [_GatherRows.call(x, sizes, process_group) for x in layers]
+    for features, *sizes in zip(groups, *counts, strict=True):
+        parts = [_GatherRows.call(x, sizes, process_group) for x in features]
         gathered += [list(ranked) for ranked in zip(*parts, strict=True)]
     return gathered

@@ -1,4 +1,4 @@
-"""`MomentNetwork`: means of hidden units, parameter gradients and input of a network that learns (MoLM)."""
+"""`MomentNetwork`: means of hidden units, parameter gradients and input of a network that learns."""
 
 import math
 import warnings

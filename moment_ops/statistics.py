@@ -376,29 +376,31 @@ def moments(input: checks.Features, *, dim: int | Sequence[int] = 0, correction:
     """
     correction = checks.correction(correction)
     if dim == 0 and type(dim) is int:
-        layers, signature, shapes, _, names = checks.batch_of(input)
-        mean, variance, count = moments_op(layers, 0, correction, var, signature=signature)
+        features, signature, shapes, _, names = checks.batch_of(input)
+        mean, variance, count = moments_op(features, 0, correction, var, signature=signature)
         return Moments(mean, variance, None, count, correction, shapes, names, validate=False)
-    layers, names = checks.features(input), checks.names_of(input)
-    dims = checks.dimensions(dim, layers)
+    features, names = checks.features(input), checks.names_of(input)
+    dims = checks.dimensions(dim, features)
     first = [d[0] for d in dims]
     if any(d != first[0] for d in first):
-        layers, first = [x.movedim(d, 0) for x, d in zip(layers, first, strict=True)], [0] * len(layers)
-    checks.batch(layers, first[0], names=names)
+        features, first = [x.movedim(d, 0) for x, d in zip(features, first, strict=True)], [0] * len(features)
+    checks.batch(features, first[0], names=names)
     if all(len(d) == 1 for d in dims):
-        mean, variance, count = moments_op(layers, first[0], correction, var)
-        shapes = tuple((*x.shape[: first[0]], *x.shape[first[0] + 1 :]) for x in layers)
+        mean, variance, count = moments_op(features, first[0], correction, var)
+        shapes = tuple((*x.shape[: first[0]], *x.shape[first[0] + 1 :]) for x in features)
         return Moments(mean, variance, None, count, correction, shapes, names, validate=False)
-    return replace(_pool(layers, dims, first[0], correction, var), names=names, validate=False)
+    return replace(_pool(features, dims, first[0], correction, var), names=names, validate=False)
 
 
-def _pool(layers: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int, correction: int, var: bool) -> Moments:
+def _pool(
+    features: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int, correction: int, var: bool
+) -> Moments:
     """Moments over several dimensions: over the first, and then merged over the others. Features are read once."""
-    mean, variance, count = moments_op(layers, first, 0, var)
-    rows = layers[0].shape[first]
+    mean, variance, count = moments_op(features, first, 0, var)
+    rows = features[0].shape[first]
     means, variances, factors, shapes = [], [], [], []
     offset = 0
-    for x, (_, *others) in zip(layers, dims, strict=True):
+    for x, (_, *others) in zip(features, dims, strict=True):
         shape = (*x.shape[:first], *x.shape[first + 1 :])
         pooled = [d - 1 for d in others]
         packed = slice(offset, offset + math.prod(shape))

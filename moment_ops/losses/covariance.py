@@ -12,9 +12,9 @@ from moment_ops.distributed import ProcessGroup, group_size
 from moment_ops.losses.buffers import BufferedLoss
 from moment_ops.losses.covariance_arguments import (
     check_device,
-    check_layers,
     check_options,
     check_rows,
+    check_widths,
     joined,
     means,
     merge_over,
@@ -139,17 +139,17 @@ def covariance_loss(
     layer_weights(mean_weight, "mean_weight", len(widths))
     target_mean = _mean_of(target, mean_weight)
     merge = merge_over(process_group, widths, None if target_mean is None else target_mean.detach(), correction)
-    layers, *_, names = checks.batch_of(input, empty=merge is not None)
+    features, *_, names = checks.batch_of(input, empty=merge is not None)
     check_names(names, names_of(target))
     if merge is None:
-        check_rows(layers[0].shape[0], correction)
-    layers = joined(layers, joint)
+        check_rows(features[0].shape[0], correction)
+    features = joined(features, joint)
     names = None if joint else names
-    check_layers(layers, widths, "target", names)
-    check_device(layers, matrices, "target")
-    check_memory(layers, names=names)
+    check_widths(features, widths, "target", names)
+    check_device(features, matrices, "target")
+    check_memory(features, names=names)
     match = CovarianceMatch(matrices, scales(weights, widths, reduction), precision=precision)
-    value, mean = match_covariances(layers, match, correction, merge)
+    value, mean = match_covariances(features, match, correction, merge)
     if target_mean is None:
         return value
     matched = means(target_mean, widths)
@@ -227,16 +227,16 @@ class CovarianceLoss(BufferedLoss):
     def forward(self, input: checks.Features) -> Tensor:
         """The loss of one batch."""
         alone = group_size(self.process_group) == 1
-        layers, *_, names = checks.batch_of(input, empty=not alone)
+        features, *_, names = checks.batch_of(input, empty=not alone)
         check_names(names, self.names)
         if alone:
-            check_rows(layers[0].shape[0], self.correction)
-        layers = joined(layers, self.joint)
-        check_layers(layers, self.widths, "target", None if self.joint else names)
-        check_device(layers, [self.target_cov], "target")
-        return self.match(layers)
+            check_rows(features[0].shape[0], self.correction)
+        features = joined(features, self.joint)
+        check_widths(features, self.widths, "target", None if self.joint else names)
+        check_device(features, [self.target_cov], "target")
+        return self.match(features)
 
-    def match(self, layers: Sequence[Tensor]) -> Tensor:
+    def match(self, features: Sequence[Tensor]) -> Tensor:
         """The loss of layers that are already checked and joined."""
         match = CovarianceMatch(
             triangle.split(self.target_cov, self.widths),
@@ -248,7 +248,7 @@ class CovarianceLoss(BufferedLoss):
         )
         pivot = None if self.mean_loss is None else self.mean_loss.target_mean
         merge = merge_over(self.process_group, self.widths, pivot, self.correction)
-        value, mean = match_covariances(layers, match, self.correction, merge)
+        value, mean = match_covariances(features, match, self.correction, merge)
         if self.mean_loss is not None:
             value = value + self.mean_loss(means(mean, self.widths))
         return value

@@ -23,26 +23,26 @@ def check_options(reduction: Any, precision: Any, correction: Any, joint: Any) -
         raise TypeError(f"joint: got {joint!r}, expected a bool")
 
 
-def joined(layers: Sequence[Tensor], joint: bool) -> list[Tensor]:
+def joined(features: Sequence[Tensor], joint: bool) -> list[Tensor]:
     """With `joint`, one layer of all columns."""
-    return [torch.cat([as_rows(x) for x in layers], 1)] if joint else list(layers)
+    return [torch.cat([as_rows(x) for x in features], 1)] if joint else list(features)
 
 
-def widths_of(layers: Sequence[Tensor], joint: bool) -> list[int]:
+def widths_of(features: Sequence[Tensor], joint: bool) -> list[int]:
     """Columns of every covariance."""
-    widths = [columns_of(x) for x in layers]
+    widths = [columns_of(x) for x in features]
     return [sum(widths)] if joint else widths
 
 
-def check_layers(layers: Sequence[Tensor], widths: Sequence[int], name: str, names: Sequence[str] | None) -> None:
+def check_widths(features: Sequence[Tensor], widths: Sequence[int], name: str, names: Sequence[str] | None) -> None:
     """The features called `names` have as many columns as `name` has."""
-    if len(layers) != len(widths):
-        raise ValueError(f"input: got {len(layers)} layers, expected {len(widths)} as in {name}")
-    for i, (x, width) in enumerate(zip(layers, widths, strict=True)):
+    if len(features) != len(widths):
+        raise ValueError(f"input: got {len(features)} layers, expected {len(widths)} as in {name}")
+    for i, (x, width) in enumerate(zip(features, widths, strict=True)):
         if columns_of(x) != width:
+            label = checks.label_of("input", i, features, names)
             raise ValueError(
-                f"{checks.label_of('input', i, layers, names)}: got {columns_of(x)} columns in shape {tuple(x.shape)},"
-                f" expected {width} as in {name}"
+                f"{label}: got {columns_of(x)} columns in shape {tuple(x.shape)}, expected {width} as in {name}"
             )
 
 
@@ -51,11 +51,11 @@ def check_rows(rows: int, correction: int, name: str = "input") -> None:
         raise ValueError(f"{name}: got a batch of {rows}, expected more than {max(correction, 1)} rows")
 
 
-def check_device(layers: Sequence[Tensor], others: Sequence[Tensor], name: str) -> None:
+def check_device(features: Sequence[Tensor], others: Sequence[Tensor], name: str) -> None:
     """The features are on the device of all others."""
     for other in others:
-        if other.device != layers[0].device:
-            raise ValueError(f"input: got device {layers[0].device}, expected {other.device} as in {name}")
+        if other.device != features[0].device:
+            raise ValueError(f"input: got device {features[0].device}, expected {other.device} as in {name}")
 
 
 def scales(weights: Sequence[float], widths: Sequence[int], reduction: str) -> list[float]:

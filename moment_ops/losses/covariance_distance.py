@@ -12,9 +12,9 @@ from moment_ops.losses.buffers import BufferedLoss
 from moment_ops.losses.covariance import CovarianceLoss
 from moment_ops.losses.covariance_arguments import (
     check_device,
-    check_layers,
     check_options,
     check_rows,
+    check_widths,
     joined,
     means,
     merge_over,
@@ -70,8 +70,8 @@ def cheaper_method(rows: int, other_rows: int, widths: Sequence[int], *, kept: b
     return "gram" if of_rows < of_covariances else "covariance"
 
 
-def _missing_memory(layers: Sequence[Tensor], widths: Sequence[int]) -> bool:
-    return any(missing_memory(width, layers[0].dtype, layers[0].device) for width in widths)
+def _missing_memory(features: Sequence[Tensor], widths: Sequence[int]) -> bool:
+    return any(missing_memory(width, features[0].dtype, features[0].device) for width in widths)
 
 
 def _check_unbiased(rows: int, estimator: str, name: str = "input") -> None:
@@ -84,7 +84,7 @@ def _check_unbiased(rows: int, estimator: str, name: str = "input") -> None:
 def _in_one_dtype(*groups: Sequence[Tensor]) -> list[list[Tensor]]:
     """All groups in the wider of the dtypes of the first two."""
     dtype = torch.promote_types(groups[0][0].dtype, groups[1][0].dtype)
-    return [[x.to(dtype) for x in layers] for layers in groups]
+    return [[x.to(dtype) for x in features] for features in groups]
 
 
 def covariance_distance(
@@ -156,15 +156,15 @@ def covariance_distance(
     check_options(reduction, precision, correction, joint)
     method = _check_method(method, precision, estimator, correction)
     alone = group_size(process_group) == 1
-    layers, *_, names = checks.batch_of(input, empty=not alone)
+    features, *_, names = checks.batch_of(input, empty=not alone)
     others, *_, other_names = checks.batch_of(other, "other", empty=not alone)
     check_names(names, other_names, "other")
-    check_layers(layers, widths_of(others, False), "other", names)
-    check_device(layers, others, "other")
+    check_widths(features, widths_of(others, False), "other", names)
+    check_device(features, others, "other")
     widths = widths_of(others, joint)
     weight = scales(layer_weights(cov_weight, "cov_weight", len(widths)), widths, reduction)
     layer_weights(mean_weight, "mean_weight", len(widths))
-    rows, other_rows = layers[0].shape[0], others[0].shape[0]
+    rows, other_rows = features[0].shape[0], others[0].shape[0]
     if alone:
         check_rows(rows, correction)
         check_rows(other_rows, correction, "other")
@@ -173,12 +173,12 @@ def covariance_distance(
     if method == "auto":
         # Memory may be free on one process and not on another.
         missing = alone and _missing_memory(others, widths)
-        counts = row_counts([rows, other_rows], layers[0], process_group)
+        counts = row_counts([rows, other_rows], features[0], process_group)
         n, m = (sum(count) for count in zip(*counts, strict=True))
         method = "gram" if missing else cheaper_method(n, m, widths)
 
     if method == "gram":
-        x, y = _in_one_dtype(layers, others)
+        x, y = _in_one_dtype(features, others)
         value = gram_distance(
             x,
             y,
@@ -190,14 +190,14 @@ def covariance_distance(
         )
         if is_zero(mean_weight):
             return value
-        packed = [merged_moments(joined(z, joint), 1, False, process_group)[0] for z in (layers, others)]
+        packed = [merged_moments(joined(z, joint), 1, False, process_group)[0] for z in (features, others)]
     else:
-        layers, others = joined(layers, joint), joined(others, joint)
+        features, others = joined(features, joint), joined(others, joint)
         check_memory(others, "other", None if joint else other_names)
         matrices, other_mean = merged_covariances(others, correction, precision, process_group)
         merge = merge_over(process_group, widths, other_mean.detach(), correction)
         match = CovarianceMatch(matrices, weight, precision=precision)
-        value, mean = match_covariances(layers, match, correction, merge)
+        value, mean = match_covariances(features, match, correction, merge)
         packed = [mean, other_mean]
         if is_zero(mean_weight):
             return value
@@ -292,18 +292,18 @@ class CovarianceDistance(BufferedLoss):
     def forward(self, input: checks.Features) -> Tensor:
         """The loss of one batch."""
         alone = group_size(self.process_group) == 1
-        layers, *_, names = checks.batch_of(input, empty=not alone)
+        features, *_, names = checks.batch_of(input, empty=not alone)
         check_names(names, self.names, "other")
-        check_layers(layers, self._columns, "other", names)
-        check_device(layers, [self._kept()[0]], "other")
-        rows = layers[0].shape[0]
+        check_widths(features, self._columns, "other", names)
+        check_device(features, [self._kept()[0]], "other")
+        rows = features[0].shape[0]
         if alone:
             check_rows(rows, self.correction)
             _check_unbiased(rows + sum(self._slots), self.estimator)
         if self.covariance_loss is not None:
-            return self.covariance_loss.match(joined(layers, self.joint))
+            return self.covariance_loss.match(joined(features, self.joint))
         queue = self._past_rows(rows)
-        x, y, *past = _in_one_dtype(layers, self._kept(), *([] if queue is None else [queue]))
+        x, y, *past = _in_one_dtype(features, self._kept(), *([] if queue is None else [queue]))
         value = gram_distance(
             x,
             y,
@@ -316,9 +316,9 @@ class CovarianceDistance(BufferedLoss):
             gather_other=False,
         )
         if self.mean_loss is not None:
-            value = value + self.mean_loss(joined([as_rows(x) for x in layers], self.joint))
+            value = value + self.mean_loss(joined([as_rows(x) for x in features], self.joint))
         if self.queue and self.training:
-            below_transforms(self._enqueue, *layers)
+            below_transforms(self._enqueue, *features)
         return value
 
     def extra_repr(self) -> str:
@@ -333,32 +333,32 @@ class CovarianceDistance(BufferedLoss):
     def _set_other(self, other: checks.Features) -> None:
         """Check everything before changing anything."""
         given, *_, names = checks.batch_of(other, "other")
-        layers = [y.detach() for y in given]
-        rows, widths = layers[0].shape[0], widths_of(layers, self.joint)
+        features = [y.detach() for y in given]
+        rows, widths = features[0].shape[0], widths_of(features, self.joint)
         check_rows(rows, self.correction, "other")
         _check_unbiased(rows, self.estimator, "other")
         weights = layer_weights(self._weights["cov"], "cov_weight", len(widths))
         layer_weights(self._weights["mean"], "mean_weight", len(widths))
-        for i, y in enumerate(layers):
+        for i, y in enumerate(features):
             if not bool(y.isfinite().all()):
-                label = checks.label_of("other", i, layers, names)
+                label = checks.label_of("other", i, features, names)
                 raise ValueError(f"{label}: got non-finite values, expected finite ones")
         method = self._given_method
         if method == "auto":
-            missing = group_size(self.process_group) == 1 and _missing_memory(layers, widths)
+            missing = group_size(self.process_group) == 1 and _missing_memory(features, widths)
             method = "gram" if missing else cheaper_method(rows, rows, widths, kept=True)
         if method == "covariance":
-            joined_layers = joined(layers, self.joint)
-            check_memory(joined_layers, "other", None if self.joint else names)
-            self._set_covariances(joined_layers, widths)
+            joined_features = joined(features, self.joint)
+            check_memory(joined_features, "other", None if self.joint else names)
+            self._set_covariances(joined_features, widths)
         else:
-            self._set_rows(layers, widths)
+            self._set_rows(features, widths)
         self.widths, self.method = widths, method
-        self._columns, self.names = widths_of(layers, False), names
+        self._columns, self.names = widths_of(features, False), names
         self._scales = scales(weights, widths, self.reduction)
 
-    def _set_covariances(self, layers: list[Tensor], widths: list[int]) -> None:
-        results = [covariance(y, self.correction, True, self.precision) for y in layers]
+    def _set_covariances(self, features: list[Tensor], widths: list[int]) -> None:
+        results = [covariance(y, self.correction, True, self.precision) for y in features]
         target = Moments(
             torch.cat([mean for _, mean in results]),
             cov=tuple(cov for cov, _ in results),
@@ -381,9 +381,9 @@ class CovarianceDistance(BufferedLoss):
         self.mean_loss = None
         self._set_buffers("_other_names", {})
 
-    def _set_rows(self, layers: list[Tensor], widths: list[int]) -> None:
+    def _set_rows(self, features: list[Tensor], widths: list[int]) -> None:
         if not is_zero(self._weights["mean"]):
-            target = means(moments(joined([as_rows(y) for y in layers], self.joint), var=False).mean, widths)
+            target = means(moments(joined([as_rows(y) for y in features], self.joint), var=False).mean, widths)
             if self.mean_loss is None:
                 self.mean_loss = MomentLoss(
                     target,
@@ -394,7 +394,7 @@ class CovarianceDistance(BufferedLoss):
             else:
                 self.mean_loss.reset(target)
         self.covariance_loss = None
-        self._set_buffers("_other_names", {f"other_{i}": y.clone() for i, y in enumerate(layers)})
+        self._set_buffers("_other_names", {f"other_{i}": y.clone() for i, y in enumerate(features)})
 
     def _read_queue(self) -> None:
         """Copy to the host: the number of batches so far, the rows of every slot, the rows of a batch."""
@@ -420,20 +420,20 @@ class CovarianceDistance(BufferedLoss):
         return [getattr(self, name) for name in self._queue_names[:-2]]
 
     @torch.no_grad()
-    def _enqueue(self, *layers: Tensor) -> None:
+    def _enqueue(self, *features: Tensor) -> None:
         """Overwrite the oldest batch by this one. The position is on the device: the host does not wait."""
         advance([self.queue_step, self.queue_rows], True)
-        rows = layers[0].shape[0]
+        rows = features[0].shape[0]
         if rows and not self._batch:
-            for name, x in zip(self._queue_names[:-2], layers, strict=True):
+            for name, x in zip(self._queue_names[:-2], features, strict=True):
                 memory_format = torch.channels_last if is_channels_last(x) and x.dim() == 4 else torch.contiguous_format
                 empty = torch.zeros((self.queue * rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
                 self._set_buffer(name, empty.to(memory_format=memory_format))
             self._batch = rows
         slot = self.queue_step % self.queue
         self.queue_rows.index_fill_(0, slot.reshape(1), rows)
-        index = slot * rows + torch.arange(rows, device=layers[0].device)
-        for queue, x in zip(self._queues(), layers, strict=True):
+        index = slot * rows + torch.arange(rows, device=features[0].device)
+        for queue, x in zip(self._queues(), features, strict=True):
             queue.index_copy_(0, index, x.detach().to(queue.dtype))
         self.queue_step += 1
         self._slots[self._past % self.queue] = rows

@@ -73,32 +73,32 @@ def _differentiable_backward(
 
 
 def match_covariances(
-    layers: Sequence[Tensor], match: CovarianceMatch, correction: int, merge: Merge | None = None
+    features: Sequence[Tensor], match: CovarianceMatch, correction: int, merge: Merge | None = None
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of squared Frobenius distances, and the packed means. Both are differentiable.
 
     Args:
-        layers: (N, ...) features.
+        features: one (N, ...) Tensor per layer.
         match: targets, weights and average; the field `keep` is set here.
         merge: merges the means and covariances over several processes.
     """
     checks.check_tangents(match.target, "target")
-    dtype = statistics_dtype(layers[0].dtype)
+    dtype = statistics_dtype(features[0].dtype)
     wants_target = wants_grad(*match.target) and torch.is_grad_enabled()
     if merge is None and not wants_target and all(t.dtype == dtype for t in match.target):
-        keep = torch.is_grad_enabled() and wants_grad(*layers)
-        return _MatchCovariance.call(correction, match._replace(keep=keep), *layers)
+        keep = torch.is_grad_enabled() and wants_grad(*features)
+        return _MatchCovariance.call(correction, match._replace(keep=keep), *features)
 
     if merge is None:
-        results = [covariance_op(x, correction, True, match.precision) for x in layers]
+        results = [covariance_op(x, correction, True, match.precision) for x in features]
     else:
-        results = [covariance_of_rank(x, match.precision) for x in layers]
+        results = [covariance_of_rank(x, match.precision) for x in features]
     mean = torch.cat([m for _, m in results])
     packed = triangle.pack_all([cov for cov, _ in results])
     if merge is not None:
-        mean, packed = merge(mean, packed, layers[0].shape[0])
+        mean, packed = merge(mean, packed, features[0].shape[0])
     target = triangle.pack_all(match.target)
-    widths = [columns_of(x) for x in layers]
+    widths = [columns_of(x) for x in features]
     weight = torch.cat([w * triangle.counts([width], target) for width, w in zip(widths, match.weight, strict=True)])
     entries = Match(
         target,

@@ -31,8 +31,8 @@ def _in_rows(groups: Sequence[Sequence[Tensor]], alone: bool) -> list[list[Tenso
         for x, *others in zip(*groups, strict=True)
     ]
     return [
-        [as_rows(x.movedim(1, -1) if last else x) for x, last in zip(layers, channels_last, strict=True)]
-        for layers in groups
+        [as_rows(x.movedim(1, -1) if last else x) for x, last in zip(features, channels_last, strict=True)]
+        for features in groups
     ]
 
 

@@ -57,7 +57,7 @@ class _MatchFeatures(Node):
         ctx: Any, correction: int, match: Match, signature: plans.Signature | None, *features: Tensor
     ) -> Tensor:
         loss, mean, grad_mean, grad_var = match_features(features, correction, match, signature=signature)
-        ctx.correction, ctx.has_var, ctx.layers = correction, match.target_var is not None, len(features)
+        ctx.correction, ctx.has_var, ctx.num_layers = correction, match.target_var is not None, len(features)
         _save(ctx, match, mean, grad_mean, grad_var, *features)
         return loss
 
@@ -71,7 +71,7 @@ class _MatchFeatures(Node):
             grad_var = grad * _rebuilt(grad_var, var, of_var, var_weight) if ctx.has_var else None
             scale = None
         else:
-            count = mean.new_full((ctx.layers,), features[0].shape[0], dtype=torch.int64)
+            count = mean.new_full((ctx.num_layers,), features[0].shape[0], dtype=torch.int64)
             grad_var = grad_var if ctx.has_var else None
             scale = grad
         d_features = moments_backward(
@@ -108,8 +108,8 @@ def _with_correction(input: Moments, correction: int) -> Tensor:
     return input.var * ((rows - input.correction) / (rows - correction))
 
 
-class Layers(NamedTuple):
-    """The layers of a target."""
+class Layout(NamedTuple):
+    """How the layers of a target are packed."""
 
     shapes: Sequence[tuple[int, ...]]
     names: Sequence[str] | None
@@ -144,29 +144,29 @@ def _check_device(device: torch.device, match: Match) -> None:
         raise ValueError(f"input: got device {device}, expected {match.target_mean.device} as in target")
 
 
-def match_input(input: Moments | checks.Features, match: Match, target: Layers, merge: Merge | None = None) -> Tensor:
+def match_input(input: Moments | checks.Features, match: Match, target: Layout, merge: Merge | None = None) -> Tensor:
     """The loss of features or of moments. For features on one process, it is fused with their reduction."""
     checks.check_tangents((match.target_mean, match.target_var), "target")
     if isinstance(input, Moments):
         return _match_given(input, match, target, merge)
-    layers, signature, shapes, requires_grad, names = checks.batch_of(input, empty=merge is not None)
+    features, signature, shapes, requires_grad, names = checks.batch_of(input, empty=merge is not None)
     target.check_shapes(shapes, names)
     check_names(names, target.names)
-    _check_device(layers[0].device, match)
-    same_dtype = match.target_mean.dtype == statistics_dtype(layers[0].dtype)
+    _check_device(features[0].device, match)
+    same_dtype = match.target_mean.dtype == statistics_dtype(features[0].dtype)
     wants_target = wants_grad(match.target_mean, match.target_var)
     if merge is None and same_dtype and not wants_target:
         if signature is not None and not (requires_grad and torch.is_grad_enabled()):
-            return match_features(layers, target.correction, match, signature=signature)[0]
-        return _MatchFeatures.call(target.correction, match, signature, *layers)
+            return match_features(features, target.correction, match, signature=signature)[0]
+        return _MatchFeatures.call(target.correction, match, signature, *features)
     has_var = match.target_var is not None
     if merge is not None:
-        return _match_moments(*moments_of_rank(layers, has_var, signature), 0, match, merge)
-    mean, var, _ = moments_op(layers, 0, target.correction, has_var, signature=signature)
+        return _match_moments(*moments_of_rank(features, has_var, signature), 0, match, merge)
+    mean, var, _ = moments_op(features, 0, target.correction, has_var, signature=signature)
     return match_moments(mean, var, match)
 
 
-def _match_given(input: Moments, match: Match, target: Layers, merge: Merge | None) -> Tensor:
+def _match_given(input: Moments, match: Match, target: Layout, merge: Merge | None) -> Tensor:
     target.check_shapes(input.shapes, input.names)
     check_names(input.names, target.names)
     _check_device(input.mean.device, match)

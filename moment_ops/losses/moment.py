@@ -10,7 +10,7 @@ from torch import Tensor
 from moment_ops.averages import Average, averaging
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
 from moment_ops.losses.buffers import BufferedLoss
-from moment_ops.losses.matching import Layers, Merge, match_input
+from moment_ops.losses.matching import Layout, Merge, match_input
 from moment_ops.losses.weights import Weight, column_weights, own_weight
 from moment_ops.ops import checks
 from moment_ops.ops.records import Match
@@ -78,8 +78,8 @@ def moment_loss(
     var_scale, var_vector = column_weights(var_weight, "var_weight", sizes, target.mean)
     factor = 1 / target.mean.shape[0] if reduction == "mean" else 1.0
     match = Match(target.mean, target.var, mean_scale, var_scale, mean_vector, var_vector, factor)
-    layers = Layers(target.shapes, target.names, target.correction)
-    return match_input(input, match, layers, _merge_over(process_group, target.mean, sizes, target.correction))
+    layout = Layout(target.shapes, target.names, target.correction)
+    return match_input(input, match, layout, _merge_over(process_group, target.mean, sizes, target.correction))
 
 
 class MomentLoss(BufferedLoss):
@@ -160,7 +160,7 @@ class MomentLoss(BufferedLoss):
             self.training and self.average is not None,
         )
         merge = _merge_over(self.process_group, match.target_mean, self._sizes, self.correction)
-        return match_input(input, match, Layers(self.shapes, self.names, self.correction), merge)
+        return match_input(input, match, Layout(self.shapes, self.names, self.correction), merge)
 
     def extra_repr(self) -> str:
         columns = self.target_mean.shape[0]

@@ -15,15 +15,15 @@ from moment_ops.ops.layout import statistics_dtype
 NORMALIZATIONS = ("sum", "mean")
 
 
-def _check_maps(features: Any, name: str, *, empty: bool = False) -> list[Tensor]:
-    layers = checks.features(features, name)
-    for i, x in enumerate(layers):
-        label = checks.label_of(name, i, layers, checks.names_of(features))
+def _check_maps(input: Any, name: str, *, empty: bool = False) -> list[Tensor]:
+    features = checks.features(input, name)
+    for i, x in enumerate(features):
+        label = checks.label_of(name, i, features, checks.names_of(input))
         if x.dim() != 4:
             raise ValueError(f"{label}: got shape {tuple(x.shape)}, expected (N, C, H, W)")
         if x.numel() == 0 and not (empty and x.shape[1:].numel()):
             raise ValueError(f"{label}: got shape {tuple(x.shape)} without elements")
-    return layers
+    return features
 
 
 def _gram_matrices(x: Tensor) -> Tensor:
@@ -64,11 +64,11 @@ def gram_matrix(features: Tensor, normalize: str = "sum") -> Tensor:
     return matrices.to(statistics_dtype(x.dtype))
 
 
-def _check_target(target: Any, layers: Sequence[Tensor]) -> list[Tensor]:
+def _check_target(target: Any, maps: Sequence[Tensor]) -> list[Tensor]:
     targets, names = checks.features(target, "target"), checks.names_of(target)
-    if len(targets) != len(layers):
-        raise ValueError(f"target: got {len(targets)} layers, expected {len(layers)} as in features")
-    for i, (t, x) in enumerate(zip(targets, layers, strict=True)):
+    if len(targets) != len(maps):
+        raise ValueError(f"target: got {len(targets)} layers, expected {len(maps)} as in features")
+    for i, (t, x) in enumerate(zip(targets, maps, strict=True)):
         label, channels = checks.label_of("target", i, targets, names), x.shape[1]
         if t.dim() != 3 or t.shape[1:] != (channels, channels) or t.shape[0] not in (1, x.shape[0]):
             raise ValueError(
@@ -119,21 +119,21 @@ def style_loss(
     equations 3 to 5, for one sample. C is N_l there, and H W is M_l.
     """
     alone = group_size(process_group) == 1
-    layers = _check_maps(features, "features", empty=not alone)
-    targets = _check_target(target, layers)
+    maps = _check_maps(features, "features", empty=not alone)
+    targets = _check_target(target, maps)
     check_names(checks.names_of(features), checks.names_of(target))
     checks.option(normalize, "normalize", NORMALIZATIONS)
     if weight is None:
-        weight = 1 / len(layers) if normalize == "sum" else 1.0
-    weights = layer_weights(weight, "weight", len(layers))
+        weight = 1 / len(maps) if normalize == "sum" else 1.0
+    weights = layer_weights(weight, "weight", len(maps))
     squares = []
-    for x, matrices in zip(layers, targets, strict=True):
+    for x, matrices in zip(maps, targets, strict=True):
         difference = _gram_matrices(x) / (1 if normalize == "sum" else x.shape[1:].numel()) - matrices.double()
         squares.append(difference.square().sum((1, 2)))
     means = [of_samples.mean() for of_samples in squares] if alone else mean_over_ranks(squares, process_group)
     total: Tensor | float = 0.0
-    for x, mean, w in zip(layers, means, weights, strict=True):
+    for x, mean, w in zip(maps, means, weights, strict=True):
         channels, size = x.shape[1], x.shape[1:].numel()
         total = total + w * mean / (4 * size**2 if normalize == "sum" else channels**2)
     assert isinstance(total, Tensor)
-    return total.to(statistics_dtype(layers[0].dtype))
+    return total.to(statistics_dtype(maps[0].dtype))

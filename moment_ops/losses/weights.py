@@ -21,15 +21,15 @@ def weight_number(value: Any, name: str) -> float:
     return float(value)
 
 
-def layer_weights(weight: Any, name: str, layers: int) -> list[float]:
+def layer_weights(weight: Any, name: str, num_layers: int) -> list[float]:
     """One number per layer, from a number or one per layer."""
     if isinstance(weight, (int, float)):
-        return [weight_number(weight, name)] * layers
+        return [weight_number(weight, name)] * num_layers
     if not isinstance(weight, Sequence) or isinstance(weight, str):
         raise TypeError(f"{name}: got {type(weight).__name__}, expected a number or one number per layer")
     numbers = [weight_number(w, f"{name}[{i}]") for i, w in enumerate(weight)]
-    if len(numbers) != layers:
-        raise ValueError(f"{name}: got {len(numbers)} weights, expected one per layer, {layers}")
+    if len(numbers) != num_layers:
+        raise ValueError(f"{name}: got {len(numbers)} weights, expected one per layer, {num_layers}")
     return numbers
 
 

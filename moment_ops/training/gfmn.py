@@ -77,7 +77,7 @@ class Settings(MatchingSettings):
 
 class Matching(nn.Module):
     """The matching loss of generated images: a ``MomentLoss`` on the moments of a frozen extractor's features, and
-    optionally a ``CovarianceLoss`` on some of its layers."""
+    optionally a ``CovarianceLoss`` on some of these features."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Matching(nn.Module):
         )
         self.covariance_loss = None
         if covariance_target is not None:
-            self.pooled = PooledLayers(extractor, settings)
+            self.pooled = PooledFeatures(extractor, settings)
             self.covariance_loss = mo.CovarianceLoss(
                 covariance_target, average=settings.make_average(), cov_weight=settings.covariance_weight
             )
@@ -111,15 +111,14 @@ class Matching(nn.Module):
         return self.moment_loss(moments) + self.covariance_loss(self.pooled(features))
 
 
-class PooledLayers:
-    """The layers whose covariance is matched: their pooled feature maps, as (N, D) features."""
+class PooledFeatures:
+    """The pooled features of the taps whose covariance is matched, (N, D) each."""
 
     def __init__(self, extractor: mo.MomentExtractor, settings: Settings) -> None:
         names = extractor.names
         assert names is not None
         self.extractor, self.size = extractor, settings.covariance_pool
-        self.names = chosen_layers(settings.covariance, names)
-        self.indices = [names.index(name) for name in self.names]
+        self.indices = [names.index(tap) for tap in chosen_taps(settings.covariance, names)]
 
     def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
         chosen = [features[i] for i in self.indices]
@@ -131,8 +130,8 @@ class PooledLayers:
         return self(self.extractor.features(images))
 
 
-def chosen_layers(choice: str, names: Sequence[str]) -> list[str]:
-    """The names of the layers that ``--covariance`` selects."""
+def chosen_taps(choice: str, names: Sequence[str]) -> list[str]:
+    """The names of the taps that ``--covariance`` selects."""
     if choice.isdecimal():
         if not 1 <= int(choice) <= len(names):
             raise TrainingError(f"--covariance: got {choice}, expected 1 to {len(names)} layers")
@@ -167,10 +166,10 @@ def target_moments(data: ImageData, extractor: mo.MomentExtractor, *, batch_size
 def target_covariances(
     images: Tensor, extractor: mo.MomentExtractor, settings: Settings, *, batch_size: int = 250
 ) -> mo.Moments | None:
-    """Covariances of the pooled layers over uint8 images; None if they are not matched."""
+    """Covariances of the pooled features over uint8 images; None if they are not matched."""
     if not settings.covariance:
         return None
-    pooled = PooledLayers(extractor, settings)
+    pooled = PooledFeatures(extractor, settings)
 
     def features(images: Tensor) -> list[Tensor]:
         return pooled.of_images(scale(images))
