@@ -13,8 +13,8 @@ from bench.machine import Traffic
 from bench.results import NO_LOSS
 from bench.workloads import make_vectors
 from moment_ops.taps.functions import FEATURES
-from moment_ops.training.extractors import VGG19, ResNet18
 from moment_ops.training.networks import Classifier
+from moment_ops.training.pretrained import VGG19, ResNet18
 
 NETWORKS: dict[str, Callable[[], Sequence[nn.Module]]] = {
     "gfmn": lambda: (VGG19(), ResNet18()),

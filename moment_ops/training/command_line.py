@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+import moment_ops as mo
+from moment_ops.environment import report
+from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, molm, pictures, runs
+from moment_ops.training.allocator import keep_freed_memory
+from moment_ops.training.devices import choose_device
 from moment_ops.training.errors import TrainingError
+from moment_ops.training.interruption import Interrupted
 
 INTERRUPTED = 128 + signal.SIGINT
 METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -47,8 +54,18 @@ def make_parser() -> argparse.ArgumentParser:
     text = "train a generator by matching moments"
     train = commands.add_parser("train", help=text, description=sentence(text))
     methods = train.add_subparsers(title="methods", required=True, metavar="METHOD")
-    add_train_gfmn(methods)
-    add_train_molm(methods)
+    train_gfmn = add_train(methods, gfmn, "match the moments of a frozen classifier's features (GFMN)")
+    train_gfmn.add_argument(
+        "--extractor",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="weights of the networks of --features, in their order (default, for the classifier only:"
+        " extractor-DATA.pt next to the folder of the run, which is trained if it does not exist)",
+    )
+    add_train(
+        methods, molm, "match the moments of a network that learns to tell real images from generated ones (MoLM)"
+    )
 
     moments = add_command(
         commands,
@@ -119,44 +136,16 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_new_run(parser: argparse.ArgumentParser, method: str) -> None:
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{method}-DATA)")
+def add_train(methods: Any, method: Any, text: str) -> argparse.ArgumentParser:
+    """The command that trains with the module of a method."""
+    name = method.Settings.method
+    parser = add_command(methods, name, train_command, text)
+    parser.set_defaults(method=method)
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{name}-DATA)")
     parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-
-
-def add_train_gfmn(methods: Any) -> None:
-    gfmn = add_command(
-        methods, "gfmn", train_gfmn_command, "match the moments of a frozen classifier's features (GFMN)"
-    )
-    add_new_run(gfmn, "gfmn")
-    gfmn.add_argument(
-        "--extractor",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="weights of the networks of --features, in their order (default, for the classifier only:"
-        " extractor-DATA.pt next to the folder of the run, which is trained if it does not exist)",
-    )
-    add_device(gfmn)
-
-    from moment_ops.training.gfmn import Settings
-
-    add_settings(gfmn, Settings)
-
-
-def add_train_molm(methods: Any) -> None:
-    molm = add_command(
-        methods,
-        "molm",
-        train_molm_command,
-        "match the moments of a network that learns to tell real images from generated ones (MoLM)",
-    )
-    add_new_run(molm, "molm")
-    add_device(molm)
-
-    from moment_ops.training.molm import Settings
-
-    add_settings(molm, Settings)
+    add_device(parser)
+    add_settings(parser, method.Settings)
+    return parser
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
@@ -188,24 +177,8 @@ def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]
     return given
 
 
-def train_gfmn_command(options: argparse.Namespace) -> int:
-    from moment_ops.training import gfmn
-
-    return train_command(options, gfmn, extractor_files=options.extractor)
-
-
-def train_molm_command(options: argparse.Namespace) -> int:
-    from moment_ops.training import molm
-
-    return train_command(options, molm)
-
-
-def train_command(options: argparse.Namespace, method: Any, **keywords: Any) -> int:
-    """Train with the module of a method."""
-    from moment_ops.training.allocator import keep_freed_memory
-    from moment_ops.training.interruption import Interrupted
-    from moment_ops.training.networks import choose_device
-
+def train_command(options: argparse.Namespace) -> int:
+    method = options.method
     given = given_settings(options, method.Settings)
     run = options.run or Path("runs") / f"{method.Settings.method}-{Path(given.get('data', 'mnist')).resolve().name}"
     keep_freed_memory()
@@ -216,7 +189,7 @@ def train_command(options: argparse.Namespace, method: Any, **keywords: Any) -> 
             resume=options.resume,
             device=choose_device(options.device),
             say=functools.partial(print, flush=True),
-            **keywords,
+            **({"extractor_files": options.extractor} if "extractor" in options else {}),
         )
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
@@ -227,13 +200,9 @@ def train_command(options: argparse.Namespace, method: Any, **keywords: Any) -> 
 
 
 def moments_command(options: argparse.Namespace) -> None:
-    import moment_ops as mo
-    from moment_ops.training import data, feature_networks, gfmn
-    from moment_ops.training.networks import choose_device
-
     images = data.load(options.data).to(choose_device(options.device))
     path = options.extractor or Path("runs") / f"extractor-{images.name}.pt"
-    extractor = mo.MomentExtractor(feature_networks.load_or_train_classifier(images, path))
+    extractor = mo.MomentExtractor(extractors.load_or_train_classifier(images, path))
     target = gfmn.target_moments(images, extractor)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     target.save(options.output)
@@ -241,11 +210,6 @@ def moments_command(options: argparse.Namespace) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
-    import torch
-
-    from moment_ops.training import checkpoints, data, evaluator, pictures, runs
-    from moment_ops.training.networks import choose_device
-
     if options.count < 1:
         options.parser.error(f"--count: got {options.count}, expected at least 1")
     if options.output.suffix not in (".png", ".npz"):
@@ -262,19 +226,13 @@ def sample_command(options: argparse.Namespace) -> None:
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
-    from moment_ops.training import data, runs
-    from moment_ops.training.evaluator import Evaluator
-    from moment_ops.training.networks import choose_device
-
     device = choose_device(options.device)
     state = runs.load_checkpoint(options.run)
-    evaluator = Evaluator(data.load(options.data or state["settings"]["data"]).to(device))
-    print(summary(evaluator(runs.averaged_generator(state).to(device)), evaluator.held_out_distance))
+    evaluate = evaluator.Evaluator(data.load(options.data or state["settings"]["data"]).to(device))
+    print(summary(evaluate(runs.averaged_generator(state).to(device)), evaluate.held_out_distance))
 
 
 def env_command(options: argparse.Namespace) -> None:
-    from moment_ops.environment import report
-
     print(report())
 
 

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 import moment_ops as mo
 from moment_ops.losses.weights import Weight, weight_number
-from moment_ops.training import feature_networks
+from moment_ops.training import extractors
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.feature_networks import CLASSIFIER, Say
+from moment_ops.training.extractors import CLASSIFIER, Say
 from moment_ops.training.loop import run_method
-from moment_ops.training.networks import Classifier, Generator
+from moment_ops.training.networks import Generator
 from moment_ops.training.settings import MatchingSettings, option
 from moment_ops.training.trainer import Trainer
 
@@ -46,7 +46,7 @@ class Settings(MatchingSettings):
     features: str = option(
         CLASSIFIER,
         "networks whose features are matched; classifier is trained on the data, the others have pretrained weights",
-        choices=feature_networks.CHOICES,
+        choices=extractors.CHOICES,
     )
     layer_scale: str = option(
         "auto",
@@ -56,7 +56,7 @@ class Settings(MatchingSettings):
         choices=("auto", "equal", "variance"),
     )
     extractor_iterations: int = option(
-        feature_networks.CLASSIFIER_ITERATIONS, "training steps of the classifier, if its file does not exist"
+        extractors.CLASSIFIER_ITERATIONS, "training steps of the classifier, if its file does not exist"
     )
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Settings(MatchingSettings):
         for name in ("mean_weight", "var_weight", "covariance_weight"):
             weight_number(getattr(self, name), name)
         for name, choices in (
-            ("features", feature_networks.CHOICES),
+            ("features", extractors.CHOICES),
             ("layer_scale", ("auto", "equal", "variance")),
         ):
             if getattr(self, name) not in choices:
@@ -190,32 +190,9 @@ def new_trainer(
     return Trainer(generator, Matching(extractor, target, settings, covariance_target).to(device), settings)
 
 
-def make_extractor(
-    data: ImageData, settings: Settings, files: Sequence[Path] | None, folder: Path, say: Say
-) -> mo.MomentExtractor:
-    """The extractor that the settings choose.
-
-    Args:
-        files: the weights of its networks; by default those of a classifier in ``folder``.
-    """
-    if settings.features != CLASSIFIER:
-        return feature_networks.pretrained_extractor(settings.features, files or []).to(data.train.device)
-    if files and len(files) > 1:
-        raise TrainingError(f"--extractor: got {len(files)} files, expected one for the classifier")
-    path = files[0] if files else folder / f"extractor-{data.name}.pt"
-    classifier = feature_networks.load_or_train_classifier(
-        data, path, iterations=settings.extractor_iterations, say=say
-    )
-    return mo.MomentExtractor(classifier)
-
-
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> Trainer:
     """The trainer of a checkpoint, which holds extractor and targets as well."""
-    if settings.features == CLASSIFIER:
-        extractor = mo.MomentExtractor(Classifier(data.channels))
-    else:
-        extractor = feature_networks.pretrained_extractor(settings.features, None)
-    extractor = extractor.to(data.train.device)
+    extractor = extractors.untrained_extractor(settings.features, data.channels).to(data.train.device)
     with torch.no_grad():
         shapes = extractor(scale(data.train[:2]))
     saved = state["trainer"]["matching"]
@@ -243,7 +220,14 @@ def train(
     """
 
     def new(data: ImageData, settings: Settings) -> Trainer:
-        extractor = make_extractor(data, settings, extractor_files, run.parent, say)
+        extractor = extractors.make_extractor(
+            data,
+            settings.features,
+            extractor_files,
+            run.parent,
+            iterations=settings.extractor_iterations,
+            say=say,
+        )
         target = target_moments(data, extractor)
         target.save(run / TARGET)
         covariances = target_covariances(data.train, extractor, settings)

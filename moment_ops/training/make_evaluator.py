@@ -5,7 +5,8 @@ import argparse
 import torch
 
 from moment_ops.training import classifiers, data, evaluator
-from moment_ops.training.networks import EvaluationClassifier, choose_device
+from moment_ops.training.devices import choose_device
+from moment_ops.training.networks import EvaluationClassifier
 
 
 def main() -> None:

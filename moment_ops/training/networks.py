@@ -2,10 +2,7 @@
 
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-
-from moment_ops.training.errors import TrainingError
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -107,14 +104,3 @@ def freeze(network: Network) -> Network:
     """Put a network into evaluation mode, with parameters that do not require grad."""
     network.eval().requires_grad_(False)
     return network
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error

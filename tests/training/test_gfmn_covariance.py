@@ -9,14 +9,14 @@ from test_gfmn import send_signal_after, trained_state
 from torch.nn import functional
 
 import moment_ops as mo
-from moment_ops.training import data, feature_networks, gfmn
+from moment_ops.training import data, extractors, gfmn
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.interruption import Interrupted
 
 
 @pytest.fixture
 def extractor(pictures, extractor_path):
-    classifier = feature_networks.load_or_train_classifier(data.load(str(pictures)), extractor_path, iterations=2)
+    classifier = extractors.load_or_train_classifier(data.load(str(pictures)), extractor_path, iterations=2)
     return mo.MomentExtractor(classifier)
 
 
