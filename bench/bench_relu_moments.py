@@ -26,7 +26,7 @@ EAGER = "eager: mean, var"
 
 
 def _squared_distance(moments: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
-    return sum(((value - goal) ** 2).mean() for value, goal in zip(moments, target, strict=True))
+    return sum(((value - wanted) ** 2).mean() for value, wanted in zip(moments, target, strict=True))
 
 
 class ReluMomentsBench(Bench):
@@ -65,7 +65,7 @@ class ReluMomentsBench(Bench):
         # Both functions work in place on what is float64 already.
         copies = [x.detach().float() for x in features]
         moments = agreement.exact_moments(copies)
-        slopes = [2 * (m - goal) / len(m) for m, goal in zip(moments, self.target, strict=True)]
+        slopes = [2 * (m - wanted) / len(m) for m, wanted in zip(moments, self.target, strict=True)]
         grads = agreement.exact_gradients(copies, moments[0], *slopes)
         (gradient,) = torch.autograd.grad(features, images, [grad.double() for grad in grads])
         self.extractor.to(self.dtype)

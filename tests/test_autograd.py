@@ -73,17 +73,17 @@ def naive(loss):
         ]
         total = 0.0
         for name, value, weight in zip(("mean", "var"), (mean, var), weights, strict=True):
-            goal = getattr(state, f"target_{name}")
-            if goal is None:
+            target = getattr(state, f"target_{name}")
+            if target is None:
                 continue
             if average is None:
-                total = total + (weight * (value - goal) ** 2).sum() / goal.numel()
+                total = total + (weight * (value - target) ** 2).sum() / target.numel()
             elif average.kind == "moving":
                 old = getattr(state, f"{name}_average")
                 value = average.decay * old + (1 - average.decay) * value
-                total = total + (weight * (value - goal) ** 2).sum() / goal.numel()
+                total = total + (weight * (value - target) ** 2).sum() / target.numel()
             else:
-                total = total + (weight * getattr(advanced, f"{name}_average") * (goal - value)).sum()
+                total = total + (weight * getattr(advanced, f"{name}_average") * (target - value)).sum()
         return total
 
     return call
@@ -231,12 +231,12 @@ def test_the_target_of_moment_loss_gets_its_gradient(source, weights):
 
 @pytest.mark.parametrize("wanted", ["mean", "var"])
 def test_one_part_of_the_target_may_want_a_gradient_alone(wanted):
-    goals = {"mean": torch.randn(7), "var": torch.rand(7)}
-    goals[wanted].requires_grad_()
-    target = mo.Moments(goals["mean"], goals["var"], shapes=SHAPES, validate=False)
+    parts = {"mean": torch.randn(7), "var": torch.rand(7)}
+    parts[wanted].requires_grad_()
+    target = mo.Moments(parts["mean"], parts["var"], shapes=SHAPES, validate=False)
     layers = make_features(ROWS, SHAPES)
-    ours = torch.autograd.grad(mo.moment_loss(layers, target), goals[wanted])[0]
-    theirs = torch.autograd.grad(squared_distance(layers, target), goals[wanted])[0]
+    ours = torch.autograd.grad(mo.moment_loss(layers, target), parts[wanted])[0]
+    theirs = torch.autograd.grad(squared_distance(layers, target), parts[wanted])[0]
     assert_close(ours, theirs.double(), rows=ROWS)
 
 

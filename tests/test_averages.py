@@ -192,8 +192,8 @@ def test_the_moving_average_follows_the_released_code(alpha, dtype):
             averages = [value.detach() for value in batch_moments]
         averages = [(1 - alpha) * old.detach() + alpha * new for old, new in zip(averages, batch_moments, strict=True)]
         expected = sum(
-            nn.functional.mse_loss(value, goal.double())
-            for value, goal in zip(averages, (target.mean, target.var), strict=True)
+            nn.functional.mse_loss(value, wanted.double())
+            for value, wanted in zip(averages, (target.mean, target.var), strict=True)
         )
         loss = ours(batch)
         assert_close(loss, expected, rows=50)

@@ -199,13 +199,13 @@ def test_a_value_that_is_not_finite_spoils_its_row_and_column_alone(value, row):
 def test_results_do_not_depend_on_the_number_of_threads(backend, shape):
     if backend == "reference":
         pytest.skip("the reference promises nothing about threads")
-    x, goal = torch.randn(shape), torch.eye(shape[1])
+    x, target = torch.randn(shape), torch.eye(shape[1])
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             layer = x.clone().requires_grad_()
-            loss = mo.covariance_loss(layer, goal)
+            loss = mo.covariance_loss(layer, target)
             cov, mean = covariance_op(layer.detach(), 1, True, "ieee")
             results.append([cov, mean, loss.detach(), *torch.autograd.grad(loss, layer)])
     finally:

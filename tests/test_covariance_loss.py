@@ -75,19 +75,19 @@ def assert_loss(ours, theirs, layers, rows=1000, wide=None):
 @pytest.mark.parametrize("width", [5, 128, 300, 1100])
 def test_value_and_gradient_are_those_of_float64(dtype, width):
     layers = inputs(20, dtype, shapes=[(width,)])
-    goal = symmetric(width, dtype=statistics_dtype(dtype))
-    loss = mo.covariance_loss(layers, goal)
+    target = symmetric(width, dtype=statistics_dtype(dtype))
+    loss = mo.covariance_loss(layers, target)
     assert loss.dtype == statistics_dtype(dtype)
     wide = [x.detach().double().requires_grad_() for x in layers]
-    assert_loss(loss, distance(wide, [goal], (1.0,)), layers, rows=width, wide=wide)
+    assert_loss(loss, distance(wide, [target], (1.0,)), layers, rows=width, wide=wide)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_value_without_gradients_is_the_same(packed):
     (x,) = make_features(700, [(1100,)])
-    goal = symmetric(1100)
-    loss = mo.CovarianceLoss(goal) if packed else lambda x: mo.covariance_loss(x, goal)
-    assert_close(loss(x), distance([x], [goal], (1.0,)), rows=1100)
+    target = symmetric(1100)
+    loss = mo.CovarianceLoss(target) if packed else lambda x: mo.covariance_loss(x, target)
+    assert_close(loss(x), distance([x], [target], (1.0,)), rows=1100)
 
 
 def test_weights_reduction_and_layers():
@@ -98,29 +98,29 @@ def test_weights_reduction_and_layers():
 
 def test_moments_bring_their_correction_and_their_means():
     layers = inputs()
-    goal = target_moments(torch.float64, correction=2)
-    ours = mo.covariance_loss(layers, goal, mean_weight=0.3, cov_weight=2.0)
-    theirs = distance(layers, goal.cov, (2.0, 2.0), correction=2) + 0.3 * mean_distance(layers, goal.mean)
+    target = target_moments(torch.float64, correction=2)
+    ours = mo.covariance_loss(layers, target, mean_weight=0.3, cov_weight=2.0)
+    theirs = distance(layers, target.cov, (2.0, 2.0), correction=2) + 0.3 * mean_distance(layers, target.mean)
     assert_loss(ours, theirs, layers)
-    assert_loss(mo.CovarianceLoss(goal, mean_weight=0.3, cov_weight=2.0)(layers), theirs, layers)
+    assert_loss(mo.CovarianceLoss(target, mean_weight=0.3, cov_weight=2.0)(layers), theirs, layers)
 
 
 @pytest.mark.parametrize("kind", ["function", "class"])
 def test_joint_layers_are_one_feature_vector(kind):
-    layers, goal = inputs(), symmetric(11, dtype=torch.float64)
-    target = mo.Moments(torch.linspace(-1, 1, 11).double(), cov=goal)
+    layers, target_cov = inputs(), symmetric(11, dtype=torch.float64)
+    target = mo.Moments(torch.linspace(-1, 1, 11).double(), cov=target_cov)
     options = {"joint": True, "mean_weight": 0.3, "reduction": "mean"}
     ours = mo.covariance_loss(layers, target, **options) if kind == "function" else None
     ours = mo.CovarianceLoss(target, **options)(layers) if ours is None else ours
     one = [torch.cat([x.flatten(1) for x in layers], 1)]
-    assert_loss(ours, distance(one, [goal], (1.0,)) / 121 + 0.3 * mean_distance(one, target.mean) / 11, layers)
+    assert_loss(ours, distance(one, [target_cov], (1.0,)) / 121 + 0.3 * mean_distance(one, target.mean) / 11, layers)
 
 
 def test_layers_may_be_single_columns():
     layers = inputs(shapes=[(), (3,)])
-    goal = [symmetric(1, dtype=torch.float64), symmetric(3, dtype=torch.float64)]
+    target = [symmetric(1, dtype=torch.float64), symmetric(3, dtype=torch.float64)]
     columns = [layers[0].unsqueeze(1), layers[1]]
-    assert_loss(mo.covariance_loss(layers, goal), distance(columns, goal), layers)
+    assert_loss(mo.covariance_loss(layers, target), distance(columns, target), layers)
     (joint,) = (symmetric(4, dtype=torch.float64),)
     one = [torch.cat(columns, 1)]
     assert_loss(mo.covariance_loss(layers, joint, joint=True), distance(one, [joint], (1.0,)), layers)
@@ -128,9 +128,9 @@ def test_layers_may_be_single_columns():
 
 def test_targets_get_gradients():
     layers = inputs()
-    goal = [t.requires_grad_() for t in targets(torch.float64)]
-    ours = torch.autograd.grad(mo.covariance_loss(layers, goal), goal)
-    theirs = torch.autograd.grad(distance(layers, goal), goal)
+    target = [t.requires_grad_() for t in targets(torch.float64)]
+    ours = torch.autograd.grad(mo.covariance_loss(layers, target), target)
+    theirs = torch.autograd.grad(distance(layers, target), target)
     for got, wanted in zip(ours, theirs, strict=True):
         # The target is symmetric: both sides of it together.
         assert_close(got + got.mT, wanted + wanted.mT, rows=100)
@@ -163,14 +163,14 @@ def test_first_and_second_derivatives(average, mean_weight, train):
 class Adam:
     """torch.optim.Adam on the mean squared error between the average and target - covariance."""
 
-    def __init__(self, goal, reduction):
-        self.goal = torch.cat([t.double().flatten() for t in goal])
-        self.v = torch.zeros_like(self.goal).requires_grad_()
+    def __init__(self, target, reduction):
+        self.target = torch.cat([t.double().flatten() for t in target])
+        self.v = torch.zeros_like(self.target).requires_grad_()
         self.optimizer = torch.optim.Adam([self.v], lr=0.1, betas=(0.5, 0.999))
         self.reduction = reduction
 
     def __call__(self, layers):
-        difference = self.goal - torch.cat([c.flatten() for c in covariances(layers)])
+        difference = self.target - torch.cat([c.flatten() for c in covariances(layers)])
         self.optimizer.zero_grad()
         torch.nn.functional.mse_loss(self.v, difference.detach(), reduction=self.reduction).backward()
         self.optimizer.step()
@@ -181,9 +181,9 @@ class Adam:
 @pytest.mark.parametrize("width", [5, 140])
 def test_adam_is_that_of_torch_on_all_entries_of_the_matrices(reduction, width):
     shapes = [(width,), (3, 2)]
-    goal = targets(torch.float64, (width, 6))
+    target = targets(torch.float64, (width, 6))
     average = mo.AdamMovingAverage(lr=0.1, reduction=reduction)
-    ours, theirs = mo.CovarianceLoss(goal, average=average), Adam(goal, reduction)
+    ours, theirs = mo.CovarianceLoss(target, average=average), Adam(target, reduction)
     for seed in range(4):
         layers = inputs(9, seed=seed, shapes=shapes)
         assert_loss(ours(layers), theirs(layers), layers, rows=10_000)
@@ -191,14 +191,14 @@ def test_adam_is_that_of_torch_on_all_entries_of_the_matrices(reduction, width):
 
 @pytest.mark.parametrize("width", [5, 140])
 def test_a_moving_average_of_covariances_starts_from_the_first_batch(width):
-    goal = [symmetric(width, dtype=torch.float64)]
-    loss, average = mo.CovarianceLoss(goal, average=mo.MovingAverage(0.7), reduction="mean"), None
+    target = [symmetric(width, dtype=torch.float64)]
+    loss, average = mo.CovarianceLoss(target, average=mo.MovingAverage(0.7), reduction="mean"), None
     for seed in range(4):
         layers = inputs(9, seed=seed, shapes=[(width,)])
         (cov,) = covariances(layers)
         # The gradient has the batch's share from the first step on.
         average = 0.7 * (cov.detach() if average is None else average) + 0.3 * cov
-        theirs = (average - goal[0]).square().mean()
+        theirs = (average - target[0]).square().mean()
         average = average.detach()
         assert_loss(loss(layers), theirs, layers)
 
@@ -383,8 +383,8 @@ def test_the_value_needs_less_memory_than_a_matrix(backend, rows, width, kind):
     if backend == "reference":
         pytest.skip("the reference makes copies in float64")
     memory.return_freed_memory()
-    x, goal = torch.randn(rows, width), torch.eye(width)
-    loss = mo.CovarianceLoss(goal) if kind == "class" else lambda x: mo.covariance_loss(x, goal)
+    x, target = torch.randn(rows, width), torch.eye(width)
+    loss = mo.CovarianceLoss(target) if kind == "class" else lambda x: mo.covariance_loss(x, target)
     loss(x)
     peak = memory.peak_over_rest(lambda: loss(x))
     if peak is None:

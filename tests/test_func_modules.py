@@ -147,12 +147,12 @@ def test_an_extractor_and_a_loss_are_differentiable_to_the_parameters_of_functio
 
     net, extractor = network()
     matched = Matched(extractor)
-    goal = exact_moments([relu(net[0](OTHER)), net[3](net[2](relu(net[0](OTHER))))])
+    target = exact_moments([relu(net[0](OTHER)), net[3](net[2](relu(net[0](OTHER))))])
 
     def exact(weight, x):
         first = relu(nn.functional.linear(x, weight, net[0].bias))
         mean, var = exact_moments([first, net[3](net[2](first))])
-        return ((mean - goal[0]).square().sum() + (var - goal[1]).square().sum()) / len(mean)
+        return ((mean - target[0]).square().sum() + (var - target[1]).square().sum()) / len(mean)
 
     (name,) = (name for name, p in matched.named_parameters() if p.shape == net[0].weight.shape)
 
