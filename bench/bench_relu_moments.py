@@ -44,8 +44,8 @@ class ReluMomentsBench(Bench):
     def extractor(self) -> mo.MomentExtractor:
         torch.manual_seed(0)
         networks = [net.to(self.device) for net in NETWORKS[self.workload.name]()]
-        layers = mo.MomentExtractor(networks).names[: len(self.workload.shapes)]
-        return mo.MomentExtractor(networks, layers).to(self.dtype)
+        taps = mo.MomentExtractor(networks).names[: len(self.workload.shapes)]
+        return mo.MomentExtractor(networks, taps).to(self.dtype)
 
     @cached_property
     def images(self) -> Tensor:

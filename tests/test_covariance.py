@@ -62,10 +62,10 @@ def test_the_mean_of_the_operator_is_that_of_moments():
 
 
 def test_a_sequence_gives_one_matrix_per_layer_of_flattened_features():
-    layers = make_features(6, ((5,), (3, 2, 2), (2, 3)))
-    results = mo.covariance(layers)
+    features = make_features(6, ((5,), (3, 2, 2), (2, 3)))
+    results = mo.covariance(features)
     assert isinstance(results, tuple)
-    for x, cov in zip(layers, results, strict=True):
+    for x, cov in zip(features, results, strict=True):
         assert relative_error(cov, exact(x)) <= 1e-6
 
 
@@ -309,14 +309,14 @@ AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMoving
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_matching_operator_keeps_the_contract_of_torch(average, keep, packed):
-    layers = make_features(6, ((5,), (3, 2)))
+    features = make_features(6, ((5,), (3, 2)))
     target = [torch.eye(5), torch.eye(6)]
     vector = torch.cat([triangle.pack(t) for t in target])
     configuration = AVERAGES[average]
     state = [] if configuration is None else list(configuration.new_state(vector, False).values())
     options = [] if configuration is None else configuration.options(61)
     arguments = (
-        layers,
+        features,
         1,
         [triangle.pack(t) for t in target] if packed else target,
         [1.0, 0.5],
@@ -329,7 +329,7 @@ def test_the_matching_operator_keeps_the_contract_of_torch(average, keep, packed
     )
     torch.library.opcheck(OPS.covariance_match_.default, arguments)
     grad, mean, scale = torch.randn_like(vector), torch.randn(11), torch.tensor(2.0)
-    torch.library.opcheck(OPS.covariance_match_backward.default, (grad, mean, layers, mean, scale, 1, "ieee"))
+    torch.library.opcheck(OPS.covariance_match_backward.default, (grad, mean, features, mean, scale, 1, "ieee"))
 
 
 @pytest.mark.parametrize("width", [*WIDTHS, 127, 256, 257, 513])

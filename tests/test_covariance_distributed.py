@@ -108,11 +108,11 @@ def test_covariances_of_means_far_from_zero_merge(ranks, ratio):
 
 
 def alone(rank):
-    layers = Generator(5)(rows_of(rank, BATCHES["uneven"]))
+    features = Generator(5)(rows_of(rank, BATCHES["uneven"]))
     target = [torch.eye(width).double() for width in WIDTHS]
     return [
-        mo.CovarianceLoss(target, process_group=False)(layers).detach(),
-        mo.covariance_loss(layers, target).detach(),
+        mo.CovarianceLoss(target, process_group=False)(features).detach(),
+        mo.covariance_loss(features, target).detach(),
     ]
 
 

@@ -45,41 +45,41 @@ def inputs(rows=7, dtype=torch.float64, seed=0, shapes=SHAPES):
     return [x.requires_grad_() for x in make_features(rows, shapes, dtype, seed)]
 
 
-def covariances(layers, correction=1):
+def covariances(features, correction=1):
     """In float64 PyTorch; differentiable."""
-    rows = [x.double().flatten(1) for x in layers]
+    rows = [x.double().flatten(1) for x in features]
     centred = [x - x.mean(0) for x in rows]
     return [x.mT @ x / (len(x) - correction) for x in centred]
 
 
-def distance(layers, matrices, weights=(1.0, 1.0), correction=1):
+def distance(features, matrices, weights=(1.0, 1.0), correction=1):
     return sum(
         w * (c - t.double()).square().sum()
-        for c, t, w in zip(covariances(layers, correction), matrices, weights, strict=True)
+        for c, t, w in zip(covariances(features, correction), matrices, weights, strict=True)
     )
 
 
-def mean_distance(layers, mean):
-    return (torch.cat([x.double().flatten(1).mean(0) for x in layers]) - mean.double()).square().sum()
+def mean_distance(features, mean):
+    return (torch.cat([x.double().flatten(1).mean(0) for x in features]) - mean.double()).square().sum()
 
 
-def assert_loss(ours, theirs, layers, rows=1000, wide=None):
+def assert_loss(ours, theirs, features, rows=1000, wide=None):
     """`wide`: the leaves of `theirs`, where they are not the layers: gradients of narrower ones come rounded."""
     assert_close(ours, theirs, rows=rows)
-    wanted = torch.autograd.grad(theirs, wide or layers, retain_graph=True)
-    for got, exact in zip(torch.autograd.grad(ours, layers), wanted, strict=True):
+    wanted = torch.autograd.grad(theirs, wide or features, retain_graph=True)
+    for got, exact in zip(torch.autograd.grad(ours, features), wanted, strict=True):
         assert_close(got, exact, rows=rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [5, 128, 300, 1100])
 def test_value_and_gradient_are_those_of_float64(dtype, width):
-    layers = inputs(20, dtype, shapes=[(width,)])
+    features = inputs(20, dtype, shapes=[(width,)])
     target = symmetric(width, dtype=statistics_dtype(dtype))
-    loss = mo.covariance_loss(layers, target)
+    loss = mo.covariance_loss(features, target)
     assert loss.dtype == statistics_dtype(dtype)
-    wide = [x.detach().double().requires_grad_() for x in layers]
-    assert_loss(loss, distance(wide, [target], (1.0,)), layers, rows=width, wide=wide)
+    wide = [x.detach().double().requires_grad_() for x in features]
+    assert_loss(loss, distance(wide, [target], (1.0,)), features, rows=width, wide=wide)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -91,46 +91,46 @@ def test_the_value_without_gradients_is_the_same(packed):
 
 
 def test_weights_reduction_and_layers():
-    layers = inputs()
-    ours = mo.covariance_loss(layers, targets(torch.float64), cov_weight=[0.5, 2.0], reduction="mean")
-    assert_loss(ours, distance(layers, targets(torch.float64), (0.5, 2.0)) / ENTRIES, layers)
+    features = inputs()
+    ours = mo.covariance_loss(features, targets(torch.float64), cov_weight=[0.5, 2.0], reduction="mean")
+    assert_loss(ours, distance(features, targets(torch.float64), (0.5, 2.0)) / ENTRIES, features)
 
 
 def test_moments_bring_their_correction_and_their_means():
-    layers = inputs()
+    features = inputs()
     target = target_moments(torch.float64, correction=2)
-    ours = mo.covariance_loss(layers, target, mean_weight=0.3, cov_weight=2.0)
-    theirs = distance(layers, target.cov, (2.0, 2.0), correction=2) + 0.3 * mean_distance(layers, target.mean)
-    assert_loss(ours, theirs, layers)
-    assert_loss(mo.CovarianceLoss(target, mean_weight=0.3, cov_weight=2.0)(layers), theirs, layers)
+    ours = mo.covariance_loss(features, target, mean_weight=0.3, cov_weight=2.0)
+    theirs = distance(features, target.cov, (2.0, 2.0), correction=2) + 0.3 * mean_distance(features, target.mean)
+    assert_loss(ours, theirs, features)
+    assert_loss(mo.CovarianceLoss(target, mean_weight=0.3, cov_weight=2.0)(features), theirs, features)
 
 
 @pytest.mark.parametrize("kind", ["function", "class"])
 def test_joint_layers_are_one_feature_vector(kind):
-    layers, target_cov = inputs(), symmetric(11, dtype=torch.float64)
+    features, target_cov = inputs(), symmetric(11, dtype=torch.float64)
     target = mo.Moments(torch.linspace(-1, 1, 11).double(), cov=target_cov)
     options = {"joint": True, "mean_weight": 0.3, "reduction": "mean"}
-    ours = mo.covariance_loss(layers, target, **options) if kind == "function" else None
-    ours = mo.CovarianceLoss(target, **options)(layers) if ours is None else ours
-    one = [torch.cat([x.flatten(1) for x in layers], 1)]
-    assert_loss(ours, distance(one, [target_cov], (1.0,)) / 121 + 0.3 * mean_distance(one, target.mean) / 11, layers)
+    ours = mo.covariance_loss(features, target, **options) if kind == "function" else None
+    ours = mo.CovarianceLoss(target, **options)(features) if ours is None else ours
+    one = [torch.cat([x.flatten(1) for x in features], 1)]
+    assert_loss(ours, distance(one, [target_cov], (1.0,)) / 121 + 0.3 * mean_distance(one, target.mean) / 11, features)
 
 
 def test_layers_may_be_single_columns():
-    layers = inputs(shapes=[(), (3,)])
+    features = inputs(shapes=[(), (3,)])
     target = [symmetric(1, dtype=torch.float64), symmetric(3, dtype=torch.float64)]
-    columns = [layers[0].unsqueeze(1), layers[1]]
-    assert_loss(mo.covariance_loss(layers, target), distance(columns, target), layers)
+    columns = [features[0].unsqueeze(1), features[1]]
+    assert_loss(mo.covariance_loss(features, target), distance(columns, target), features)
     (joint,) = (symmetric(4, dtype=torch.float64),)
     one = [torch.cat(columns, 1)]
-    assert_loss(mo.covariance_loss(layers, joint, joint=True), distance(one, [joint], (1.0,)), layers)
+    assert_loss(mo.covariance_loss(features, joint, joint=True), distance(one, [joint], (1.0,)), features)
 
 
 def test_targets_get_gradients():
-    layers = inputs()
+    features = inputs()
     target = [t.requires_grad_() for t in targets(torch.float64)]
-    ours = torch.autograd.grad(mo.covariance_loss(layers, target), target)
-    theirs = torch.autograd.grad(distance(layers, target), target)
+    ours = torch.autograd.grad(mo.covariance_loss(features, target), target)
+    theirs = torch.autograd.grad(distance(features, target), target)
     for got, wanted in zip(ours, theirs, strict=True):
         # The target is symmetric: both sides of it together.
         assert_close(got + got.mT, wanted + wanted.mT, rows=100)
@@ -145,7 +145,7 @@ def make_loss(average, train=False, **options):
 
 
 def pure(loss):
-    return lambda *layers: copy.deepcopy(loss)(list(layers))
+    return lambda *features: copy.deepcopy(loss)(list(features))
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -154,10 +154,10 @@ def pure(loss):
 def test_first_and_second_derivatives(average, mean_weight, train):
     """In training, the average is a constant of Adam, and the batch's own part of a moving average."""
     loss = make_loss(average, train, mean_weight=mean_weight, cov_weight=[0.5, 2.0])
-    layers = inputs(5)
+    features = inputs(5)
     if not (train and average.startswith("adam")):
-        assert gradcheck(pure(loss), layers)
-    assert gradgradcheck(pure(loss), layers) if average in ("none", "moving") or not train else True
+        assert gradcheck(pure(loss), features)
+    assert gradgradcheck(pure(loss), features) if average in ("none", "moving") or not train else True
 
 
 class Adam:
@@ -169,8 +169,8 @@ class Adam:
         self.optimizer = torch.optim.Adam([self.v], lr=0.1, betas=(0.5, 0.999))
         self.reduction = reduction
 
-    def __call__(self, layers):
-        difference = self.target - torch.cat([c.flatten() for c in covariances(layers)])
+    def __call__(self, features):
+        difference = self.target - torch.cat([c.flatten() for c in covariances(features)])
         self.optimizer.zero_grad()
         torch.nn.functional.mse_loss(self.v, difference.detach(), reduction=self.reduction).backward()
         self.optimizer.step()
@@ -185,8 +185,8 @@ def test_adam_is_that_of_torch_on_all_entries_of_the_matrices(reduction, width):
     average = mo.AdamMovingAverage(lr=0.1, reduction=reduction)
     ours, theirs = mo.CovarianceLoss(target, average=average), Adam(target, reduction)
     for seed in range(4):
-        layers = inputs(9, seed=seed, shapes=shapes)
-        assert_loss(ours(layers), theirs(layers), layers, rows=10_000)
+        features = inputs(9, seed=seed, shapes=shapes)
+        assert_loss(ours(features), theirs(features), features, rows=10_000)
 
 
 @pytest.mark.parametrize("width", [5, 140])
@@ -194,13 +194,13 @@ def test_a_moving_average_of_covariances_starts_from_the_first_batch(width):
     target = [symmetric(width, dtype=torch.float64)]
     loss, average = mo.CovarianceLoss(target, average=mo.MovingAverage(0.7), reduction="mean"), None
     for seed in range(4):
-        layers = inputs(9, seed=seed, shapes=[(width,)])
-        (cov,) = covariances(layers)
+        features = inputs(9, seed=seed, shapes=[(width,)])
+        (cov,) = covariances(features)
         # The gradient has the batch's share from the first step on.
         average = 0.7 * (cov.detach() if average is None else average) + 0.3 * cov
         theirs = (average - target[0]).square().mean()
         average = average.detach()
-        assert_loss(loss(layers), theirs, layers)
+        assert_loss(loss(features), theirs, features)
 
 
 def state_of(loss):
@@ -301,22 +301,22 @@ def test_it_compiles_to_one_graph(average):
     )
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for seed in (0, 1):
-        layers = inputs(dtype=torch.float32, seed=seed)
-        ours, theirs = step(layers), plain(layers)
+        features = inputs(dtype=torch.float32, seed=seed)
+        ours, theirs = step(features), plain(features)
         assert_same_bits(ours.detach(), theirs.detach())
-        assert_same_bits(torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers))
+        assert_same_bits(torch.autograd.grad(ours, features), torch.autograd.grad(theirs, features))
     assert_same_bits(state_of(compiled), state_of(plain))
     torch._dynamo.reset()
 
 
 def test_autocast_changes_nothing():
-    layers = inputs(dtype=torch.float32)
+    features = inputs(dtype=torch.float32)
     loss = make_loss("adam", mean_weight=0.5).float()
-    plain = loss(layers)
+    plain = loss(features)
     with torch.autocast("cpu", torch.bfloat16):
-        value = loss(layers)
-        grads = torch.autograd.grad(value, layers)
-    assert_same_bits([value.detach(), grads], [plain.detach(), torch.autograd.grad(plain, layers)])
+        value = loss(features)
+        grads = torch.autograd.grad(value, features)
+    assert_same_bits([value.detach(), grads], [plain.detach(), torch.autograd.grad(plain, features)])
 
 
 X = torch.randn(4, 3)

@@ -103,14 +103,14 @@ def test_the_loss_is_the_same_on_every_process_in_every_dtype(ranks, average, dt
 
 def alone(rank):
     loss_fn = make_loss("none", process_group=False)
-    layers = Generator()(rows_of(rank, BATCHES["uneven"]))
-    return loss_fn(layers).detach(), mo.moment_loss(layers, make_target(SHAPES, torch.float64)).detach()
+    features = Generator()(rows_of(rank, BATCHES["uneven"]))
+    return loss_fn(features).detach(), mo.moment_loss(features, make_target(SHAPES, torch.float64)).detach()
 
 
 def test_without_a_group_a_process_stays_alone(ranks):
     for rank, values in enumerate(ranks(alone)):
-        layers = Generator()(rows_of(rank, BATCHES["uneven"]))
-        expected = mo.moment_loss(layers, make_target(SHAPES, torch.float64))
+        features = Generator()(rows_of(rank, BATCHES["uneven"]))
+        expected = mo.moment_loss(features, make_target(SHAPES, torch.float64))
         for value in values:
             assert_close(value, expected, rows=9)
 
@@ -122,8 +122,8 @@ def in_groups_of_one(rank):
 
 def test_a_given_group_is_the_one_that_merges(ranks):
     for rank, value in enumerate(ranks(in_groups_of_one)):
-        layers = Generator()(rows_of(rank, BATCHES["uneven"]))
-        assert_close(value, mo.moment_loss(layers, make_target(SHAPES, torch.float64)), rows=9)
+        features = Generator()(rows_of(rank, BATCHES["uneven"]))
+        assert_close(value, mo.moment_loss(features, make_target(SHAPES, torch.float64)), rows=9)
 
 
 def penalize(rank, average, sizes, create_graph):
@@ -172,10 +172,10 @@ def test_gradients_by_a_transform_cross_processes(ranks, average):
 def poisoned(rank, value):
     """One process has a value that is not finite in column 2."""
     loss_fn = make_loss("adam")
-    layers = [x.detach() for x in Generator()(rows_of(rank, BATCHES["uneven"]))]
+    features = [x.detach() for x in Generator()(rows_of(rank, BATCHES["uneven"]))]
     if rank == 1:
-        layers[0][0, 2] = value
-    return loss_fn(layers), state_of(loss_fn)
+        features[0][0, 2] = value
+    return loss_fn(features), state_of(loss_fn)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -242,8 +242,8 @@ def resumed(rank):
     loss_fn = make_loss("adam")
     loss_fn([x.detach() for x in Generator()(rows_of(rank, BATCHES["even"]))])
     other = copy.deepcopy(loss_fn)
-    layers = [x.detach() for x in Generator()(rows_of(rank, BATCHES["even"], 1))]
-    return loss_fn(layers), other(layers)
+    features = [x.detach() for x in Generator()(rows_of(rank, BATCHES["even"], 1))]
+    return loss_fn(features), other(features)
 
 
 def test_a_copied_loss_goes_on_alike(ranks):

@@ -27,8 +27,8 @@ class Case:
         self.kind = "none" if self.average is None else self.average.kind
         self.target = make_target(shapes, dtype, var)
         columns = self.columns = self.target.mean.numel()
-        self.layers = make_features(11, shapes, dtype)
-        self.mean, self.var, _ = moments(self.layers, 0, 1, var)
+        self.features = make_features(11, shapes, dtype)
+        self.mean, self.var, _ = moments(self.features, 0, 1, var)
         self.weights = [torch.rand(columns, dtype=dtype) for _ in range(2)] if weighted else [None, None]
         self.scales = (0.7, 1.3) if weighted else (1.0, 1.0)
         self.reduction = 1 / columns if reduction == "mean" else 1.0
@@ -56,7 +56,7 @@ class Case:
         return torch.ops.moment_ops.match_(self.mean, self.var, *self.arguments(update))
 
     def from_features(self, update=True):
-        return torch.ops.moment_ops.match_.features(self.layers, 1, *self.arguments(update))
+        return torch.ops.moment_ops.match_.features(self.features, 1, *self.arguments(update))
 
     def expected(self, update=True):
         """Loss, derivatives and next state by the table of the design, in float64."""
@@ -130,7 +130,7 @@ def test_features_give_what_their_moments_give(average, update, var):
     case = Case(average, var=var, weighted=True)
     expected, grads, state = case.expected(update)
     loss, mean, grad_mean, grad_var = case.from_features(update)
-    assert_close(mean, exact_moments(case.layers)[0], rows=11)
+    assert_close(mean, exact_moments(case.features)[0], rows=11)
     assert_close(loss, expected, rows=case.columns)
     assert_close(grad_mean, grads[0])
     if var:
@@ -143,7 +143,7 @@ def test_channels_last_features_are_matched_in_packed_order(average):
     torch.manual_seed(3)
     case = Case(average, shapes=((3, 4, 5), (7,), (2, 3, 2)), weighted=True)
     expected, grads, state = case.expected()
-    case.layers = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in case.layers]
+    case.features = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in case.features]
     loss, mean, grad_mean, grad_var = case.from_features()
     assert_close(mean, case.mean)
     assert_close(loss, expected, rows=case.columns)
@@ -211,8 +211,8 @@ def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source,
     case, clean = Case(average), Case(average)
     for vector, other in zip(clean.state, case.state, strict=True):
         vector.copy_(other)
-    case.layers[0][4, 2] = value
-    case.mean, case.var, _ = moments(case.layers)
+    case.features[0][4, 2] = value
+    case.mean, case.var, _ = moments(case.features)
     before = [s.clone() for s in case.state]
     loss, *_ = getattr(case, source)()
     getattr(clean, source)()
@@ -228,7 +228,7 @@ def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source,
 def test_no_argument_is_kept_or_freed_twice(source, weighted):
     """Lists, optional tensors and tensors, each by every way that it can be given."""
     case = Case("adam", weighted=weighted)
-    given = [*case.layers, case.mean, case.var, case.target.mean, case.target.var, *case.state]
+    given = [*case.features, case.mean, case.var, case.target.mean, case.target.var, *case.state]
     given += [weight for weight in case.weights if weight is not None]
     for _ in range(3):
         given += [x for x in getattr(case, source)() if x.numel() > 0]

@@ -20,7 +20,7 @@ def features(names=NAMES, seed=0):
     return dict(zip(names, make_features(ROWS, SHAPES.values(), seed=seed), strict=True))
 
 
-def layers(seed=0):
+def unnamed(seed=0):
     return list(features(seed=seed).values())
 
 
@@ -74,15 +74,15 @@ def test_the_order_is_that_of_the_mapping():
 
 
 def test_keys_of_another_type_become_strings():
-    assert mo.moments(dict(enumerate(layers()))).names == ("0", "1", "2")
+    assert mo.moments(dict(enumerate(unnamed()))).names == ("0", "1", "2")
 
 
 def test_a_sequence_has_no_names():
-    assert mo.moments(layers()).names is None
+    assert mo.moments(unnamed()).names is None
 
 
 def test_covariances_of_a_mapping_are_those_of_its_values():
-    assert_same_bits(mo.covariance(features()), mo.covariance(layers()))
+    assert_same_bits(mo.covariance(features()), mo.covariance(unnamed()))
 
 
 def test_a_style_is_matched_by_name():
@@ -93,7 +93,7 @@ def test_a_style_is_matched_by_name():
 
 @losses
 def test_a_loss_takes_a_mapping(loss):
-    assert_same_bits(loss(NAMES, features()), loss(NAMES, layers()))
+    assert_same_bits(loss(NAMES, features()), loss(NAMES, unnamed()))
 
 
 @losses
@@ -187,7 +187,7 @@ def test_what_does_not_fit_into_memory_is_named_by_its_key(monkeypatch):
 def test_a_data_set_keeps_the_names_of_its_features(cov):
     m = mo.dataset_moments(lambda seed: features(seed=seed), range(3), cov=cov)
     assert m.names == NAMES
-    expected = mo.dataset_moments(lambda seed: layers(seed), range(3), cov=cov)
+    expected = mo.dataset_moments(lambda seed: unnamed(seed), range(3), cov=cov)
     assert_same_bits([m.mean, m.var, m.cov], [expected.mean, expected.var, expected.cov])
 
 
@@ -207,7 +207,7 @@ def test_a_mapping_compiles():
 def test_a_mapping_goes_through_transforms():
     loss = mo.MomentLoss(target())
     gradients = torch.func.grad(loss)(features())
-    expected = torch.func.grad(loss)(layers())
+    expected = torch.func.grad(loss)(unnamed())
     assert tuple(gradients) == NAMES
     assert_same_bits(list(gradients.values()), expected)
 
