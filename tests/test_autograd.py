@@ -37,10 +37,10 @@ def inputs(rows=ROWS, seed=0):
     return [x.requires_grad_() for x in make_features(rows, SHAPES, torch.float64, seed)]
 
 
-def make_loss(average, weights="plain", *, var=True, train=False, reduction="mean"):
+def make_loss(average_kind, weights="plain", *, var=True, train=False, reduction="mean"):
     """A loss whose average has run for two steps."""
     target = make_target(SHAPES, torch.float64, var)
-    loss = mo.MomentLoss(target, AVERAGES[average], reduction=reduction, **WEIGHTS[weights])
+    loss = mo.MomentLoss(target, AVERAGES[average_kind], reduction=reduction, **WEIGHTS[weights])
     for seed in (5, 6):
         loss([x.detach() for x in inputs(seed=seed)])
     return loss.train(train)
@@ -151,12 +151,12 @@ def test_moments_backward_refuses_a_scale_that_wants_a_gradient():
         moments_backward(features, mean, count, mean, None, scale=scale)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("source", ["features", "moments"])
 @pytest.mark.parametrize("var", [True, False])
-def test_the_loss_in_evaluation_is_differentiable_twice(average, weights, source, var):
-    call = pure(make_loss(average, weights, var=var), source)
+def test_the_loss_in_evaluation_is_differentiable_twice(average_kind, weights, source, var):
+    call = pure(make_loss(average_kind, weights, var=var), source)
     assert gradcheck(call, inputs())
     assert gradgradcheck(call, inputs())
 
@@ -168,11 +168,11 @@ def test_the_moving_average_in_training_is_differentiable_twice(source):
     assert gradgradcheck(call, inputs())
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("source", ["features", "moments"])
-def test_first_and_second_derivatives_in_training_are_those_of_plain_pytorch(average, weights, source):
-    loss = make_loss(average, weights, train=True)
+def test_first_and_second_derivatives_in_training_are_those_of_plain_pytorch(average_kind, weights, source):
+    loss = make_loss(average_kind, weights, train=True)
     results = []
     for call in (pure(loss, source), naive(loss)):
         features = inputs()
@@ -185,10 +185,10 @@ def test_first_and_second_derivatives_in_training_are_those_of_plain_pytorch(ave
 
 
 @pytest.mark.parametrize("source", ["features", "moments"])
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_gradient_penalty_trains_a_network(source, average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_gradient_penalty_trains_a_network(source, average_kind):
     """Second derivatives reach parameters behind the features, as in plain PyTorch."""
-    loss = make_loss(average, train=True)
+    loss = make_loss(average_kind, train=True)
     net = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Tanh(), torch.nn.Linear(7, 7)).double()
     z = torch.randn(ROWS, 3, dtype=torch.float64, requires_grad=True)
     results = []
@@ -252,30 +252,30 @@ def test_a_weight_that_wants_a_gradient_is_served_or_refused(weight):
     assert_close(ours, theirs.double(), rows=ROWS)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("wanted", [0, 1])
-def test_one_layer_may_want_a_gradient_alone(average, wanted):
+def test_one_layer_may_want_a_gradient_alone(average_kind, wanted):
     features = [x.detach() for x in inputs()]
     features[wanted].requires_grad_()
-    loss = make_loss(average)
+    loss = make_loss(average_kind)
     everything = inputs()
     expected = torch.autograd.grad(loss(everything), everything)[wanted]
     assert_same_bits(torch.autograd.grad(loss(features), features[wanted])[0], expected)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_layer_may_come_twice(average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_layer_may_come_twice(average_kind):
     x = make_features(ROWS, [(3,)], torch.float64)[0].requires_grad_()
-    loss = mo.MomentLoss(make_target([(3,), (3,)], torch.float64), AVERAGES[average])
+    loss = mo.MomentLoss(make_target([(3,), (3,)], torch.float64), AVERAGES[average_kind])
     loss([x.detach() + 1, x.detach()])
     loss.eval()
     assert gradcheck(lambda x: loss([x, x]), x)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_backward_can_run_again_on_a_retained_graph(average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_backward_can_run_again_on_a_retained_graph(average_kind):
     features = inputs()
-    value = make_loss(average)(features)
+    value = make_loss(average_kind)(features)
     first = torch.autograd.grad(value, features, retain_graph=True)
     assert_same_bits(torch.autograd.grad(value, features), first)
     with pytest.raises(RuntimeError, match="second time"):
@@ -292,11 +292,11 @@ def test_gradients_accumulate():
         assert_close(x.grad, 2 * g)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_features_that_change_before_backward_raise(average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_features_that_change_before_backward_raise(average_kind):
     leaves = inputs()
     features = [x * 1 for x in leaves]
-    value = make_loss(average)(features)
+    value = make_loss(average_kind)(features)
     features[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
@@ -351,9 +351,9 @@ def test_forward_mode_elsewhere_does_not_matter():
         assert mo.moments(x).var.isfinite().all()
 
 
-@pytest.mark.parametrize("average", ["none", "moving"])
-def test_a_single_row_gets_finite_gradients_from_means_alone(average):
-    loss = mo.MomentLoss(make_target(SHAPES, torch.float64, var=False), AVERAGES[average])
+@pytest.mark.parametrize("average_kind", ["none", "moving"])
+def test_a_single_row_gets_finite_gradients_from_means_alone(average_kind):
+    loss = mo.MomentLoss(make_target(SHAPES, torch.float64, var=False), AVERAGES[average_kind])
     features = inputs(rows=1)
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss(features), features))
 

@@ -38,10 +38,10 @@ def run(step, rows, layout=torch.contiguous_format):
     return [value.detach(), *torch.autograd.grad(value, features)]
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("source", ["features", "moments"])
-def test_the_loss_compiles_to_one_graph_over_batch_sizes(average, source):
-    plain, compiled = (mo.MomentLoss(make_target(SHAPES), AVERAGES[average]) for _ in range(2))
+def test_the_loss_compiles_to_one_graph_over_batch_sizes(average_kind, source):
+    plain, compiled = (mo.MomentLoss(make_target(SHAPES), AVERAGES[average_kind]) for _ in range(2))
     counter = Counter()
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
@@ -114,9 +114,9 @@ def test_inductor_gives_the_numbers_of_eager_mode():
     assert_same_bits(state_of(compiled)["step"], state_of(plain)["step"])
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_under_autocast_features_come_in_16_bits_and_statistics_in_32(average):
-    loss = mo.MomentLoss(make_target([(4, 6, 6)]), AVERAGES[average])
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_under_autocast_features_come_in_16_bits_and_statistics_in_32(average_kind):
+    loss = mo.MomentLoss(make_target([(4, 6, 6)]), AVERAGES[average_kind])
     conv = nn.Conv2d(3, 4, 3)
     x = torch.randn(8, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):

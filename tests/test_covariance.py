@@ -305,25 +305,25 @@ def test_operators_keep_the_contract_of_torch(dtype, shape, wants_gradient):
 AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.1)}
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_matching_operator_keeps_the_contract_of_torch(average, keep, packed):
+def test_the_matching_operator_keeps_the_contract_of_torch(average_kind, keep, packed):
     features = make_features(6, ((5,), (3, 2)))
     target = [torch.eye(5), torch.eye(6)]
     vector = torch.cat([triangle.pack(t) for t in target])
-    configuration = AVERAGES[average]
-    state = [] if configuration is None else list(configuration.new_state(vector, False).values())
-    options = [] if configuration is None else configuration.options(61)
+    average = AVERAGES[average_kind]
+    state = [] if average is None else list(average.new_state(vector, False).values())
+    options = [] if average is None else average.options(61)
     arguments = (
         features,
         1,
         [triangle.pack(t) for t in target] if packed else target,
         [1.0, 0.5],
-        average,
+        average_kind,
         options,
         state,
-        configuration is not None,
+        average is not None,
         keep,
         "ieee",
     )

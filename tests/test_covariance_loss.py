@@ -136,9 +136,9 @@ def test_targets_get_gradients():
         assert_close(got + got.mT, wanted + wanted.mT, rows=100)
 
 
-def make_loss(average, train=False, **options):
+def make_loss(average_kind, train=False, **options):
     """A loss whose average has run for two steps."""
-    loss = mo.CovarianceLoss(target_moments(torch.float64), average=AVERAGES[average], **options)
+    loss = mo.CovarianceLoss(target_moments(torch.float64), average=AVERAGES[average_kind], **options)
     for seed in (5, 6):
         loss([x.detach() for x in inputs(seed=seed)])
     return loss.train(train)
@@ -148,16 +148,16 @@ def pure(loss):
     return lambda *features: copy.deepcopy(loss)(list(features))
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("mean_weight", [0.0, 0.5])
 @pytest.mark.parametrize("train", [False, True])
-def test_first_and_second_derivatives(average, mean_weight, train):
+def test_first_and_second_derivatives(average_kind, mean_weight, train):
     """In training, the average is a constant of Adam, and the batch's own part of a moving average."""
-    loss = make_loss(average, train, mean_weight=mean_weight, cov_weight=[0.5, 2.0])
+    loss = make_loss(average_kind, train, mean_weight=mean_weight, cov_weight=[0.5, 2.0])
     features = inputs(5)
-    if not (train and average.startswith("adam")):
+    if not (train and average_kind.startswith("adam")):
         assert gradcheck(pure(loss), features)
-    assert gradgradcheck(pure(loss), features) if average in ("none", "moving") or not train else True
+    assert gradgradcheck(pure(loss), features) if average_kind in ("none", "moving") or not train else True
 
 
 class Adam:
@@ -207,9 +207,9 @@ def state_of(loss):
     return {k: v.clone() for k, v in loss.state_dict().items() if "target" not in k}
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
-def test_the_state_advances_in_training_alone_and_once_a_call(average):
-    loss = make_loss(average, mean_weight=1.0)
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
+def test_the_state_advances_in_training_alone_and_once_a_call(average_kind):
+    loss = make_loss(average_kind, mean_weight=1.0)
     before = state_of(loss)
     loss(inputs())
     assert_same_bits(state_of(loss), before)
@@ -220,15 +220,15 @@ def test_the_state_advances_in_training_alone_and_once_a_call(average):
     assert not torch.equal(after["cov_average"], before["cov_average"])
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_the_saved_state_resumes_bit_for_bit(average):
-    loss = make_loss(average, True, mean_weight=1.0)
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_the_saved_state_resumes_bit_for_bit(average_kind):
+    loss = make_loss(average_kind, True, mean_weight=1.0)
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
     other = mo.CovarianceLoss(
         mo.Moments(torch.zeros(11).double(), cov=tuple(torch.eye(w).double() for w in WIDTHS), shapes=((5,), (6,))),
-        average=AVERAGES[average],
+        average=AVERAGES[average_kind],
         mean_weight=1.0,
     )
     other.load_state_dict(torch.load(file))
@@ -237,17 +237,17 @@ def test_the_saved_state_resumes_bit_for_bit(average):
     assert_same_bits(loss.state_dict(), other.state_dict())
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_state_keeps_its_dtype(average, dtype):
-    loss = mo.CovarianceLoss(targets(), average=AVERAGES[average]).to(dtype)
+def test_the_state_keeps_its_dtype(average_kind, dtype):
+    loss = mo.CovarianceLoss(targets(), average=AVERAGES[average_kind]).to(dtype)
     assert all(v.dtype in (torch.float32, torch.bool, torch.int64) for v in loss.state_dict().values())
     loss([x.to(dtype) for x in inputs()])
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
-def test_entries_that_are_not_finite_leave_their_state_untouched(average):
-    loss = mo.CovarianceLoss([symmetric(140)], average=AVERAGES[average])
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
+def test_entries_that_are_not_finite_leave_their_state_untouched(average_kind):
+    loss = mo.CovarianceLoss([symmetric(140)], average=AVERAGES[average_kind])
     loss(make_features(9, [(140,)])[0])
     before = triangle.unpack(loss.cov_average, 140)
     x = make_features(9, [(140,)], seed=1)[0]
@@ -293,11 +293,11 @@ def test_forward_mode_raises():
         mo.covariance_loss([forward_ad.make_dual(x[0], torch.ones_like(x[0])), x[1]], targets(torch.float64))
 
 
-@pytest.mark.parametrize("average", ["none", "moving", "adam"])
-def test_it_compiles_to_one_graph(average):
+@pytest.mark.parametrize("average_kind", ["none", "moving", "adam"])
+def test_it_compiles_to_one_graph(average_kind):
     torch._dynamo.reset()
     plain, compiled = (
-        mo.CovarianceLoss(target_moments(), average=AVERAGES[average], mean_weight=0.5) for _ in range(2)
+        mo.CovarianceLoss(target_moments(), average=AVERAGES[average_kind], mean_weight=0.5) for _ in range(2)
     )
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for seed in (0, 1):

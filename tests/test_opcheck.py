@@ -54,29 +54,29 @@ def test_moments_backward(layout, added, parts, wants_gradient):
     torch.library.opcheck(OPS.moments_backward.default, (grad, grad_mean, grad_var, features, mean, count, 0, 1, scale))
 
 
-def match_arguments(average, var, weighted, update):
+def match_arguments(average_kind, var, weighted, update):
     target = make_target(SHAPES, var=var)
-    configuration = AVERAGES[average]
-    state = [] if configuration is None else list(configuration.new_state(target.mean, var).values())
-    options = [] if configuration is None else configuration.options(COLUMNS)
+    average = AVERAGES[average_kind]
+    state = [] if average is None else list(average.new_state(target.mean, var).values())
+    options = [] if average is None else average.options(COLUMNS)
     weights = [torch.rand(COLUMNS), torch.rand(COLUMNS)] if weighted else [None, None]
-    kind = "none" if configuration is None else configuration.kind
-    update = update and configuration is not None
+    kind = "none" if average is None else average.kind
+    update = update and average is not None
     return (target.mean, target.var, 1.0, 0.5, *weights, 1 / COLUMNS, kind, options, state, update)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("var", [True, False])
 @pytest.mark.parametrize("update", [True, False])
-def test_match_(average, var, update):
+def test_match_(average_kind, var, update):
     features = make_features(6, SHAPES)
     mean, variance, _ = moments(features, 0, 1, var)
-    torch.library.opcheck(OPS.match_.default, (mean, variance, *match_arguments(average, var, var, update)))
+    torch.library.opcheck(OPS.match_.default, (mean, variance, *match_arguments(average_kind, var, var, update)))
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("var", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_match_features(average, var, layout):
+def test_match_features(average_kind, var, layout):
     features = LAYOUTS[layout](make_features(6, SHAPES))
-    torch.library.opcheck(OPS.match_.features, (features, 1, *match_arguments(average, var, not var, True)))
+    torch.library.opcheck(OPS.match_.features, (features, 1, *match_arguments(average_kind, var, not var, True)))

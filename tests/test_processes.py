@@ -186,13 +186,13 @@ CLASSES = {
     "CovarianceDistance, joint": lambda: mo.CovarianceDistance(OTHER, method="gram", joint=True, mean_weight=0.5),
     "CovarianceDistance, unbiased": lambda: mo.CovarianceDistance(OTHER, estimator="unbiased"),
 }
-for average in AVERAGES:
+for average_kind in AVERAGES:
     CLASSES |= {
-        f"MomentLoss, {average}": lambda average=average: mo.MomentLoss(
-            make_target(shapes_of(OTHER), torch.float64), AVERAGES[average]
+        f"MomentLoss, {average_kind}": lambda average_kind=average_kind: mo.MomentLoss(
+            make_target(shapes_of(OTHER), torch.float64), AVERAGES[average_kind]
         ),
-        f"CovarianceLoss, {average}": lambda average=average: mo.CovarianceLoss(
-            covariances(OTHER), AVERAGES[average], **MEANS
+        f"CovarianceLoss, {average_kind}": lambda average_kind=average_kind: mo.CovarianceLoss(
+            covariances(OTHER), AVERAGES[average_kind], **MEANS
         ),
     }
 
