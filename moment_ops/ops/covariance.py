@@ -40,7 +40,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _full_precision(x: Tensor) -> Any:
-    """Disable autocast, which would run the operators of PyTorch within kernels in 16 bits."""
+    """Kernels call operators of PyTorch that autocast would turn to 16 bits."""
     return torch.autocast(x.device.type, enabled=False)
 
 
