@@ -55,39 +55,39 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	grep "^moment_ops:" $(VENV)/build.log || true
 	touch $@
 
-build: $(VENV)/.built  ## make the environment and build the extension
+build: $(VENV)/.built  ## make the environment in .venv and build the extension
 
-demo: build  ## train GFMN on handwritten digits; results in runs/gfmn-mnist
+demo: build  ## train GFMN on handwritten digits, two minutes; results in runs/gfmn-mnist
 	@$(BIN)/moment-ops train gfmn $(ARGS)
 
-demo-molm: build  ## train MoLM on handwritten digits; results in runs/molm-mnist
+demo-molm: build  ## train MoLM on handwritten digits, six minutes; results in runs/molm-mnist
 	@$(BIN)/moment-ops train molm $(ARGS)
 
 test: build  ## run every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-emulated: build  ## run the compiled Triton kernels without a GPU, all of it; goes on where it was stopped
+test-emulated: build  ## run all compiled Triton kernels in an emulator, half an hour; continues a stopped run
 	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full $(ARGS)
 
-test-gpu: build  ## run every operator on every GPU backend, against float64 on the CPU
+test-gpu: build  ## compare every operator on every GPU backend with float64 on the CPU
 	@$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
 
-lint: build  ## ruff and mypy
+lint: build  ## check the Python code with ruff and mypy
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: build  ## reformat the Python code
+format: build  ## format the Python code
 	@$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: build  ## time the ops against eager PyTorch and torch.compile
+bench: build  ## compare the ops with eager PyTorch and torch.compile
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-gpu: build  ## everything that only a GPU can tell, the most important first
+bench-gpu: build  ## check and time every operator on a GPU, the most important ones first, nine minutes
 	@$(BIN)/python -m bench.gpu $(ARGS)
 
-clean:  ## remove the environment and everything built
+clean:  ## remove the environment and all build outputs
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so
 
 .PHONY: help build demo demo-molm test test-emulated test-gpu lint format bench bench-gpu clean

@@ -18,16 +18,16 @@ def concatenated(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def per_layer(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`mean` and `var` of every layer: the obvious code."""
-    layers = [x.flatten(1).float() for x in features]
-    return torch.cat([x.mean(0) for x in layers]), torch.cat([x.var(0) for x in layers])
+    wide = [x.flatten(1).float() for x in features]
+    return torch.cat([x.mean(0) for x in wide]), torch.cat([x.var(0) for x in wide])
 
 
 def sums_of_squares(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and mean of squares of every layer: the fastest in eager mode, but it cancels where |mean| >> std."""
     rows = features[0].shape[0]
-    layers = [x.flatten(1).float() for x in features]
-    mean = torch.cat([x.mean(0) for x in layers])
-    mean_square = torch.cat([x.square().mean(0) for x in layers])
+    wide = [x.flatten(1).float() for x in features]
+    mean = torch.cat([x.mean(0) for x in wide])
+    mean_square = torch.cat([x.square().mean(0) for x in wide])
     return mean, (mean_square - mean.square()) * (rows / (rows - 1))
 
 

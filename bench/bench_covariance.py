@@ -20,18 +20,18 @@ VALUE = "value"
 def obvious(input: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """Centre, multiply, Frobenius norm of the difference."""
     total = input[0].new_zeros((), dtype=torch.float32)
-    for x, goal in zip(input, target, strict=True):
+    for x, matrix in zip(input, target, strict=True):
         rows = x.flatten(1).float()
         rows = rows - rows.mean(0)
-        total = total + (rows.T @ rows / (len(rows) - 1) - goal).square().sum()
+        total = total + (rows.T @ rows / (len(rows) - 1) - matrix).square().sum()
     return total
 
 
 def by_torch_cov(input: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """`torch.cov`, Frobenius norm of the difference."""
     total = input[0].new_zeros((), dtype=torch.float32)
-    for x, goal in zip(input, target, strict=True):
-        total = total + (torch.cov(x.flatten(1).float().T) - goal).square().sum()
+    for x, matrix in zip(input, target, strict=True):
+        total = total + (torch.cov(x.flatten(1).float().T) - matrix).square().sum()
     return total
 
 
@@ -58,11 +58,11 @@ class CovarianceBench(Bench):
     def exact_gradients(self) -> list[Tensor]:
         """`4/(n-1) Xc (C - T)` in float64, kept in float32."""
         gradients = []
-        for x, goal in zip(self.features, self.target, strict=True):
+        for x, matrix in zip(self.features, self.target, strict=True):
             rows = x.detach().flatten(1).double()
             rows -= rows.mean(0)
             freedom = len(rows) - 1
-            gradients.append((4 / freedom * rows @ (rows.T @ rows / freedom - goal)).float().view(x.shape))
+            gradients.append((4 / freedom * rows @ (rows.T @ rows / freedom - matrix)).float().view(x.shape))
         return gradients
 
     @property

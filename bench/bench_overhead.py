@@ -36,7 +36,7 @@ class Case:
 
     name: str
     call: Call
-    goal: float
+    limit: float
     taps: int = 1
     against: Call | None = None
 
@@ -48,7 +48,7 @@ class Result:
     name: str
     microseconds: float
     cost: float
-    goal: float
+    limit: float
     unit: str
     operators: float
 
@@ -77,7 +77,7 @@ def measure(case: Case, unit: Call) -> Result:
         case.name,
         1e6 * statistics.median(ours for ours, _ in pairs) / case.taps,
         statistics.median(ours / theirs for ours, theirs in pairs) / taps,
-        case.goal,
+        case.limit,
         "bare calls" if case.against else "relu",
         pytorch_calls(case.call) / case.taps,
     )
@@ -151,7 +151,7 @@ def _chain(tap: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], x: Tensor) ->
 
 
 def cases() -> list[Case]:
-    """The calls of a training step, and their goals."""
+    """The calls of a training step, and their limits."""
     inputs = [torch.randn(ROWS, *SHAPE) for _ in range(LAYERS)]
     wanted = [x.clone().requires_grad_() for x in inputs]
     x, x_wanted, bias = inputs[0], wanted[0], torch.randn(SHAPE[0])
@@ -198,11 +198,11 @@ def cases() -> list[Case]:
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| call | us | cost | goal | operators |", "|---|---:|---:|---:|---:|"]
+    lines = ["| call | us | cost | limit | operators |", "|---|---:|---:|---:|---:|"]
     for r in results:
-        late = "" if r.cost <= r.goal else " (not met)"
+        late = "" if r.cost <= r.limit else " (not met)"
         lines.append(
-            f"| {r.name} | {r.microseconds:.1f} | {r.cost:.2f} {r.unit} | {r.goal:g}{late} | {r.operators:.1f} |"
+            f"| {r.name} | {r.microseconds:.1f} | {r.cost:.2f} {r.unit} | {r.limit:g}{late} | {r.operators:.1f} |"
         )
     return "\n".join(lines)
 

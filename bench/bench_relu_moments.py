@@ -13,8 +13,8 @@ from bench.machine import Traffic
 from bench.results import NO_LOSS
 from bench.workloads import make_vectors
 from moment_ops.taps.functions import FEATURES
-from moment_ops.training.extractors import VGG19, ResNet18
 from moment_ops.training.networks import Classifier
+from moment_ops.training.pretrained import VGG19, ResNet18
 
 NETWORKS: dict[str, Callable[[], Sequence[nn.Module]]] = {
     "gfmn": lambda: (VGG19(), ResNet18()),
@@ -26,7 +26,7 @@ EAGER = "eager: mean, var"
 
 
 def _squared_distance(moments: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
-    return sum(((value - goal) ** 2).mean() for value, goal in zip(moments, target, strict=True))
+    return sum(((value - wanted) ** 2).mean() for value, wanted in zip(moments, target, strict=True))
 
 
 class ReluMomentsBench(Bench):
@@ -44,8 +44,8 @@ class ReluMomentsBench(Bench):
     def extractor(self) -> mo.MomentExtractor:
         torch.manual_seed(0)
         networks = [net.to(self.device) for net in NETWORKS[self.workload.name]()]
-        layers = mo.MomentExtractor(networks).names[: len(self.workload.shapes)]
-        return mo.MomentExtractor(networks, layers).to(self.dtype)
+        taps = mo.MomentExtractor(networks).names[: len(self.workload.shapes)]
+        return mo.MomentExtractor(networks, taps).to(self.dtype)
 
     @cached_property
     def images(self) -> Tensor:
@@ -65,7 +65,7 @@ class ReluMomentsBench(Bench):
         # Both functions work in place on what is float64 already.
         copies = [x.detach().float() for x in features]
         moments = agreement.exact_moments(copies)
-        slopes = [2 * (m - goal) / len(m) for m, goal in zip(moments, self.target, strict=True)]
+        slopes = [2 * (m - wanted) / len(m) for m, wanted in zip(moments, self.target, strict=True)]
         grads = agreement.exact_gradients(copies, moments[0], *slopes)
         (gradient,) = torch.autograd.grad(features, images, [grad.double() for grad in grads])
         self.extractor.to(self.dtype)

@@ -48,14 +48,18 @@ def parser(operators: Sequence[str]) -> argparse.ArgumentParser:
         prog="python -m bench",
         description=f"Time {', '.join(operators)} against plain PyTorch, torch.compile and the published code.",
     )
-    parser.add_argument("--workload", action="append", choices=tuple(WORKLOADS), help="may be given several times")
     parser.add_argument(
-        "--quick", action="store_true", help="one small workload, few repetitions; results are not kept"
+        "--workload", action="append", choices=tuple(WORKLOADS), help="workload to time; may be given several times"
     )
-    parser.add_argument("--repeat", type=positive, help=f"timed rounds (default: as many as fit into {SECONDS:g} s)")
-    parser.add_argument("--device", choices=tuple(MACHINES), default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: its own choice)")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: bench/results/<device>)")
+    parser.add_argument(
+        "--quick", action="store_true", help="time one small workload with few repetitions; results are not kept"
+    )
+    parser.add_argument(
+        "--repeat", type=positive, metavar="N", help=f"timed rounds (default: as many as fit into {SECONDS:g} s)"
+    )
+    parser.add_argument("--device", choices=tuple(MACHINES), default="cpu", help="device (default: cpu)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: PyTorch's choice)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="output folder (default: bench/results/<device>)")
     return parser
 
 

@@ -1,7 +1,6 @@
-"""`python -m bench.training`: whole trainings of several variants and seeds, equally long, one after another in turns.
+"""`python -m bench.training`: compare trainings with several options and seeds, which take the same time.
 
-    python -m bench.training --name gfmn-covariance --method gfmn --seconds 60 --seeds 3 \\
-        --variant diagonal: --variant "covariance: --covariance 3"
+By default it compares GFMN with and without `--covariance 3`.
 """
 
 import argparse
@@ -19,6 +18,7 @@ from moment_ops.training.metrics import read_metrics
 from moment_ops.training.runs import METRICS
 
 CURVE_STEPS = 300
+VARIANTS = ("mean and variance:", "with --covariance 3: --covariance 3")
 
 
 def train(method: str, arguments: list[str], seed: int, seconds: float, folder: Path) -> dict[str, Any]:
@@ -58,17 +58,32 @@ def table(result: dict[str, Any], early: int = 3 * CURVE_STEPS) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.partition("\n")[0])
-    parser.add_argument("--name", required=True, help="of the result's file")
-    parser.add_argument("--method", default="gfmn")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training, each (default: 60)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--variant", action="append", required=True, metavar="NAME:ARGUMENTS")
-    parser.add_argument("--output", type=Path, help="folder (default: bench/results/<device>/training)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training",
+        description="Compare trainings with several options and seeds, which take the same time.",
+    )
+    parser.add_argument("--name", default="gfmn-covariance", help="name of the result (default: gfmn-covariance)")
+    parser.add_argument("--method", default="gfmn", choices=("gfmn", "molm"), help="method (default: gfmn)")
+    parser.add_argument("--seconds", type=float, default=70.0, metavar="X", help="time of each training (default: 70)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: 3)")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME:OPTIONS",
+        help="name and options of `moment-ops train`; may be given several times (default: "
+        + ", ".join(f'"{variant}"' for variant in VARIANTS)
+        + ")",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="output folder (default: bench/results/<device>/training)"
+    )
     options = parser.parse_args()
     described = isolated(environment.describe)
     print(environment.line(described), flush=True)
-    variants = {name.strip(): arguments.split() for name, _, arguments in (v.partition(":") for v in options.variant)}
+    variants = {
+        name.strip(): arguments.split()
+        for name, _, arguments in (v.partition(":") for v in options.variant or VARIANTS)
+    }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:
         # In turns, so that a machine that changes changes for all.

@@ -30,17 +30,17 @@ def _vectors(count: int, like: Tensor) -> list[Tensor]:
     return [torch.zeros_like(like) for _ in range(count)]
 
 
-def look_ups(layers: list[Tensor]) -> dict[str, Callable[[], None]]:
+def look_ups(features: list[Tensor]) -> dict[str, Callable[[], None]]:
     """Calls of the column kernels over layers, by name; tensors on the CPU will do."""
-    mean, var, target, target_var = _vectors(4, torch.zeros(sum(x[0].numel() for x in layers)))
+    mean, var, target, target_var = _vectors(4, torch.zeros(sum(x[0].numel() for x in features)))
     state = [*_vectors(6, mean), torch.zeros((), dtype=torch.int64)]
-    loss, count, out = torch.zeros(()), torch.ones(len(layers), dtype=torch.int64), [x.clone() for x in layers]
-    x, y, tap_mean, tap_var, grad_mean = layers[0], out[0], *_vectors(3, layers[0][0].flatten())
+    loss, count, out = torch.zeros(()), torch.ones(len(features), dtype=torch.int64), [x.clone() for x in features]
+    x, y, tap_mean, tap_var, grad_mean = features[0], out[0], *_vectors(3, features[0][0].flatten())
     matching = Match(target, target_var, average="adam", options=ADAM, state=state, update=True)
     return {
-        "moments": _look_up(moments.moments, layers, 0, 1, mean, var),
-        "moments_backward": _look_up(moments.moments_backward, [], mean, var, layers, target, count, 0, 1, None, out),
-        "match_, ADAM": _look_up(match.match_, None, None, layers, 1, matching, loss, mean, *_vectors(2, mean)),
+        "moments": _look_up(moments.moments, features, 0, 1, mean, var),
+        "moments_backward": _look_up(moments.moments_backward, [], mean, var, features, target, count, 0, 1, None, out),
+        "match_, ADAM": _look_up(match.match_, None, None, features, 1, matching, loss, mean, *_vectors(2, mean)),
         "relu_moments": _look_up(relu_moments.relu_moments, x, None, 1, y, tap_mean, tap_var),
         "relu_moments_backward": _look_up(
             relu_moments.relu_moments_backward, y, grad_mean, tap_var, x, tap_mean, 1, torch.empty_like(x)

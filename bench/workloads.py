@@ -39,12 +39,12 @@ WORKLOADS = {
 def make_features(workload: Workload, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Tensor]:
     """Feature maps as they leave a ReLU, whose columns differ in mean and spread; they want gradients."""
     generator = torch.Generator(device).manual_seed(seed)
-    layers = []
+    features = []
     for shape in workload.shapes:
         shift = torch.randn(shape, generator=generator, device=device)
         noise = torch.randn((workload.batch, *shape), generator=generator, device=device)
-        layers.append(noise.add_(shift, alpha=0.5).relu_().to(dtype).requires_grad_())
-    return layers
+        features.append(noise.add_(shift, alpha=0.5).relu_().to(dtype).requires_grad_())
+    return features
 
 
 def make_vectors(workload: Workload, device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ _PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170, "gfx90a": 
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The name of a GPU's architecture; 0 for what is no GPU."""
+    """The architecture of a GPU, or 0 for another device."""
     if device.type != "cuda":
         return 0
     properties = torch.cuda.get_device_properties(device)
@@ -26,7 +26,7 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def processors(architecture: Architecture) -> int:
-    """Multiprocessors that are to be kept busy."""
+    """The number of multiprocessors to keep busy."""
     return _PROCESSORS.get(architecture, 128)
 
 
@@ -36,7 +36,7 @@ def most_layers(architecture: Architecture) -> int:
 
 
 def family(architecture: Architecture) -> str:
-    """The architecture whose tiles it takes."""
+    """The architecture whose tiles are used on this one."""
     if isinstance(architecture, str):
         return "gfx"
     if 90 <= architecture < 120:

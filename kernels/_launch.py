@@ -37,7 +37,7 @@ class Launch:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one."""
+    """Make a GPU the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -118,11 +118,11 @@ class _Call(NamedTuple):
 
 
 class _Unclear(Exception):
-    """A pointer does not tell which tensor it belongs to."""
+    """Raised if it is unclear to which tensor a pointer belongs."""
 
 
 def _pointer(value: Tensor, tensors: Sequence[Tensor], workspaces: Sequence[Tensor]) -> tuple[int, int]:
-    """Which of the call's tensors it is a view of, and where it begins there."""
+    """The tensor of the call that `value` is a view of, and the offset in it."""
     storage = value.untyped_storage().data_ptr()
     for i, tensor in enumerate(workspaces):
         if tensor.untyped_storage().data_ptr() == storage:

@@ -86,13 +86,13 @@ class Group:
         return tuple(value for values in chosen for value in values)
 
     def integers(self, values: Sequence[int]) -> tuple[int, ...]:
-        """Likewise, integers."""
+        """The integers of the layers of the launch, out of those of the whole list, padded and encoded."""
         count = len(values) // self.parts
         return self.nested([values[i::count] for i in self.layers])
 
     @staticmethod
     def nested(values: Sequence[Sequence[int]], unit: int = 1) -> tuple[int, ...]:
-        """Several integers of every layer."""
+        """Several integers per layer, padded and encoded."""
         chosen = padded([[value // unit for value in of] for of in values], [0] * len(values[0]))
         return encoded([value for of in chosen for value in of])
 
@@ -179,7 +179,7 @@ def first_programs(starts: Sequence[int]) -> tuple[int, ...]:
 
 
 def running(counts: Sequence[int]) -> list[int]:
-    """Where each begins, when they lie one after another."""
+    """The offset of each, if they follow one another."""
     offsets, offset = [], 0
     for count in counts:
         offsets.append(offset)

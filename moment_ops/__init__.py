@@ -1,4 +1,4 @@
-"""Fused moment ops for PyTorch: means, variances and their matching losses over many layers, in one pass."""
+"""Fused moment ops for PyTorch: means, variances and covariances of many layers, and the losses that match them."""
 
 from moment_ops.averages import AdamMovingAverage, MovingAverage
 from moment_ops.covariances import covariance

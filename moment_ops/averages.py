@@ -1,4 +1,4 @@
-"""Running averages across steps: frozen configurations. Their state lives in the buffers of the loss that uses them."""
+"""Configurations of running averages. The state of an average is kept in the buffers of the loss that uses it."""
 
 import math
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ def _number(value: object, name: str) -> float:
     return value
 
 
-def _zeros(kind: str, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
-    """The state of an average before its first step, by name, in the order that the operators want."""
-    description = AVERAGES[kind]
+def _zeros(average_kind: str, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
+    """The state of an average before its first step, by name, in the order that the operators expect."""
+    kind = AVERAGES[average_kind]
     state = {
         f"{quantity}_{vector}": torch.zeros_like(target_mean)
         for quantity in (("mean", "var") if has_var else ("mean",))
-        for vector in description.vectors
+        for vector in kind.vectors
     }
-    if description.has_started:
-        # A column whose first batches were not finite starts from its first finite one.
+    if kind.has_started:
+        # A column whose first values are non-finite starts from its first finite value.
         state["started"] = torch.zeros_like(target_mean, dtype=torch.bool)
     state["step"] = torch.zeros((), dtype=torch.int64, device=target_mean.device)
     return state
@@ -35,10 +35,15 @@ def _zeros(kind: str, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class MovingAverage:
-    """Exponential moving average of the generated moments; the gradient flows through the current batch only.
+    """Exponential moving average of the moments of the batches. Gradients flow through the current batch only.
+
+    `average = decay * average + (1 - decay) * batch`; the first batch is the first average.
 
     Args:
-        decay: weight of the old average, in [0, 1). The average starts from the first batch.
+        decay: weight of the previous average, in [0, 1).
+
+    Raises:
+        TypeError, ValueError: `decay` is not a number in [0, 1).
 
     Source: the released code of dos Santos et al. 2019, `--useRegularMovAvrg`, with decay = 1 - alpha.
     """
@@ -56,22 +61,26 @@ class MovingAverage:
         return [self.decay]
 
     def new_state(self, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
-        """Fresh state by name, in the order that the operator wants."""
+        """The initial state by name, in the order that the operator expects."""
         return _zeros(self.kind, target_mean, has_var)
 
 
 @dataclass(frozen=True)
 class AdamMovingAverage:
-    """ADAM moving average (AMA) of the differences between target and generated moments.
+    """ADAM moving average (AMA) of the differences between the target and the moments of the batches.
 
-    Every call makes one step of torch.optim.Adam on the mean squared error between the average v and (target - batch),
-    then the loss is <v, target - batch> with v constant.
+    Each call takes one step of torch.optim.Adam on the squared error between the average v and `target - batch`. The
+    loss is then the inner product of v and `target - batch`, where v is a constant.
 
     Args:
-        lr, betas, eps: of Adam.
-        reduction: "mean" divides that error by F, the number of columns over all layers, as the published code does:
-            eps then acts like eps * F / 2 on the differences. "sum" does not.
-        init: "zeros", or "uniform" in +-1/sqrt(F) as the published code (an nn.Linear weight).
+        lr, betas, eps: as of torch.optim.Adam.
+        reduction: "mean" divides the squared error by F, the number of columns over all layers, as the published code
+            does; eps then has the effect that eps * F has with "sum". "sum" does not divide.
+        init: initial values of v: "zeros", or "uniform" in [-1 / sqrt(F), 1 / sqrt(F)] as in the published code, where
+            v is the weight of an nn.Linear.
+
+    Raises:
+        TypeError, ValueError: wrong types or values, with the argument's name.
 
     Source: dos Santos et al. 2019, section 3.2, and the released code.
     """
@@ -104,7 +113,7 @@ class AdamMovingAverage:
         return [self.lr, *self.betas, self.eps, gradient_scale]
 
     def new_state(self, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
-        """Fresh state by name, in the order that the operator wants."""
+        """The initial state by name, in the order that the operator expects."""
         state = _zeros(self.kind, target_mean, has_var)
         if self.init == "uniform":
             bound = 1 / math.sqrt(target_mean.numel())
@@ -118,5 +127,5 @@ Average = MovingAverage | AdamMovingAverage
 
 
 def averaging(average: Average | None, columns: int) -> tuple[str, Sequence[float]]:
-    """The kind and the options that the operators take, for `columns` matched columns."""
+    """The kind and the options of an average as the operators take them, for `columns` matched columns."""
     return ("none", ()) if average is None else (average.kind, average.options(columns))

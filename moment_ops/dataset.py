@@ -1,4 +1,4 @@
-"""Moments of a whole data set, batch by batch."""
+"""Moments of a whole data set, computed batch by batch."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,31 +17,34 @@ from moment_ops.statistics import Moments, moments
 def dataset_moments(
     extractor: Callable[[Any], Any], batches: Iterable[Any], *, cov: bool = False, progress: bool = False
 ) -> Moments:
-    """Mean and variance of an extractor's features over all batches, merged in float64; their covariance on request.
+    """Means and variances of an extractor's features over all batches, merged in float64; optionally covariances.
 
     Args:
         extractor: maps a batch of inputs to features (a Tensor, or a sequence or mapping of Tensors) or to Moments. A
-            module is put into `eval()` mode meanwhile.
-        batches: batches of inputs, of any sizes; of a tuple or list, as data loaders give, the first item is taken.
-            A batch on another device than a module's parameters is moved there.
-        cov: also the covariance (D, D) of every layer. It needs features, or Moments with covariances; a
-            `MomentExtractor` is asked for its features.
-        progress: show a progress bar (needs tqdm).
+            module runs in `eval()` mode and gets its mode back afterwards.
+        batches: iterable of batches of inputs, of any sizes. Of a batch that is a tuple or a list, as data loaders
+            return them, the first item is used. Inputs are moved to the device of a module's parameters.
+        cov: whether the (D, D) covariance of every layer is computed too. This needs an extractor that returns features
+            or Moments with covariances. Of a `MomentExtractor`, `features` is called.
+        progress: whether a progress bar is shown, which needs tqdm.
 
     Returns:
-        Moments with correction 1, without gradients, in the dtype of a batch's moments.
+        Moments with correction 1, without gradients, in the dtype of the moments of one batch: float32 (float64 for
+        float64 features). Their names are the keys of mappings, or the names of a `MomentExtractor`.
 
     Raises:
-        TypeError, ValueError: no batches, batches whose features differ in shape, no features to take covariances of,
-            a covariance that does not fit into memory.
+        TypeError, ValueError: no batches; batches whose features differ in shape or name; `cov=True` with Moments that
+            have no covariances; a covariance that does not fit into memory.
+        ImportError: `progress=True` without tqdm.
 
-    Cost: one read of the features, one (F,) merge per batch; memory does not grow with the data set. A covariance takes
-    N D^2 products a batch, 12 D^2 bytes per layer, and a copy of a layer's features.
+    Cost: per batch one read of the features and one merge of (F,) vectors. Memory does not grow with the data set.
+    With `cov=True`, each batch of N rows takes N D^2 products per layer. The sums take 12 D^2 bytes per layer, and a
+    copy of the features of one layer is made.
     """
     modules = list(extractor.modules()) if isinstance(extractor, torch.nn.Module) else []
     was_training = [module.training for module in modules]
     parameter = next((p for module in modules for p in module.parameters(recurse=False)), None)
-    # Many a network has an attribute `features`, which is only a part of it.
+    # Other networks also have an attribute `features`, which is only a part of them.
     of_features = getattr(extractor, "features", extractor) if hasattr(extractor, "moments_and_features") else extractor
     total: Moments | None = None
     scatter = _Scatter()
@@ -60,7 +63,7 @@ def dataset_moments(
                     continue
                 part = _batch_moments(result, cov)
                 dtype = part.mean.dtype
-                # Between batches in float64: thousands of roundings to float32 would add up.
+                # Merged in float64: the roundings of thousands of batches to float32 would add up.
                 part = _cast(part, torch.float64)
                 total = part if total is None else Moments.merge(total, part)
     finally:
@@ -77,55 +80,55 @@ def _batch_moments(result: Any, cov: bool) -> Moments:
     if not isinstance(result, Moments):
         return moments(result)
     if cov and result.cov is None:
-        raise TypeError("extractor: got Moments without covariances, expected features, for cov=True")
+        raise TypeError("extractor: got Moments without covariances, expected features with cov=True")
     return result if cov else replace(result, cov=None, validate=False)
 
 
 class _Scatter:
-    """Sums of outer products of deviations from the mean, (D, D) in float64 per layer, updated in place."""
+    """Sums of outer products of deviations from the mean: one (D, D) float64 matrix per layer, updated in place."""
 
     def __init__(self) -> None:
         self.rows = 0
         self.names: tuple[str, ...] | None = None
         self._shapes: tuple[tuple[int, ...], ...] = ()
-        # A mean known beforehand, that of the first batch, is taken from all features: what is left of the means is
-        # small, and loses nothing in float32.
+        # The mean of the first batch, which is subtracted from all features: the remaining means are small, and lose no
+        # digits in float32.
         self._pivots: list[Tensor] = []
-        # (D,) in float64, of the features without the pivots.
+        # (D,) float64 means of the features less the pivots.
         self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
 
-    def add(self, features: checks.Features) -> None:
-        """Add the rows of a batch."""
-        layers, _, shapes, _, names = checks.batch_of(features)
-        check_memory(layers)
+    def add(self, batch: checks.Features) -> None:
+        """Add the rows of a batch of features."""
+        features, _, shapes, _, names = checks.batch_of(batch)
+        check_memory(features, "features", names)
         if self.rows == 0:
-            self._start(layers, shapes)
+            self._start(features, shapes)
             self.names = names
         if names != self.names:
             raise ValueError(f"batches: got features named {names}, expected {self.names} as in the first batch")
         if shapes != self._shapes:
             raise ValueError(f"batches: got features of shapes {shapes}, expected {self._shapes} as in the first batch")
-        rows = layers[0].shape[0]
+        rows = features[0].shape[0]
         share = rows / (self.rows + rows)
-        for x, pivot, mean, total in zip(layers, self._pivots, self._means, self._sums, strict=True):
-            # Over N, not N - c: those of a single row do not exist.
+        for x, pivot, mean, total in zip(features, self._pivots, self._means, self._sums, strict=True):
+            # Over N, not N - c, which would be NaN for a single row.
             matrix, batch_mean = covariance_op(x.flatten(1).to(pivot.dtype) - pivot, 0, True, "ieee")
             delta = batch_mean.double() - mean
-            # The factor goes into both sides, which keeps the sum exactly symmetric.
+            # Both factors are scaled, which keeps the sum exactly symmetric.
             shift = delta * math.sqrt(share * self.rows)
             total.add_(matrix, alpha=rows).addr_(shift, shift)
             mean.add_(delta, alpha=share)
         self.rows += rows
 
-    def _start(self, layers: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
-        first = moments(layers, var=False)
+    def _start(self, features: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+        first = moments(features, var=False)
         self._shapes, self._pivots = shapes, list(first.mean.split(first.sizes))
         self._means = [torch.zeros_like(pivot, dtype=torch.float64) for pivot in self._pivots]
         self._sums = [mean.new_zeros(len(mean), len(mean)) for mean in self._means]
 
     def moments(self, names: tuple[str, ...] | None, correction: int = 1) -> Moments:
-        """Those of all rows."""
+        """The moments of all rows."""
         freedom = self.rows - correction
         factor = 1 / freedom if freedom > 0 else math.nan
         dtype = self._pivots[0].dtype

@@ -1,4 +1,4 @@
-"""Merging the moments of the processes of a group, or joining their rows: the same result on every process."""
+"""Merging moments, or gathering rows, over the processes of a group. The result is the same on every process."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,18 @@ from moment_ops.ops.moments import moments
 from moment_ops.ops.nodes import Node
 
 ProcessGroup = Any
-"""A torch.distributed group; None for the default group where one is initialized; False for this process alone."""
+"""A torch.distributed group. None is the default group if one is initialized; False is this process alone."""
 
 
 def group_size(process_group: ProcessGroup) -> int:
-    """Number of processes to merge over."""
+    """The number of processes to merge over."""
     if process_group is False or not dist.is_available() or not dist.is_initialized():
         return 1
     return dist.get_world_size(process_group)
 
 
 class _AllReduce(Node):
-    """The sum over all processes of tensors that differ between them; its gradient is such a sum, too."""
+    """The sum over all processes of tensors that differ between them. Its gradient is the same kind of sum."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, process_group: ProcessGroup) -> Tensor:
@@ -40,11 +40,11 @@ class _AllReduce(Node):
 
 
 class _SumOverRanks(_AllReduce):
-    """All-reduce whose gradient suits DistributedDataParallel, which averages gradients over the processes.
+    """An all-reduce whose gradient fits DistributedDataParallel, which averages gradients over the processes.
 
-    Every process computes the same loss from the sum, so the gradient with respect to the sum is the same everywhere,
-    and the sum of all processes' gradients is `world size` times this one: no collective in backward. A backward that
-    is itself differentiated holds terms of one process alone, and sums in earnest.
+    Every process computes the same loss from the sum, so that the gradient of the sum is the same everywhere. The sum
+    over the processes' gradients is therefore this gradient times the world size, and backward needs no collective. In
+    a backward that is itself differentiated, the gradients differ between processes, and are summed by a collective.
     """
 
     @staticmethod
@@ -55,20 +55,21 @@ class _SumOverRanks(_AllReduce):
 
 
 def moments_of_rank(
-    layers: Sequence[Tensor], var: bool, signature: plans.Signature | None = None
+    features: Sequence[Tensor], var: bool, signature: plans.Signature | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(mean, var, count) of this process, as `merge_ranks` takes them, with correction 0.
+    """(mean, var, count) of this process, as `merge_ranks` takes them.
 
-    Variances over N - c do not exist for a single row. Zeros where there are no rows, which get a gradient of zeros.
+    The correction is 0, since a variance over N - 1 is NaN for a single row. A process without rows has means and
+    variances of zero, through which the features get a gradient of zero.
     """
-    if layers[0].shape[0]:
-        return moments(layers, 0, 0, var, signature=signature)
-    mean = torch.cat([x.sum(0, dtype=statistics_dtype(x.dtype)).flatten() for x in layers])
-    return mean, mean if var else None, mean.new_zeros(len(layers), dtype=torch.int64)
+    if features[0].shape[0]:
+        return moments(features, 0, 0, var, signature=signature)
+    mean = torch.cat([x.sum(0, dtype=statistics_dtype(x.dtype)).flatten() for x in features])
+    return mean, mean if var else None, mean.new_zeros(len(features), dtype=torch.int64)
 
 
 def covariance_of_rank(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """(covariance, mean) of this process, as `merge_covariances` takes them; without rows as `moments_of_rank`."""
+    """(covariance, mean) of this process, as `merge_covariances` takes them; zeros without rows."""
     if x.shape[0]:
         return covariance(x, 0, True, precision)
     rows = as_rows(x).to(statistics_dtype(x.dtype))
@@ -86,19 +87,19 @@ def merge_ranks(
     new_correction: int,
     process_group: ProcessGroup,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Mean, variance and count over the rows of all processes, from those of each.
+    """Mean, variance and count over the rows of all processes, from the moments of each process.
 
     Args:
-        mean, var, count, correction: this process's packed moments, (F,), (F,), (L,).
+        mean, var, count, correction: packed moments of this process, (F,), (F,), (L,) and a number.
         sizes: columns of every layer.
-        pivot: (F,) a mean known to all processes; the sums are shifted by it, in float64.
-        new_correction: of the merged variance.
+        pivot: (F,), the same on every process. It is subtracted from the means before they are summed in float64.
+        new_correction: correction of the merged variance.
 
     Returns:
-        (mean, var, count), the same on every process. Gradients are those that DistributedDataParallel expects:
-        parameters get the gradient of one process on the concatenated batch, uneven batches included.
+        (mean, var, count), the same on every process. Gradients follow the convention of DistributedDataParallel:
+        parameters get the gradient of one process on the concatenated batch, also if batch sizes differ.
     """
-    layers, columns = count.shape[0], mean.shape[0]
+    num_layers, columns = count.shape[0], mean.shape[0]
     rows = per_column(count.double(), sizes)
     shift = mean.double() - pivot.double()
     parts = [count.double(), rows * shift]
@@ -107,13 +108,13 @@ def merge_ranks(
         parts.append(m2 + rows * shift.square())
     total = _SumOverRanks.call(torch.cat(parts), process_group)
 
-    merged_count = total[:layers].detach().round().to(torch.int64)
+    merged_count = total[:num_layers].detach().round().to(torch.int64)
     rows = per_column(merged_count.double(), sizes)
-    shift = total[layers : layers + columns] / rows
+    shift = total[num_layers : num_layers + columns] / rows
     merged_mean = (pivot.double() + shift).to(mean.dtype)
     merged_var = None
     if var is not None:
-        m2 = (total[layers + columns :] - rows * shift.square()).clamp_min(0)
+        m2 = (total[num_layers + columns :] - rows * shift.square()).clamp_min(0)
         freedom = rows - new_correction
         merged_var = torch.where(freedom > 0, m2 / freedom, float("nan")).to(var.dtype)
     return merged_mean, merged_var, merged_count
@@ -129,15 +130,15 @@ def merge_covariances(
     correction: int,
     process_group: ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """Means and covariances over the rows of all processes, from those of each; as `merge_ranks`.
+    """Means and covariances over the rows of all processes, from those of each process, as `merge_ranks`.
 
     Args:
-        mean: (F,) of this process, packed.
+        mean: (F,) packed means of this process.
         covariance: packed triangles of this process, with correction 0.
         count: rows of this process, the same for every layer.
         widths: columns of every layer.
-        pivot: (F,) a mean known to all processes; by default zero, which costs digits of float64 alone.
-        correction: of the merged covariance.
+        pivot: (F,), the same on every process, as in `merge_ranks`. None is zero, which loses digits of float64 only.
+        correction: correction of the merged covariance.
 
     Returns:
         (mean, covariance), packed, the same on every process.
@@ -156,18 +157,18 @@ def merge_covariances(
 
 
 def merged_moments(
-    layers: Sequence[Tensor], correction: int, var: bool, process_group: ProcessGroup
+    features: Sequence[Tensor], correction: int, var: bool, process_group: ProcessGroup
 ) -> tuple[Tensor, Tensor | None]:
-    """Packed means and variances over the rows of all processes; differentiable, as `merge_ranks`."""
+    """Packed means and variances over the rows of all processes. Differentiable, as `merge_ranks`."""
     if group_size(process_group) == 1:
-        return moments(layers, 0, correction, var)[:2]
-    mean, variance, count = moments_of_rank(layers, var)
+        return moments(features, 0, correction, var)[:2]
+    mean, variance, count = moments_of_rank(features, var)
     return merge_ranks(
         mean,
         variance,
         count,
         0,
-        sizes=[columns_of(x) for x in layers],
+        sizes=[columns_of(x) for x in features],
         pivot=torch.zeros_like(mean),
         new_correction=correction,
         process_group=process_group,
@@ -175,21 +176,21 @@ def merged_moments(
 
 
 def merged_covariances(
-    layers: Sequence[Tensor], correction: int, precision: str, process_group: ProcessGroup
+    features: Sequence[Tensor], correction: int, precision: str, process_group: ProcessGroup
 ) -> tuple[list[Tensor], Tensor]:
-    """Covariances over the rows of all processes, and packed means; differentiable, as `merge_covariances`.
+    """Covariances over the rows of all processes, and packed means. Differentiable, as `merge_covariances`.
 
-    Per layer a (D, D) matrix, or its packed triangle where there is something to merge.
+    The covariance of a layer is a (D, D) matrix on one process, and a packed triangle on several.
     """
     if group_size(process_group) == 1:
-        results = [covariance(x, correction, True, precision) for x in layers]
+        results = [covariance(x, correction, True, precision) for x in features]
         return [cov for cov, _ in results], torch.cat([mean for _, mean in results])
-    widths = [columns_of(x) for x in layers]
-    results = [covariance_of_rank(x, precision) for x in layers]
+    widths = [columns_of(x) for x in features]
+    results = [covariance_of_rank(x, precision) for x in features]
     mean, packed = merge_covariances(
         torch.cat([mean for _, mean in results]),
         triangle.pack_all([cov for cov, _ in results]),
-        layers[0].shape[0],
+        features[0].shape[0],
         widths=widths,
         pivot=None,
         correction=correction,
@@ -207,7 +208,10 @@ def merged_covariance(x: Tensor, process_group: ProcessGroup) -> Tensor:
 
 
 def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> list[Tensor]:
-    """Means of vectors over the entries of all processes, whose numbers may differ; gradients as of `merge_ranks`."""
+    """Means of vectors over the entries of all processes, which may have different numbers of entries.
+
+    Gradients follow the convention of `merge_ranks`.
+    """
     sums = torch.stack([value.sum() for value in values])
     counts = torch.cat([sums.new_full((1,), value.shape[0]) for value in values])
     total, count = _SumOverRanks.call(torch.cat([sums, counts]), process_group).chunk(2)
@@ -215,24 +219,24 @@ def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> li
 
 
 def _packed_outer(vector: Tensor, widths: Sequence[int]) -> Tensor:
-    """Packed triangles of the outer products of every layer's part with itself."""
+    """Packed triangles of the outer product of each layer's part of the vector with itself."""
     return triangle.pack_all([torch.outer(part, part) for part in vector.split(list(widths))])
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """`x` with zeros below, up to `rows` rows."""
+    """`x` with rows of zeros appended, `rows` rows in all."""
     padded = x.new_zeros((rows, *x.shape[1:]))
     padded[: len(x)] = x
     return padded
 
 
 class _AllGather(Node):
-    """The rows of every process, (n_r, D) each; the gradients of a process's rows are summed over all processes."""
+    """The rows of every process, (n_r, D) each. The gradient of a row is summed over all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], process_group: ProcessGroup) -> tuple[Tensor, ...]:
         ctx.sizes, ctx.process_group = sizes, process_group
-        # Not every backend gathers tensors of different shapes, or without elements.
+        # Not every torch.distributed backend gathers tensors of different shapes, or without elements.
         gathered = [x.new_empty((max(sizes), *x.shape[1:])) for _ in sizes]
         if max(sizes):
             dist.all_gather(gathered, _padded(x, max(sizes)), group=process_group)
@@ -244,7 +248,7 @@ class _AllGather(Node):
 
 
 class _SumOfOwnRows(Node):
-    """From tensors for every process's rows to the sum over all processes of those for this one's."""
+    """The sum over all processes of the tensors that belong to the rows of this process."""
 
     @staticmethod
     def forward(ctx: Any, sizes: list[int], process_group: ProcessGroup, *parts: Tensor) -> Tensor:
@@ -261,7 +265,7 @@ class _SumOfOwnRows(Node):
 
 
 class _GatherRows(_AllGather):
-    """As `_SumOverRanks`: every process computes the same loss, so its own gradient tells those of all."""
+    """`_AllGather` for a loss that every process computes alike: its own gradient times the world size is the sum."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,10 +275,10 @@ class _GatherRows(_AllGather):
 
 
 def row_counts(rows: Sequence[int], like: Tensor, process_group: ProcessGroup) -> list[list[int]]:
-    """Numbers of rows of every process, in the order of the ranks, on the host: it waits for the device.
+    """Numbers of rows of every process, in the order of the ranks. On several processes the host waits for the device.
 
     Args:
-        rows: this process's; as many numbers everywhere.
+        rows: numbers of rows of this process; every process passes equally many.
         like: a tensor on the device.
     """
     world = group_size(process_group)
@@ -287,28 +291,28 @@ def row_counts(rows: Sequence[int], like: Tensor, process_group: ProcessGroup) -
 
 
 def total_rows(rows: int, like: Tensor, process_group: ProcessGroup) -> int:
-    """Rows of all processes together, as `row_counts`."""
+    """The number of rows of all processes together, from `row_counts`."""
     return sum(count for (count,) in row_counts([rows], like, process_group))
 
 
 def gather_rows(groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup) -> list[list[Tensor]]:
-    """The rows of all processes, for a loss that every process computes from all of them.
+    """The rows of all processes, for a loss that every process computes from all rows.
 
     Args:
-        groups: lists of this process's layers, (n, D_l) each; n may differ between groups and processes, and may be 0.
+        groups: lists of layers of this process, (n, D_l) each. n may differ between groups and processes, and may be 0.
 
     Returns:
-        The layers of every group of every process: all processes' of the first group, in the order of the ranks, then
-        those of the next; the same everywhere. Gradients are those that DistributedDataParallel expects, as in
-        `merge_ranks`.
+        The layers of every group of every process: first those of the first group, in the order of the ranks, then
+        those of the second. The result is the same on every process. Gradients follow the convention of `merge_ranks`.
 
-    Cost: one collective per layer and one for the numbers of rows, which waits for the device: shapes depend on them.
+    Cost: one collective per layer, and one for the numbers of rows. The host waits for the latter, since shapes depend
+    on it.
     """
     if group_size(process_group) == 1:
-        return [list(layers) for layers in groups]
-    counts = row_counts([layers[0].shape[0] for layers in groups], groups[0][0], process_group)
+        return [list(features) for features in groups]
+    counts = row_counts([features[0].shape[0] for features in groups], groups[0][0], process_group)
     gathered: list[list[Tensor]] = []
-    for layers, *sizes in zip(groups, *counts, strict=True):
-        parts = [_GatherRows.call(x, sizes, process_group) for x in layers]
+    for features, *sizes in zip(groups, *counts, strict=True):
+        parts = [_GatherRows.call(x, sizes, process_group) for x in features]
         gathered += [list(ranked) for ranked in zip(*parts, strict=True)]
     return gathered

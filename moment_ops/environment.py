@@ -1,4 +1,4 @@
-"""What this machine can run, and why something cannot: `moment-ops env`."""
+"""What `moment-ops env` prints: the backends that can run on this machine, and why the others cannot."""
 
 import platform
 
@@ -23,7 +23,7 @@ def report() -> str:
     if torch.cuda.is_available():
         lines += [f"cuda:{i}      {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     else:
-        lines.append("gpu         none that torch can use")
+        lines.append("gpu         torch finds none")
     lines.append("backends")
     for name in backends.NAMES[1:]:
         reason = backends.unavailable(name)
@@ -39,7 +39,7 @@ def report() -> str:
 
 
 def _choice(operator: str, device: str) -> str:
-    """The backend for float32, and those of other dtypes where they differ."""
+    """The backend for float32, and for other dtypes if it differs."""
     usual = backends.chosen(operator, device)
     others = {str(dtype).removeprefix("torch."): backends.chosen(operator, device, dtype) for dtype in FEATURE_DTYPES}
     others = {dtype: name for dtype, name in others.items() if name != usual}

@@ -1,4 +1,4 @@
-"""Autograd nodes for a function that takes derivatives itself: its gradient goes to its input alone."""
+"""Autograd nodes around a function that computes gradients itself, and is differentiated by its input only."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from moment_ops.ops.nodes import Node, is_transformed
 
-# From an input, and whether a graph to it is wanted, to a tensor.
+# A function of the input and of whether the result needs a graph to it.
 OfInput: TypeAlias = Callable[[Tensor, bool], Tensor]
 
 
 def of_input_alone(function: OfInput, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """`function(x)`, differentiable to x: twice, or once under transforms.
+    """`function(x)`, differentiable with respect to x: twice, or once under transforms.
 
-    The graph of parameter gradients ends in the parameters too. Hidden in a node, its backward goes to x only: a plain
-    `loss.backward()` would compute, and leave in `grad`, second derivatives of parameters that nobody wants.
+    The graph of parameter gradients leads to the parameters as well as to x. Without this node, `loss.backward()` would
+    compute second derivatives of the parameters and accumulate them in their `grad`. With it, backward goes to x only.
 
     Args:
-        parameters: what the function reads besides. They stay as they are until the last backward.
+        parameters: what else the function reads. They must not change before the last backward.
     """
     if is_transformed():
         return _UnderTransforms.call(x, function, parameters)
@@ -32,11 +32,11 @@ def _versions(parameters: Sequence[Tensor]) -> list[int]:
 
 def _check_versions(ctx: Any) -> None:
     if _versions(ctx.parameters) != ctx.versions:
-        raise RuntimeError("f: its parameters were changed between moments() and a second backward through it")
+        raise RuntimeError("f: the parameters were changed between moments() and a second backward through it")
 
 
 def _with_graph(function: OfInput, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, input) of a graph of its own."""
+    """(value, input) of a new graph."""
     with torch.enable_grad():
         inner = x.detach().requires_grad_()
         return function(inner, True), inner
@@ -56,7 +56,7 @@ class _OfInput(torch.autograd.Function):
         graph, ctx.graph = ctx.graph, None
         again = torch.is_grad_enabled()
         if again or graph is None:
-            # Differentiated itself, or a second time: from x anew.
+            # The backward is itself differentiated, or runs a second time: compute the graph again from x.
             _check_versions(ctx)
             graph = (ctx.function(x, True), x) if again else _with_graph(ctx.function, x)
         (gradient,) = torch.autograd.grad(*graph, grad, create_graph=again)
@@ -64,7 +64,7 @@ class _OfInput(torch.autograd.Function):
 
 
 class _UnderTransforms(Node):
-    """Runs below the transforms, where derivatives of the function's own are taken; its graph is made in backward."""
+    """Runs below the transforms, where the function's own gradients are computed. Backward builds the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: OfInput, parameters: Sequence[Tensor]) -> Tensor:

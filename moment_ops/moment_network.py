@@ -1,4 +1,4 @@
-"""`MomentNetwork`: hidden units, parameter gradients and input of a network that learns what to match (MoLM)."""
+"""`MomentNetwork`: means of hidden units, parameter gradients and input of a network that learns."""
 
 import math
 import warnings
@@ -26,14 +26,14 @@ _LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class ObjectiveParts(NamedTuple):
-    """The objective of a moment network; all but `loss` are detached scalars.
+    """The objective of a moment network and its parts, which are scalars. All but `loss` are detached.
 
     Attributes:
-        loss: logistic + penalty.
-        logistic: 2 log 2 = 1.386 where real and generated look the same to it.
-        penalty: with its weight.
-        squared_norm: of the mean gradient, of the batches that were penalised.
-        accuracy: share of the samples on the right side of 0, real and generated counted alike.
+        loss: the sum of the logistic loss and the penalty.
+        logistic: the logistic loss. It is 2 log 2 = 1.386 if f does not tell real from generated samples.
+        penalty: the penalty, multiplied by its weight.
+        squared_norm: squared norm of the mean gradient, averaged over the penalised batches.
+        accuracy: share of samples whose value has the right sign. Real and generated samples count equally.
     """
 
     loss: Tensor
@@ -44,11 +44,11 @@ class ObjectiveParts(NamedTuple):
 
 
 class MomentNetwork(nn.Module):
-    """A network f with one value per sample, and its moments: those of the Method of Learned Moments.
+    """A network f with one value per sample, and its moments: the Method of Learned Moments.
 
-    `Phi(x) = [hidden units h(x), gradient of f(x) with respect to f's parameters, x]`. A generator matches the mean of
-    Phi over its samples to the mean over the data. In between, `objective` trains f to tell real samples from
-    generated ones.
+    The moments are the mean over samples of `Phi(x) = [hidden units h(x), gradient of f(x) with respect to the
+    parameters of f, x]`. A generator is trained to match the mean over its samples to the mean over the data. In
+    between, `objective` trains f to tell real samples from generated ones.
 
         target = mo.dataset_moments(net.moments, batches)
         average = mo.AdamMovingAverage(5e-3, reduction="sum")
@@ -56,25 +56,31 @@ class MomentNetwork(nn.Module):
         loss_fn(net.moments(generator(latent))).backward()
 
     Args:
-        f: a module that maps (N, ...) to (N,) or (N, 1). All of its parameters require grad; any optimizer may train
-            it. A compiled module is unwrapped, since torch.compile does not support double backward.
-        hidden: the layers whose outputs are moments. Module types, where an activation type includes calls of its
-            function (`torch.nn.functional.leaky_relu`); names, of one call ("act:1") or of a module, which selects all
-            its calls; or a predicate (name, module) -> bool. By default all activations.
-        weights: of the groups "hidden", "gradient" and "input" in the matching loss; 1 for those not given. A weight
-            multiplies squared distances, and leaves the moments and the state of an average unscaled. `mean_weight`
-            gives the weights in the form that a loss takes.
+        f: a module that maps (N, ...) to (N,) or (N, 1). All of its parameters must require grad. Any optimizer may
+            train it. A compiled module is unwrapped, since torch.compile does not support double backward.
+        hidden: the layers whose outputs are moments. Either module types, where an activation's type includes calls of
+            its function such as `torch.nn.functional.leaky_relu`; or names, of one call ("act:1") or of a module
+            ("act", which selects all its calls); or a predicate (name, module) -> bool. By default all activations are
+            selected.
+        weights: weights of the groups "hidden", "gradient" and "input" in the matching loss, 1 by default. A weight
+            multiplies squared distances. Moments, and the state of an average, are not scaled. `mean_weight` returns
+            the weights in the form that a loss takes.
 
-    The moments of an f with BatchNorm or dropout are always those of evaluation mode: in training mode they would
-    depend on the other samples of the batch, and the moments of a data set on how it was divided into batches.
+    Moments are computed with f in evaluation mode. In training mode, BatchNorm would make them depend on the other
+    samples of the batch.
 
-    With several processes wrap the generator in DistributedDataParallel, not f: `MomentLoss` merges these moments.
+    With several processes, wrap the generator in DistributedDataParallel, not f. `MomentLoss` merges these moments.
 
-    Leave out the bias of the last layer. Its gradient is 1 for all samples, so that it teaches nothing, and with the
-    penalty around a squared norm of 1 it drives all other gradients to 0. A warning reports such a parameter.
+    Leave out the bias of the last layer. Its gradient is 1 for all samples, so that the generator learns nothing from
+    it. With the penalty around a squared norm of 1 it drives all other gradients to 0. A warning names such a
+    parameter.
+
+    Raises:
+        TypeError, ValueError: f is not a module, has no parameters, or has one that does not require grad; wrong
+            `hidden` or `weights`.
 
     Source: Ravuri, Mohamed, Rosca, Vinyals 2018, "Learning Implicit Generative Models with the Method of Learned
-    Moments". Weights, and averages on these moments, are additions.
+    Moments". The weights, and averages of these moments, are additions.
     """
 
     def __init__(
@@ -94,24 +100,23 @@ class MomentNetwork(nn.Module):
         self._parameters_by_name()
 
     def moments(self, x: Tensor) -> Moments:
-        """Means over the batch of hidden units, parameter gradients and input, packed in this order.
+        """Means over the batch of the hidden units, the parameter gradients and the input, packed in this order.
 
         Args:
-            x: (N, ...) what f takes.
+            x: (N, ...) input of f.
 
         Returns:
-            Moments without variances, float32 (float64 for float64). The layers are named "hidden/NAME" in execution
-            order, then "gradient/NAME", then "input". Differentiable with respect to x through all three groups, twice
-            in eager mode, once under the transforms of `torch.func`; constant with respect to f's parameters, whose
-            `grad` does not change.
+            Moments without variances, float32 (float64 for float64). Layers are named "hidden/NAME" in execution order,
+            then "gradient/NAME", then "input". Differentiable with respect to x through all three groups: twice in
+            eager mode, once under the transforms of `torch.func`. Backward does not reach the parameters of f.
 
         Raises:
-            ValueError: f does not give one value per sample; a parameter that f does not use, or that does not require
-                grad; a layer that is not twice differentiable; nothing matches `hidden`. All are named.
+            ValueError: f does not return one value per sample, does not use one of its parameters, or has one that does
+                not require grad; a layer is not twice differentiable; nothing matches `hidden`. The message names it.
 
-        Cost: a forward and a backward of f; backward is a double backward through f, without the part that leads to
-        its parameters. No gradient is computed per sample: the gradient of the mean is the mean of the gradients. Where
-        x requires no grad, as for data, no graph is built.
+        Cost: a forward and a backward of f. Backward is a double backward through f without the gradients of its
+        parameters. No gradients per sample are computed: the gradient of the mean is the mean of the gradients. If x
+        does not require grad, no graph is built.
         """
         checks.batch(checks.features(x, "x"), 0, "x")
         if torch.is_grad_enabled() and wants_grad(x):
@@ -127,13 +132,20 @@ class MomentNetwork(nn.Module):
         return self.moments(x)
 
     def mean_weight(self, target: Moments) -> tuple[float, ...]:
-        """The weights of the groups as `MomentLoss` takes them: one float per layer of these moments."""
+        """The weights of the groups as `MomentLoss` takes them: one float per layer of these moments.
+
+        Args:
+            target: moments of this network, whose names give the groups.
+
+        Raises:
+            ValueError: the target has no names.
+        """
         if target.names is None:
-            raise ValueError("target: got moments without names, expected those of this network")
+            raise ValueError("target: got Moments without names, expected the moments of this network")
         return tuple(self.weights[name.partition("/")[0]] for name in target.names)
 
     def objective(self, real: Tensor, generated: Tensor, **options: Any) -> Tensor:
-        """The loss that f is trained with: `objective_parts(...).loss`, with the same arguments."""
+        """The loss that trains f: `objective_parts(...).loss`, with the same arguments."""
         return self.objective_parts(real, generated, **options).loss
 
     def objective_parts(
@@ -145,25 +157,30 @@ class MomentNetwork(nn.Module):
         penalty_weight: float = 3e-3,
         squared_norm: float = 1.0,
     ) -> ObjectiveParts:
-        """Logistic loss of real against generated samples, and a penalty on the gradient that is matched.
+        """The logistic loss of real against generated samples, and a penalty on the norm of the mean gradient.
 
-        `mean softplus(-f(real)) + mean softplus(f(generated)) + penalty_weight * (|g|^2 - squared_norm)^2` with g the
-        gradient of f's mean over one batch with respect to its parameters.
+        `mean softplus(-f(real)) + mean softplus(f(generated)) + penalty_weight * (|g|^2 - squared_norm)^2`, where g is
+        the gradient, with respect to the parameters of f, of the mean of f over one batch.
 
         Args:
-            real, generated: (N, ...) samples; they get no gradients.
-            penalty: the batch of g. "real", which does not bound gradients on generated samples; "generated"; "both",
-                the mean of the two penalties; "alternating", real and generated samples in turn, one per call in
-                `train()` mode, at half the cost of "both". The state dict holds whose turn it is.
-            penalty_weight: too large a weight keeps f from learning.
-            squared_norm: the value that the penalty pulls |g|^2 to.
+            real, generated: (N, ...) and (M, ...) samples. They get no gradients.
+            penalty: the batch whose g is penalised. "real" does not bound gradients on generated samples. "generated"
+                penalises generated samples. "both" takes the mean of the two penalties. "alternating" switches between
+                real and generated samples at every call in `train()` mode, at half the cost of "both"; the state dict
+                holds whose turn it is.
+            penalty_weight: weight of the penalty. If it is too large, f does not learn.
+            squared_norm: the value of |g|^2 that has no penalty.
 
         Returns:
-            Scalars; `loss` is differentiable with respect to f's parameters, by a double backward.
+            ObjectiveParts. `loss` is differentiable with respect to the parameters of f.
 
-        Cost: two forwards of f; backward two, and a double backward for each penalised batch.
+        Raises:
+            ValueError: wrong shapes or options; f as in `moments`.
 
-        Source: Ravuri et al. 2018, Algorithm 1. Published codes penalise real samples only.
+        Cost: two forwards of f and, for each penalised batch, a backward. The backward of the loss is two backwards of
+        f, and a double backward for each penalised batch.
+
+        Source: Ravuri et al. 2018, Algorithm 1. Published code penalises real samples only.
         """
         checks.option(penalty, "penalty", PENALTIES)
         for name, x in (("real", real), ("generated", generated)):
@@ -188,20 +205,22 @@ class MomentNetwork(nn.Module):
 
     @torch.no_grad()
     def rescale(self, x: Tensor, squared_norm: float = 1.0) -> None:
-        """Rescale the layers of an untrained f to data: |g|^2 = squared_norm, with signals of one size in all layers.
+        """Rescale the layers of an untrained f to data, so that |g|^2 = squared_norm and outputs have a similar scale.
 
         First the weight and bias of every linear layer and convolution are scaled so that its output on x has mean
-        square 1. Then all of them are scaled by a common factor, so that the gradient of the mean of f over x has the
-        squared norm asked for, to 0.1 % (3 % in bfloat16). With PyTorch's initialisation that norm is often tens or
-        hundreds, and the penalty dominates the loss.
+        square 1. Then all of them are scaled by a common factor, so that g, the gradient of the mean of f over x, has
+        the given squared norm, to 0.1 % (3 % in bfloat16). With PyTorch's initialisation this norm is often tens or
+        hundreds, and the penalty then dominates the loss.
 
         Args:
-            x: (N, ...) samples of the data; a few hundred are enough.
+            x: (N, ...) samples of the data. A few hundred are enough.
+            squared_norm: |g|^2 after rescaling.
 
         Raises:
-            ValueError: f has no such layers, one gives only zeros, or the norm cannot be reached.
+            ValueError: f has no linear layer or convolution, one of them returns only zeros, or the norm cannot be
+                reached.
 
-        Source: the first part is that of Mishkin & Matas 2016 without its orthogonal start.
+        Source: the first part is that of Mishkin & Matas 2016, without their orthogonal initialisation.
         """
         checks.batch(checks.features(x, "x"), 0, "x")
         layers = self._normalize(x)
@@ -211,10 +230,10 @@ class MomentNetwork(nn.Module):
         if constant >= squared_norm:
             names = ", ".join(constants)
             raise ValueError(
-                f"squared_norm: got {squared_norm}, but the gradient of {names} is the same for all samples and has a"
-                f" squared norm of {constant:g} by itself; leave that parameter out of f"
+                f"squared_norm: got {squared_norm}, but the gradient of {names} is the same for all samples, and its"
+                f" squared norm alone is {constant:g}; remove this parameter from f"
             )
-        # A network of n layers without biases is homogeneous: a factor c on all makes it c^(n-1) in the gradient.
+        # A network of n layers without biases is homogeneous: scaling all by c scales the gradient by c^(n-1).
         exponent = 1 / (2 * max(len(layers) - 1, 1))
         tolerance = max(1e-3, 4 * max(torch.finfo(p.dtype).eps for p in scaled.values()))
         for _ in range(100):
@@ -226,7 +245,7 @@ class MomentNetwork(nn.Module):
                 return
             factor = ((squared_norm - constant) / (norm - constant)) ** exponent
             torch._foreach_mul_(list(scaled.values()), factor)
-        raise ValueError(f"squared_norm: got {squared_norm}, but rescaling the layers of f leads to {norm:g}")
+        raise ValueError(f"squared_norm: got {squared_norm}, but rescaling the layers of f reaches only {norm:g}")
 
     def get_extra_state(self) -> dict[str, int]:
         return {"steps": self._steps}
@@ -240,7 +259,7 @@ class MomentNetwork(nn.Module):
     def _parameters_by_name(self) -> dict[str, nn.Parameter]:
         found = dict(self.f.named_parameters())
         if not found:
-            raise ValueError(f"f: {type(self.f).__name__} has no parameters, so there are no gradients to match")
+            raise ValueError(f"f: {type(self.f).__name__} has no parameters, expected some whose gradients are moments")
         for name, parameter in found.items():
             if not parameter.requires_grad:
                 raise ValueError(f"f: parameter {name} does not require grad, but its gradient is a moment")
@@ -270,22 +289,22 @@ class MomentNetwork(nn.Module):
             )
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
-                raise ValueError(f"f: parameter {name} is not used by {type(self.f).__name__}: it has no gradient")
+                raise ValueError(f"f: parameter {name} is not used by {type(self.f).__name__}, and has no gradient")
         return [gradient for gradient in gradients if gradient is not None]
 
     def _means(self, x: Tensor, create_graph: bool) -> Tensor:
-        """Packed means; with a graph to x and to the parameters, or without any."""
+        """Packed means, with a graph to x and to the parameters, or without a graph."""
         with torch.enable_grad(), _evaluation_mode(self.f):
             calls = Calls(self.f, self._selection, x.shape[0])
             with calls:
                 values = self._values(x)
             calls.check()
             features = [*calls.features, x]
-            # Before the backward, so that without a graph it can free what it has passed.
+            # Before the backward, which without a graph then frees activations as it goes.
             with torch.set_grad_enabled(create_graph):
                 means = _means_of(features)
             gradients = self._gradients(values, create_graph)
-            # The copy is 0.3 % of a step (4.9 million columns, CPU), and one vector is matched in one launch.
+            # The copy takes 0.3 % of a step (4.9 million columns, CPU). One vector is matched in one launch.
             with torch.set_grad_enabled(create_graph):
                 *hidden, last = means
                 packed = torch.cat([*hidden, *(g.reshape(-1).to(last.dtype) for g in gradients), last])
@@ -299,7 +318,7 @@ class MomentNetwork(nn.Module):
         return packed
 
     def _constant_gradients(self, x: Tensor) -> dict[str, Tensor]:
-        """Gradients that depend neither on x nor on parameters, by name of their parameter."""
+        """Gradients that depend neither on x nor on parameters, by the name of their parameter."""
         with _evaluation_mode(self.f):
             inner = x.detach()[:2].clone().requires_grad_()
             gradients = self._gradients(self._values(inner), create_graph=True)
@@ -307,7 +326,7 @@ class MomentNetwork(nn.Module):
         return {name: gradient for name, gradient in pairs if not gradient.requires_grad}
 
     def _normalize(self, x: Tensor) -> list[nn.Module]:
-        """Give the output of every linear layer mean square 1; the layers, in execution order."""
+        """Scale every linear layer so that its output has mean square 1. Returns the layers in execution order."""
         names = {module: name for name, module in self.f.named_modules()}
         done: list[nn.Module] = []
 
@@ -316,7 +335,10 @@ class MomentNetwork(nn.Module):
                 return None
             size = output.square().mean().sqrt().item()
             if not (math.isfinite(size) and size > 0):
-                raise ValueError(f"x: layer {names[layer] or type(layer).__name__} of f gives {size:g} everywhere")
+                raise ValueError(
+                    f"x: the outputs of layer {names[layer] or type(layer).__name__} of f have a root mean square of"
+                    f" {size:g}, expected a positive, finite one"
+                )
             done.append(layer)
             for parameter in layer.parameters(recurse=False):
                 parameter.div_(size)
@@ -334,7 +356,7 @@ class MomentNetwork(nn.Module):
         return done
 
     def _check_once(self, x: Tensor) -> None:
-        """At first use: f is twice differentiable, and no gradient is a constant."""
+        """Check at first use that f is twice differentiable, and warn of constant gradients."""
         if self._is_checked:
             return
         with torch.enable_grad(), _evaluation_mode(self.f):
@@ -342,15 +364,15 @@ class MomentNetwork(nn.Module):
             if _second_derivative_error(self.f, (inner,), {}) is not None:
                 layer, reason = _once_differentiable_layer(self.f, inner)
                 raise ValueError(
-                    f"f: {layer} is not twice differentiable, so that gradients of f with respect to its parameters"
-                    f" cannot teach: {reason}"
+                    f"f: {layer} is not twice differentiable, so that the parameter gradients of f have no derivative"
+                    f" with respect to its input: {reason}"
                 ) from reason
             constant = self._constant_gradients(x)
         if constant:
             warnings.warn(
-                f"the gradient of {', '.join(constant)} is the same for all samples: it teaches a generator nothing,"
-                " and its share of the squared norm cannot shrink, so that a penalty shrinks the others; leave out the"
-                " bias of the last layer",
+                f"the gradient of {', '.join(constant)} is the same for all samples. A generator learns nothing from"
+                " it. Its share of the squared norm is constant, so that the penalty drives the other gradients to 0."
+                " Remove the bias of the last layer.",
                 stacklevel=4,
             )
         self._is_checked = True
@@ -359,18 +381,18 @@ class MomentNetwork(nn.Module):
 def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
     given = {} if weights is None else weights
     if not isinstance(given, Mapping):
-        raise TypeError(f"weights: got {type(given).__name__}, expected a mapping of {', '.join(GROUPS)} to numbers")
+        raise TypeError(f"weights: got {type(given).__name__}, expected a mapping from {', '.join(GROUPS)} to numbers")
     for group, weight in given.items():
         if group not in GROUPS:
-            raise ValueError(f"weights: got {group!r}, expected {', '.join(GROUPS)}")
+            raise ValueError(f"weights: got the key {group!r}, expected {', '.join(GROUPS)}")
         weight_number(weight, f"weights[{group!r}]")
     return {group: float(given.get(group, 1.0)) for group in GROUPS}
 
 
 def _means_of(features: Sequence[Tensor]) -> list[Tensor]:
-    """Mean over the batch of every layer, flat. One launch; one per layer where autocast has mixed their dtypes.
+    """Means over the batch of every layer, flattened: in one launch, or in one per layer if autocast mixes dtypes.
 
-    Either way 0.2 % of a step on convolutions: taps, which would save that one read, have nothing to gain here.
+    With convolutions this takes 0.2 % of a step, so that taps, which would save the read, gain nothing here.
     """
     if len({x.dtype for x in features}) == 1:
         result = moments(list(features), var=False)
@@ -398,7 +420,7 @@ def _evaluation_mode(f: nn.Module) -> Iterator[None]:
 
 
 def _once_differentiable_layer(f: nn.Module, x: Tensor) -> tuple[str, RuntimeError | None]:
-    """The innermost module without a second derivative, by name and type, and the reason."""
+    """The innermost module that is not twice differentiable, by name and type, and the reason."""
     names = {module: name for name, module in f.named_modules()}
     calls: list[tuple[nn.Module, Any, Any]] = []
 
@@ -411,7 +433,7 @@ def _once_differentiable_layer(f: nn.Module, x: Tensor) -> tuple[str, RuntimeErr
     finally:
         for handle in handles:
             handle.remove()
-    # Inner calls end before outer ones; the last is that of f.
+    # Inner calls end before outer ones; the call of f itself ends last.
     for module, args, kwargs in calls:
         reason = _second_derivative_error(module, args, kwargs)
         if reason is not None:
@@ -420,25 +442,25 @@ def _once_differentiable_layer(f: nn.Module, x: Tensor) -> tuple[str, RuntimeErr
 
 
 def _second_derivative_error(module: nn.Module, args: Any, kwargs: Any) -> RuntimeError | None:
-    """Why the gradients of one call cannot be differentiated, if so; the module and its parameters stay as they are."""
+    """The error of a double backward through one call, or None. The module and its parameters do not change."""
 
     def is_floating(value: Any) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point()
 
     leaves = {name: p.detach().requires_grad_() for name, p in module.named_parameters() if is_floating(p)}
     inputs = [a.detach().requires_grad_() if is_floating(a) else a for a in args]
-    # Copies, as a module may work in place.
+    # Copies: a module may change its inputs in place.
     copies = [a.clone() if is_floating(a) else a for a in inputs]
     output = torch.func.functional_call(module, leaves, tuple(copies), kwargs)
     if not isinstance(output, Tensor) or not output.requires_grad:
         return None
     variables = [*leaves.values(), *(a for a in inputs if is_floating(a))]
-    # Squared, for the incoming gradient must require grad: with a constant one, functions that are differentiable once
-    # give gradients that are constants too, and raise nothing.
+    # Squared, so that the incoming gradient requires grad. With a constant one, functions that are differentiable once
+    # return constant gradients, and do not raise.
     first = torch.autograd.grad(output.square().sum(), variables, create_graph=True, allow_unused=True)
     total = _squared_norm([g for g in first if g is not None])
     try:
-        # To all leaves: a backward to some of them passes by the nodes that would raise.
+        # To all leaves: a backward to some of them would skip the nodes that raise.
         total.backward()
     except RuntimeError as error:
         return error

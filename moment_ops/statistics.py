@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moment_ops import npz
+from moment_ops.covariances import check_covariance
 from moment_ops.ops import checks
 from moment_ops.ops.layout import per_column
 from moment_ops.ops.moments import moments as moments_op
@@ -22,20 +23,27 @@ from moment_ops.ops.nodes import under_vmap
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Moments of one or many layers, packed: layer after layer, each in the row-major order of its shape.
+    """Moments of one or many layers, packed into vectors of F columns.
+
+    Layers follow one another in the packed vectors. Each is flattened in the row-major order of its shape.
 
     Args:
-        mean: (F,) means.
-        var: (F,) variances, or None where only means are known.
+        mean: (F,) means, of a floating-point dtype.
+        var: (F,) variances, in the dtype and on the device of `mean`, or None if they are unknown.
         cov: one (D, D) covariance per layer, or None.
-        count: (L,) int64, rows per layer; an int or a sequence of ints will do; None where it is not known.
-        correction: c of the variances and covariances, sum of squares / (count - c).
-        shapes: shape of every layer without the batch; by default one layer of shape (F,).
+        count: rows per layer, an (L,) int64 Tensor, an int or a sequence of ints. None if it is unknown.
+        correction: c of the variances and covariances, which are sums of squares / (count - c).
+        shapes: shape of every layer without the batch dimension. By default there is one layer of shape (F,).
         names: name of every layer, or None.
-        validate: check shapes and values (NaN, negative variances, asymmetric covariances). It reads from the device;
-            results of operators, where NaN is a legitimate answer, go without.
+        validate: whether shapes, dtypes and values are checked. The check of the values reads from the device. Results
+            of operators are not checked: NaN is a valid result there.
 
-    A pytree: `torch.utils._pytree.tree_map`, `torch.compile` and `torch.export` see its tensors.
+    `Moments` is registered as a pytree, so that `torch.utils._pytree.tree_map`, `torch.compile` and `torch.export` see
+    its tensors.
+
+    Raises:
+        TypeError, ValueError: wrong types, dtypes or shapes; non-finite values, negative variances, asymmetric
+            covariances.
     """
 
     mean: Tensor
@@ -70,7 +78,7 @@ class Moments:
         return tuple(math.prod(shape) for shape in self.shapes)
 
     def layers(self) -> list[tuple[Tensor, Tensor | None]]:
-        """`[(mean, var), ...]`: views in each layer's shape; var is None where it is not known."""
+        """`[(mean, var), ...]`: views in the shape of each layer. `var` is None if variances are unknown."""
         means = self.mean.split(self.sizes)
         variances = [None] * len(means) if self.var is None else list(self.var.split(self.sizes))
         return [
@@ -104,36 +112,40 @@ class Moments:
                     raise ValueError(f"cov[{i}]: got {got}, expected shape {(size, size)}")
 
     def check_values(self) -> None:
-        """Raise ValueError for values that no data can have. Reads from the device; under `vmap` nothing is read."""
+        """Raise ValueError for non-finite values, negative variances and asymmetric covariances.
+
+        The check reads from the device. It does nothing while tracing and under `vmap`.
+        """
         if torch.compiler.is_compiling() or under_vmap():
             return
         if not bool(self.mean.isfinite().all()):
-            raise ValueError("mean: got values that are not finite")
+            raise ValueError("mean: got non-finite values, expected finite ones")
         if self.var is not None:
             if not bool(self.var.isfinite().all()):
-                raise ValueError("var: got values that are not finite")
+                raise ValueError("var: got non-finite values, expected finite ones")
             if bool((self.var < 0).any()):
                 raise ValueError(f"var: got a negative variance, {self.var.min().item():.3g}")
         if self.count is not None and bool((self.count < 1).any()):
             raise ValueError(f"count: got {self.count.tolist()}, expected at least one row per layer")
         for i, matrix in enumerate(self.cov or ()):
-            if not bool(matrix.isfinite().all()):
-                raise ValueError(f"cov[{i}]: got values that are not finite")
-            scale = matrix.abs().amax().item()
-            asymmetry = (matrix - matrix.mT).abs().amax().item()
-            if asymmetry > 64 * torch.finfo(matrix.dtype).eps * scale:
-                raise ValueError(f"cov[{i}]: got an asymmetric matrix, entries differ by {asymmetry:.3g}")
-            if bool((matrix.diagonal() < 0).any()):
-                raise ValueError(f"cov[{i}]: got a negative variance on the diagonal")
+            check_covariance(matrix, f"cov[{i}]")
 
     @staticmethod
     def merge(*parts: "Moments") -> "Moments":
-        """Moments of all rows of all parts together, merged in float64; differentiable.
+        """The moments of the rows of all parts together, merged in float64. Differentiable.
 
         Args:
-            parts: with equal shapes, names and corrections and known counts. A part of a single row counts with its
-                mean. Variances and covariances are merged where the parts have them. Where |mean| / std = r, parts of n
-                rows in float32 cost the variance up to r / sqrt(n) * 1e-7 of its value: their means are rounded.
+            parts: Moments with known counts and with equal shapes, names and corrections. Either all of them have
+                variances or none has; likewise covariances. The variance of a part with one row is ignored.
+
+        Returns:
+            Moments in the dtype of the first part.
+
+        Raises:
+            TypeError, ValueError: no parts, an unknown count, or parts that do not agree.
+
+        The means of float32 parts are rounded. With n rows per part and r = |mean| / std, this adds a relative error of
+        up to r / sqrt(n) * 1e-7 to the variance.
         """
         _check_parts(parts)
         first = parts[0]
@@ -164,20 +176,24 @@ class Moments:
         return Moments(mean, var, cov, count, first.correction, first.shapes, names=first.names, validate=False)
 
     def save(self, path: str | os.PathLike[str], *, format: str = "moments") -> None:
-        """Write a `.npz` file that numpy opens without pickle. Another program's file at `path` is not overwritten.
+        """Write a `.npz` file that numpy reads without pickle.
 
         Args:
-            path: of the file.
-            format: "moments" for all there is, bit for bit; "fid" for what the FID tools (pytorch-fid, clean-fid,
-                torch-fidelity) read: float64 `mu` (D,) and `sigma` (D, D) of a single layer. `load` reads both.
+            path: where the file is written. The file is replaced in one step.
+            format: "moments" writes all fields, bit for bit. "fid" writes the format of the FID tools (pytorch-fid,
+                clean-fid, torch-fidelity): float64 `mu` (D,) and `sigma` (D, D) of a single layer. `load` reads both.
+
+        Raises:
+            ValueError: the file at `path` was not written by `save`; it is not overwritten. Or the format is "fid" and
+                there is not exactly one covariance.
         """
         checks.option(format, "format", ("moments", "fid"))
         npz.write(Path(path), self._arrays() if format == "moments" else self._fid_arrays())
 
     def _fid_arrays(self) -> dict[str, np.ndarray]:
         if self.cov is None or len(self.cov) != 1:
-            layers = "none" if self.cov is None else len(self.cov)
-            raise ValueError(f"format: got 'fid' for moments with {layers} covariances, expected exactly one")
+            number = "none" if self.cov is None else len(self.cov)
+            raise ValueError(f"format: got 'fid' for moments with {number} covariances, expected exactly one")
         arrays = {
             "mu": npz.to_numpy(self.mean.double()),
             "sigma": npz.to_numpy(self.cov[0].double()),
@@ -206,7 +222,15 @@ class Moments:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Moments":
-        """Read a file of `save`, or a `mu`/`sigma` file of the FID tools (theirs do not tell the count). On the CPU."""
+        """Read a file written by `save`, or a `mu`/`sigma` file of the FID tools.
+
+        Returns:
+            Moments on the CPU. Their count is unknown if the FID tools wrote the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or was not written by `save` or an FID tool.
+        """
         arrays = npz.read(Path(path))
         try:
             if "mu" in arrays:
@@ -249,7 +273,7 @@ def _checked_shapes(shapes: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _checked_count(count: Any) -> Tensor:
-    """Counts as an int64 vector; nothing is rounded silently."""
+    """Counts as an int64 vector. Floating-point counts are refused, never rounded."""
     if not isinstance(count, Tensor):
         rows = count if isinstance(count, (tuple, list)) else (count,)
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in rows):
@@ -268,21 +292,23 @@ def _check_parts(parts: Sequence[Moments]) -> None:
         if not isinstance(part, Moments):
             raise TypeError(f"parts[{i}]: got {type(part).__name__}, expected Moments")
         if part.count is None:
-            raise ValueError(f"parts[{i}]: its count is not known, so it cannot be merged")
+            raise ValueError(f"parts[{i}]: got an unknown count, expected the number of rows of every layer")
         if part.shapes != first.shapes:
             raise ValueError(f"parts[{i}]: got shapes {part.shapes}, expected {first.shapes} as in parts[0]")
         if None not in (part.names, first.names) and part.names != first.names:
             raise ValueError(f"parts[{i}]: got names {part.names}, expected {first.names} as in parts[0]")
         if part.correction != first.correction:
-            raise ValueError(f"parts[{i}]: got correction {part.correction}, expected {first.correction}")
-        if (part.var is None) != (first.var is None):
-            raise ValueError(f"parts[{i}]: only some of the parts have variances")
-        if (part.cov is None) != (first.cov is None):
-            raise ValueError(f"parts[{i}]: only some of the parts have covariances")
+            raise ValueError(
+                f"parts[{i}]: got correction {part.correction}, expected {first.correction} as in parts[0]"
+            )
+        for field, ours, theirs in (("variances", part.var, first.var), ("covariances", part.cov, first.cov)):
+            if (ours is None) != (theirs is None):
+                got, expected = ("none", field) if ours is None else (field, "none")
+                raise ValueError(f"parts[{i}]: got {got}, expected {expected} as in parts[0]")
 
 
 def _sum_of_squares(var: Tensor, rows: Tensor, correction: int) -> Tensor:
-    """Sum of squared deviations in float64; that of a single row is 0, where the variance is NaN."""
+    """Sum of squared deviations in float64. For one row it is 0, although its variance is NaN."""
     return torch.where(rows == 1, 0.0, var.double() * (rows - correction))
 
 
@@ -297,7 +323,7 @@ def _scatter(part: Moments) -> list[Tensor]:
 
 
 def _flatten(m: Moments) -> tuple[list[Any], tuple[Any, ...]]:
-    """Without what is not known: transforms take no None for a tensor."""
+    """The fields that are not None: transforms do not accept None as a tensor."""
     fields = ("mean", "var", "cov", "count")
     known = tuple(name for name in fields if getattr(m, name) is not None)
     return [getattr(m, name) for name in known], (known, m.correction, m.shapes, m.names)
@@ -329,49 +355,52 @@ def moments(input: checks.Features, *, dim: int | Sequence[int] = 0, correction:
     """Mean and variance over the batch, per column, of one layer or many.
 
     Args:
-        input: features, one Tensor of shape (N, ...) per layer, all with the same N, dtype and device; float32,
-            bfloat16, float16 or float64. Any strides; contiguous, channels-last and row-sliced features are read as
-            they are, others are copied once. The keys of a mapping are the names of its layers.
-        dim: reduced dimension or dimensions, by default the batch; (0, 2, 3) gives statistics per channel.
-        correction: c in sum of squares / (N - c). N <= c gives NaN variances.
-        var: also compute variances.
+        input: features, one Tensor of shape (N, ...) per layer: a Tensor, a sequence or a mapping. All layers have the
+            same N, device and dtype: float32, bfloat16, float16 or float64. Contiguous, channels-last and row-sliced
+            features are read in place; features with other strides are copied once. The keys of a mapping become the
+            names of the layers.
+        dim: the dimension or dimensions to reduce, by default the batch. (0, 2, 3) gives statistics per channel.
+        correction: c in the variance, sum of squares / (N - c). If N <= c, variances are NaN.
+        var: whether variances are computed.
 
     Returns:
-        Moments in float32 (float64 for float64 features), differentiable; twice in eager mode.
+        Moments in float32 (float64 for float64 features). Differentiable, twice in eager mode.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, devices, ranks or sizes, with the argument's name.
+        TypeError, ValueError: wrong types, dtypes, devices, ranks or sizes. The message names the argument.
 
-    Cost: one launch and one read of the features; backward one launch, one read and one write. The features are saved
-    for backward, as the next layer does anyway, with (F,) means.
+    Cost: one launch and one read of the features. Backward takes one launch, one read and one write. It needs the
+    features, which the next layer of a network often saves as well, and the (F,) means.
 
-    Source: dos Santos et al. 2019, section 3: per-feature mean and variance over the batch, never pooled over space.
+    Source: dos Santos et al. 2019, section 3: mean and variance of every feature over the batch, not pooled over space.
     """
     correction = checks.correction(correction)
     if dim == 0 and type(dim) is int:
-        layers, signature, shapes, _, names = checks.batch_of(input)
-        mean, variance, count = moments_op(layers, 0, correction, var, signature=signature)
+        features, signature, shapes, _, names = checks.batch_of(input)
+        mean, variance, count = moments_op(features, 0, correction, var, signature=signature)
         return Moments(mean, variance, None, count, correction, shapes, names, validate=False)
-    layers, names = checks.features(input), checks.names_of(input)
-    dims = checks.dimensions(dim, layers)
+    features, names = checks.features(input), checks.names_of(input)
+    dims = checks.dimensions(dim, features)
     first = [d[0] for d in dims]
     if any(d != first[0] for d in first):
-        layers, first = [x.movedim(d, 0) for x, d in zip(layers, first, strict=True)], [0] * len(layers)
-    checks.batch(layers, first[0], names=names)
+        features, first = [x.movedim(d, 0) for x, d in zip(features, first, strict=True)], [0] * len(features)
+    checks.batch(features, first[0], names=names)
     if all(len(d) == 1 for d in dims):
-        mean, variance, count = moments_op(layers, first[0], correction, var)
-        shapes = tuple((*x.shape[: first[0]], *x.shape[first[0] + 1 :]) for x in layers)
+        mean, variance, count = moments_op(features, first[0], correction, var)
+        shapes = tuple((*x.shape[: first[0]], *x.shape[first[0] + 1 :]) for x in features)
         return Moments(mean, variance, None, count, correction, shapes, names, validate=False)
-    return replace(_pool(layers, dims, first[0], correction, var), names=names, validate=False)
+    return replace(_pool(features, dims, first[0], correction, var), names=names, validate=False)
 
 
-def _pool(layers: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int, correction: int, var: bool) -> Moments:
-    """Moments over several dimensions: those over the first one, merged over the others; one read of the features."""
-    mean, variance, count = moments_op(layers, first, 0, var)
-    rows = layers[0].shape[first]
+def _pool(
+    features: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int, correction: int, var: bool
+) -> Moments:
+    """Moments over several dimensions: over the first, and then merged over the others. Features are read once."""
+    mean, variance, count = moments_op(features, first, 0, var)
+    rows = features[0].shape[first]
     means, variances, factors, shapes = [], [], [], []
     offset = 0
-    for x, (_, *others) in zip(layers, dims, strict=True):
+    for x, (_, *others) in zip(features, dims, strict=True):
         shape = (*x.shape[:first], *x.shape[first + 1 :])
         pooled = [d - 1 for d in others]
         packed = slice(offset, offset + math.prod(shape))
@@ -388,7 +417,7 @@ def _pool(layers: Sequence[Tensor], dims: Sequence[tuple[int, ...]], first: int,
             )
 
         part_mean = to_groups(mean)
-        # Relative to the first, so that equal means have no variance between them.
+        # Relative to the first, so that equal means have a variance of exactly 0.
         pivot = part_mean[0].detach()
         shifted = part_mean - pivot
         means.append((pivot + shifted.mean(0)).flatten())

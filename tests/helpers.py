@@ -27,13 +27,13 @@ def make_features(
 ) -> list[Tensor]:
     """Normal features whose columns differ in mean and spread."""
     generator = torch.Generator().manual_seed(seed)
-    layers = []
+    features = []
     for shape in shapes:
         noise = torch.randn((rows, *shape), generator=generator, dtype=torch.float64)
         spread = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
         shift = torch.randn(shape, generator=generator, dtype=torch.float64)
-        layers.append((noise * spread + shift).to(dtype))
-    return layers
+        features.append((noise * spread + shift).to(dtype))
+    return features
 
 
 def make_target(
@@ -49,18 +49,18 @@ def make_target(
     return mo.Moments(mean, variance if var else None, shapes=tuple(tuple(shape) for shape in shapes))
 
 
-def leaves(layers: Sequence[Tensor]) -> list[Tensor]:
+def leaves(features: Sequence[Tensor]) -> list[Tensor]:
     """Copies that want gradients, in the same layouts."""
-    return [x.detach().clone().requires_grad_() for x in layers]
+    return [x.detach().clone().requires_grad_() for x in features]
 
 
-def exact_moments(layers: Sequence[Tensor], dim: int = 0, correction: int = 1) -> tuple[Tensor, Tensor]:
+def exact_moments(features: Sequence[Tensor], dim: int = 0, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Packed mean and variance of the same inputs in float64; differentiable.
 
     Shifted by the first row, in two passes: for float64 inputs torch.var would be the less exact of the two.
     """
     means, variances = [], []
-    for x in layers:
+    for x in features:
         pivot = x.detach().double().narrow(dim, 0, 1)
         shifted = x.double() - pivot
         shift = shifted.mean(dim, keepdim=True)
@@ -70,14 +70,14 @@ def exact_moments(layers: Sequence[Tensor], dim: int = 0, correction: int = 1) -
 
 
 def squared_distance(
-    layers: Sequence[Tensor],
+    features: Sequence[Tensor],
     target: mo.Moments,
     mean_weight: Any = 1.0,
     var_weight: Any = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
     """The plain matching loss in float64 PyTorch; differentiable in features and target."""
-    mean, var = exact_moments(layers, correction=target.correction)
+    mean, var = exact_moments(features, correction=target.correction)
     total = (mean_weight * (mean - target.mean.double()) ** 2).sum()
     if target.var is not None:
         total = total + (var_weight * (var - target.var.double()) ** 2).sum()
@@ -112,9 +112,9 @@ def merged_var_bound(dtype: torch.dtype, ratio: float, rows: int) -> float:
     return var_bound(dtype, ratio) + ratio * epsilon(statistics_dtype(dtype)) / rows**0.5
 
 
-def assert_moments(m: mo.Moments, layers: Sequence[Tensor], correction: int = 1) -> None:
-    mean, var = exact_moments(layers, correction=correction)
-    dtype = layers[0].dtype
+def assert_moments(m: mo.Moments, features: Sequence[Tensor], correction: int = 1) -> None:
+    mean, var = exact_moments(features, correction=correction)
+    dtype = features[0].dtype
     assert m.mean.dtype == statistics_dtype(dtype)
     assert mean_error(m.mean, mean, var) <= mean_bound(dtype)
     if m.var is not None:

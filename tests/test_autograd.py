@@ -37,10 +37,10 @@ def inputs(rows=ROWS, seed=0):
     return [x.requires_grad_() for x in make_features(rows, SHAPES, torch.float64, seed)]
 
 
-def make_loss(average, weights="plain", *, var=True, train=False, reduction="mean"):
+def make_loss(average_kind, weights="plain", *, var=True, train=False, reduction="mean"):
     """A loss whose average has run for two steps."""
     target = make_target(SHAPES, torch.float64, var)
-    loss = mo.MomentLoss(target, AVERAGES[average], reduction=reduction, **WEIGHTS[weights])
+    loss = mo.MomentLoss(target, AVERAGES[average_kind], reduction=reduction, **WEIGHTS[weights])
     for seed in (5, 6):
         loss([x.detach() for x in inputs(seed=seed)])
     return loss.train(train)
@@ -49,9 +49,9 @@ def make_loss(average, weights="plain", *, var=True, train=False, reduction="mea
 def pure(loss, source="features"):
     """The loss as a function: every call starts from the same state."""
 
-    def call(*layers):
+    def call(*features):
         fresh = copy.deepcopy(loss)
-        return fresh(list(layers) if source == "features" else mo.moments(list(layers)))
+        return fresh(list(features) if source == "features" else mo.moments(list(features)))
 
     return call
 
@@ -60,10 +60,10 @@ def naive(loss):
     """The same loss in plain PyTorch, from the table of the design, the state advanced by the library itself."""
     average, state = loss.average, copy.deepcopy(loss)
 
-    def call(*layers):
+    def call(*features):
         advanced = copy.deepcopy(state)
-        advanced([x.detach() for x in layers])
-        mean, var = exact_moments(layers)
+        advanced([x.detach() for x in features])
+        mean, var = exact_moments(features)
         weights = [
             scale if vector is None else vector
             for scale, vector in (
@@ -73,17 +73,17 @@ def naive(loss):
         ]
         total = 0.0
         for name, value, weight in zip(("mean", "var"), (mean, var), weights, strict=True):
-            goal = getattr(state, f"target_{name}")
-            if goal is None:
+            target = getattr(state, f"target_{name}")
+            if target is None:
                 continue
             if average is None:
-                total = total + (weight * (value - goal) ** 2).sum() / goal.numel()
+                total = total + (weight * (value - target) ** 2).sum() / target.numel()
             elif average.kind == "moving":
                 old = getattr(state, f"{name}_average")
                 value = average.decay * old + (1 - average.decay) * value
-                total = total + (weight * (value - goal) ** 2).sum() / goal.numel()
+                total = total + (weight * (value - target) ** 2).sum() / target.numel()
             else:
-                total = total + (weight * getattr(advanced, f"{name}_average") * (goal - value)).sum()
+                total = total + (weight * getattr(advanced, f"{name}_average") * (target - value)).sum()
         return total
 
     return call
@@ -92,8 +92,8 @@ def naive(loss):
 @pytest.mark.parametrize("part", ["mean", "var", "both"])
 @pytest.mark.parametrize("correction", [0, 1])
 def test_moments_are_differentiable_twice(part, correction):
-    def call(*layers):
-        m = mo.moments(list(layers), correction=correction)
+    def call(*features):
+        m = mo.moments(list(features), correction=correction)
         return {"mean": (m.mean,), "var": (m.var,), "both": (m.mean, m.var)}[part]
 
     assert gradcheck(call, inputs())
@@ -101,12 +101,12 @@ def test_moments_are_differentiable_twice(part, correction):
 
 
 def test_means_alone_are_differentiable_twice():
-    def call(*layers):
-        return mo.moments(list(layers), var=False).mean
+    def call(*features):
+        return mo.moments(list(features), var=False).mean
 
     assert gradcheck(call, inputs())
     # Linear: the second derivative is a zero that gradgradcheck has to find.
-    assert gradgradcheck(lambda *layers: call(*layers) ** 2, inputs())
+    assert gradgradcheck(lambda *features: call(*features) ** 2, inputs())
 
 
 @pytest.mark.parametrize("dim", [1, (0, 2), (1, 2)])
@@ -129,34 +129,34 @@ def test_moments_of_channels_last_features_are_differentiable_twice(memory_forma
 
 @pytest.mark.parametrize("added", [False, True])
 def test_moments_backward_is_differentiable_in_all_that_it_adds_up(added):
-    layers = inputs()
+    features = inputs()
     count = torch.tensor([9, 7])
     mean, grad_mean, grad_var = (torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(3))
     upstream = inputs(seed=3) if added else []
 
     def call(mean, grad_mean, grad_var, *tensors):
-        layers, grad = tensors[:2], tensors[2:]
-        return tuple(moments_backward(layers, mean, count, grad_mean, grad_var, grad=grad))
+        features, grad = tensors[:2], tensors[2:]
+        return tuple(moments_backward(features, mean, count, grad_mean, grad_var, grad=grad))
 
-    arguments = (mean, grad_mean, grad_var, *layers, *upstream)
+    arguments = (mean, grad_mean, grad_var, *features, *upstream)
     assert gradcheck(call, arguments)
     assert gradgradcheck(call, arguments)
 
 
 def test_moments_backward_refuses_a_scale_that_wants_a_gradient():
-    layers = inputs()
-    mean, _, count = moments([x.detach() for x in layers])
+    features = inputs()
+    mean, _, count = moments([x.detach() for x in features])
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="scale"):
-        moments_backward(layers, mean, count, mean, None, scale=scale)
+        moments_backward(features, mean, count, mean, None, scale=scale)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("source", ["features", "moments"])
 @pytest.mark.parametrize("var", [True, False])
-def test_the_loss_in_evaluation_is_differentiable_twice(average, weights, source, var):
-    call = pure(make_loss(average, weights, var=var), source)
+def test_the_loss_in_evaluation_is_differentiable_twice(average_kind, weights, source, var):
+    call = pure(make_loss(average_kind, weights, var=var), source)
     assert gradcheck(call, inputs())
     assert gradgradcheck(call, inputs())
 
@@ -168,27 +168,27 @@ def test_the_moving_average_in_training_is_differentiable_twice(source):
     assert gradgradcheck(call, inputs())
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("source", ["features", "moments"])
-def test_first_and_second_derivatives_in_training_are_those_of_plain_pytorch(average, weights, source):
-    loss = make_loss(average, weights, train=True)
+def test_first_and_second_derivatives_in_training_are_those_of_plain_pytorch(average_kind, weights, source):
+    loss = make_loss(average_kind, weights, train=True)
     results = []
     for call in (pure(loss, source), naive(loss)):
-        layers = inputs()
-        value = call(*layers)
-        first = torch.autograd.grad(value, layers, create_graph=True)
-        penalty = sum((g.square() * x.sin()).sum() for g, x in zip(first, layers, strict=True))
-        results.append([value, *first, *torch.autograd.grad(penalty, layers)])
+        features = inputs()
+        value = call(*features)
+        first = torch.autograd.grad(value, features, create_graph=True)
+        penalty = sum((g.square() * x.sin()).sum() for g, x in zip(first, features, strict=True))
+        results.append([value, *first, *torch.autograd.grad(penalty, features)])
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs, rows=100)
 
 
 @pytest.mark.parametrize("source", ["features", "moments"])
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_gradient_penalty_trains_a_network(source, average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_gradient_penalty_trains_a_network(source, average_kind):
     """Second derivatives reach parameters behind the features, as in plain PyTorch."""
-    loss = make_loss(average, train=True)
+    loss = make_loss(average_kind, train=True)
     net = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Tanh(), torch.nn.Linear(7, 7)).double()
     z = torch.randn(ROWS, 3, dtype=torch.float64, requires_grad=True)
     results = []
@@ -216,106 +216,106 @@ def test_third_derivatives_of_the_variance_are_right():
 @pytest.mark.parametrize("source", ["features", "moments"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_target_of_moment_loss_gets_its_gradient(source, weights):
-    layers = inputs()
+    features = inputs()
     goal_mean = torch.randn(7, dtype=torch.float64, requires_grad=True)
     goal_var = torch.rand(7, dtype=torch.float64, requires_grad=True)
 
-    def call(goal_mean, goal_var, *layers):
+    def call(goal_mean, goal_var, *features):
         target = mo.Moments(goal_mean, goal_var, shapes=SHAPES, validate=False)
-        batch = list(layers) if source == "features" else mo.moments(list(layers))
+        batch = list(features) if source == "features" else mo.moments(list(features))
         return mo.moment_loss(batch, target, **WEIGHTS[weights])
 
-    assert gradcheck(call, (goal_mean, goal_var, *layers))
-    assert gradgradcheck(call, (goal_mean, goal_var, *layers))
+    assert gradcheck(call, (goal_mean, goal_var, *features))
+    assert gradgradcheck(call, (goal_mean, goal_var, *features))
 
 
 @pytest.mark.parametrize("wanted", ["mean", "var"])
 def test_one_part_of_the_target_may_want_a_gradient_alone(wanted):
-    goals = {"mean": torch.randn(7), "var": torch.rand(7)}
-    goals[wanted].requires_grad_()
-    target = mo.Moments(goals["mean"], goals["var"], shapes=SHAPES, validate=False)
-    layers = make_features(ROWS, SHAPES)
-    ours = torch.autograd.grad(mo.moment_loss(layers, target), goals[wanted])[0]
-    theirs = torch.autograd.grad(squared_distance(layers, target), goals[wanted])[0]
+    parts = {"mean": torch.randn(7), "var": torch.rand(7)}
+    parts[wanted].requires_grad_()
+    target = mo.Moments(parts["mean"], parts["var"], shapes=SHAPES, validate=False)
+    features = make_features(ROWS, SHAPES)
+    ours = torch.autograd.grad(mo.moment_loss(features, target), parts[wanted])[0]
+    theirs = torch.autograd.grad(squared_distance(features, target), parts[wanted])[0]
     assert_close(ours, theirs.double(), rows=ROWS)
 
 
 @pytest.mark.parametrize("weight", ["mean_weight", "var_weight"])
 def test_a_weight_that_wants_a_gradient_is_served_or_refused(weight):
-    layers, target = make_features(ROWS, SHAPES), make_target(SHAPES)
+    features, target = make_features(ROWS, SHAPES), make_target(SHAPES)
     vector = torch.rand(7, requires_grad=True)
-    theirs = torch.autograd.grad(squared_distance(layers, target, **{weight: vector}), vector)[0]
+    theirs = torch.autograd.grad(squared_distance(features, target, **{weight: vector}), vector)[0]
     try:
-        ours = torch.autograd.grad(mo.moment_loss(layers, target, **{weight: vector}), vector)[0]
+        ours = torch.autograd.grad(mo.moment_loss(features, target, **{weight: vector}), vector)[0]
     except (ValueError, NotImplementedError) as refusal:
         ours = weight in str(refusal) and theirs
     assert_close(ours, theirs.double(), rows=ROWS)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("wanted", [0, 1])
-def test_one_layer_may_want_a_gradient_alone(average, wanted):
-    layers = [x.detach() for x in inputs()]
-    layers[wanted].requires_grad_()
-    loss = make_loss(average)
+def test_one_layer_may_want_a_gradient_alone(average_kind, wanted):
+    features = [x.detach() for x in inputs()]
+    features[wanted].requires_grad_()
+    loss = make_loss(average_kind)
     everything = inputs()
     expected = torch.autograd.grad(loss(everything), everything)[wanted]
-    assert_same_bits(torch.autograd.grad(loss(layers), layers[wanted])[0], expected)
+    assert_same_bits(torch.autograd.grad(loss(features), features[wanted])[0], expected)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_layer_may_come_twice(average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_layer_may_come_twice(average_kind):
     x = make_features(ROWS, [(3,)], torch.float64)[0].requires_grad_()
-    loss = mo.MomentLoss(make_target([(3,), (3,)], torch.float64), AVERAGES[average])
+    loss = mo.MomentLoss(make_target([(3,), (3,)], torch.float64), AVERAGES[average_kind])
     loss([x.detach() + 1, x.detach()])
     loss.eval()
     assert gradcheck(lambda x: loss([x, x]), x)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_backward_can_run_again_on_a_retained_graph(average):
-    layers = inputs()
-    value = make_loss(average)(layers)
-    first = torch.autograd.grad(value, layers, retain_graph=True)
-    assert_same_bits(torch.autograd.grad(value, layers), first)
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_backward_can_run_again_on_a_retained_graph(average_kind):
+    features = inputs()
+    value = make_loss(average_kind)(features)
+    first = torch.autograd.grad(value, features, retain_graph=True)
+    assert_same_bits(torch.autograd.grad(value, features), first)
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(value, layers)
+        torch.autograd.grad(value, features)
 
 
 def test_gradients_accumulate():
-    layers = inputs()
+    features = inputs()
     loss = make_loss("none")
-    loss(layers).backward()
-    once = [x.grad.clone() for x in layers]
-    loss(layers).backward()
-    for x, g in zip(layers, once, strict=True):
+    loss(features).backward()
+    once = [x.grad.clone() for x in features]
+    loss(features).backward()
+    for x, g in zip(features, once, strict=True):
         assert_close(x.grad, 2 * g)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_features_that_change_before_backward_raise(average):
-    layers = inputs()
-    features = [x * 1 for x in layers]
-    value = make_loss(average)(features)
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_features_that_change_before_backward_raise(average_kind):
+    leaves = inputs()
+    features = [x * 1 for x in leaves]
+    value = make_loss(average_kind)(features)
     features[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
 
 
 def test_a_target_that_changes_before_backward_raises():
-    layers, target = inputs(), make_target(SHAPES, torch.float64)
-    value = mo.moment_loss(mo.moments(layers), target)
+    features, target = inputs(), make_target(SHAPES, torch.float64)
+    value = mo.moment_loss(mo.moments(features), target)
     target.mean.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(value, layers, create_graph=True)
+        torch.autograd.grad(value, features, create_graph=True)
 
 
 def test_without_gradients_nothing_is_recorded():
-    layers, loss = inputs(), make_loss("adam")
+    features, loss = inputs(), make_loss("adam")
     with torch.no_grad():
-        assert not loss(layers).requires_grad
-        assert not mo.moments(layers).var.requires_grad
-    assert not loss([x.detach() for x in layers]).requires_grad
+        assert not loss(features).requires_grad
+        assert not mo.moments(features).var.requires_grad
+    assert not loss([x.detach() for x in features]).requires_grad
 
 
 def test_the_count_has_no_gradient():
@@ -351,16 +351,16 @@ def test_forward_mode_elsewhere_does_not_matter():
         assert mo.moments(x).var.isfinite().all()
 
 
-@pytest.mark.parametrize("average", ["none", "moving"])
-def test_a_single_row_gets_finite_gradients_from_means_alone(average):
-    loss = mo.MomentLoss(make_target(SHAPES, torch.float64, var=False), AVERAGES[average])
-    layers = inputs(rows=1)
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss(layers), layers))
+@pytest.mark.parametrize("average_kind", ["none", "moving"])
+def test_a_single_row_gets_finite_gradients_from_means_alone(average_kind):
+    loss = mo.MomentLoss(make_target(SHAPES, torch.float64, var=False), AVERAGES[average_kind])
+    features = inputs(rows=1)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss(features), features))
 
 
 def test_a_variance_that_is_not_used_sends_no_gradient_from_a_single_row():
-    layers = inputs(rows=1)
-    m = mo.moments(layers)
+    features = inputs(rows=1)
+    m = mo.moments(features)
     assert m.var.isnan().all()
-    for g in torch.autograd.grad(m.mean.sum() + torch.where(m.var.isnan(), 0.0, m.var).sum(), layers):
+    for g in torch.autograd.grad(m.mean.sum() + torch.where(m.var.isnan(), 0.0, m.var).sum(), features):
         assert_close(g, torch.ones_like(g))

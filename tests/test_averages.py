@@ -169,11 +169,11 @@ def test_the_uniform_start_is_that_of_a_linear_layer(average):
 
 
 def test_the_loss_of_adam_is_a_sum_in_either_reduction():
-    layers, target = make_features(16), make_target()
+    features, target = make_features(16), make_target()
     for reduction in ("mean", "sum"):
         loss_fn = mo.MomentLoss(target, mo.AdamMovingAverage(lr=0.1), reduction=reduction)
-        loss = loss_fn(layers)
-        mean, var = exact_moments(layers)
+        loss = loss_fn(features)
+        mean, var = exact_moments(features)
         expected = (loss_fn.mean_average.double() * (target.mean.double() - mean)).sum()
         expected = expected + (loss_fn.var_average.double() * (target.var.double() - var)).sum()
         assert_close(loss, expected, rows=COLUMNS)
@@ -192,8 +192,8 @@ def test_the_moving_average_follows_the_released_code(alpha, dtype):
             averages = [value.detach() for value in batch_moments]
         averages = [(1 - alpha) * old.detach() + alpha * new for old, new in zip(averages, batch_moments, strict=True)]
         expected = sum(
-            nn.functional.mse_loss(value, goal.double())
-            for value, goal in zip(averages, (target.mean, target.var), strict=True)
+            nn.functional.mse_loss(value, wanted.double())
+            for value, wanted in zip(averages, (target.mean, target.var), strict=True)
         )
         loss = ours(batch)
         assert_close(loss, expected, rows=50)
@@ -207,19 +207,19 @@ def test_without_decay_the_moving_average_is_no_average():
     target = make_target()
     plain, moving = mo.MomentLoss(target), mo.MomentLoss(target, mo.MovingAverage(0.0))
     for seed in range(3):
-        layers = make_features(16, seed=seed)
-        assert_close(moving(layers), plain(layers).double())
+        features = make_features(16, seed=seed)
+        assert_close(moving(features), plain(features).double())
 
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_weights_stay_outside_the_average(average):
-    target, layers = make_target(), make_features(16)
+    target, features = make_target(), make_features(16)
     weights = {"mean_weight": [1.0, 5.0, 0.0, 2.0], "var_weight": torch.rand(COLUMNS)}
     torch.manual_seed(0)
     plain = mo.MomentLoss(target, average)
     torch.manual_seed(0)
     weighted = mo.MomentLoss(target, average, **weights)
-    plain(layers), weighted(layers)
+    plain(features), weighted(features)
     assert_same_bits(state_of(plain), state_of(weighted))
 
 
@@ -229,8 +229,8 @@ def test_features_and_their_moments_advance_the_state_alike(average):
     first = mo.MomentLoss(make_target(), average)
     second = copy.deepcopy(first)
     for seed in range(5):
-        layers = make_features(16, seed=seed)
-        assert_close(first(layers), second(mo.moments(layers)).double(), rows=COLUMNS)
+        features = make_features(16, seed=seed)
+        assert_close(first(features), second(mo.moments(features)).double(), rows=COLUMNS)
     for name, value in state_of(first).items():
         if value.is_floating_point():
             # Adam divides by the size of its gradient: the first steps are as exact as its sign.
@@ -245,19 +245,19 @@ def test_evaluation_leaves_the_state_and_uses_it(average, source):
     loss = mo.MomentLoss(make_target(), average)
     loss(make_features(16))
     before = state_of(loss)
-    layers = make_features(16, seed=1)
+    features = make_features(16, seed=1)
     if source != "features":
-        layers = mo.moments(layers if source == "moments" else [x.double() for x in layers])
-    first = loss.eval()(layers)
-    assert_same_bits(loss(layers), first)
+        features = mo.moments(features if source == "moments" else [x.double() for x in features])
+    first = loss.eval()(features)
+    assert_same_bits(loss(features), first)
     assert_same_bits(state_of(loss), before)
 
 
 def test_evaluation_before_the_first_batch_is_finite():
-    layers, target = make_features(16), make_target()
-    assert mo.MomentLoss(target, mo.AdamMovingAverage()).eval()(layers) == 0
+    features, target = make_features(16), make_target()
+    assert mo.MomentLoss(target, mo.AdamMovingAverage()).eval()(features) == 0
     moving = mo.MomentLoss(target, mo.MovingAverage(0.9)).eval()
-    assert_close(moving(layers), mo.moment_loss(layers, target).double())
+    assert_close(moving(features), mo.moment_loss(features, target).double())
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -266,10 +266,10 @@ def test_the_state_advances_without_gradients_too(average, mode):
     torch.manual_seed(0)
     plain = mo.MomentLoss(make_target(), average)
     other = copy.deepcopy(plain)
-    layers = make_features(16)
-    plain(layers)
+    features = make_features(16)
+    plain(features)
     with mode():
-        other(layers)
+        other(features)
     assert_same_bits(state_of(plain), state_of(other))
 
 
@@ -280,10 +280,10 @@ def test_a_column_that_is_not_finite_waits(average, source, value):
     loss = mo.MomentLoss(make_target(), average)
     loss(make_features(16))
     before = state_of(loss)
-    layers = make_features(16, seed=1)
-    layers[1][3, 0, 1, 1] = value
+    features = make_features(16, seed=1)
+    features[1][3, 0, 1, 1] = value
     column = SHAPES[0][0] + 3
-    result = loss(layers if source == "features" else mo.moments(layers))
+    result = loss(features if source == "features" else mo.moments(features))
     assert not result.isfinite()
     for name, vector in state_of(loss).items():
         if vector.dim() == 1:
@@ -313,8 +313,8 @@ def test_the_state_resumes_bit_for_bit(average, tmp_path):
     resumed = mo.MomentLoss(make_target(seed=9), average)
     resumed.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
     for seed in range(3, 6):
-        layers = make_features(16, seed=seed)
-        assert_same_bits(resumed(layers), whole(layers))
+        features = make_features(16, seed=seed)
+        assert_same_bits(resumed(features), whole(features))
     assert_same_bits(resumed.state_dict(), whole.state_dict())
 
 
@@ -381,8 +381,8 @@ def test_float64_features_advance_a_float32_state(average):
     torch.manual_seed(0)
     narrow = mo.MomentLoss(make_target(), average)
     wide = copy.deepcopy(narrow)
-    layers = make_features(16)
-    assert_close(wide([x.double() for x in layers]).float(), narrow(layers).double(), rows=COLUMNS)
+    features = make_features(16)
+    assert_close(wide([x.double() for x in features]).float(), narrow(features).double(), rows=COLUMNS)
     for name, value in state_of(wide).items():
         assert value.dtype == state_of(narrow)[name].dtype
         if value.is_floating_point():

@@ -270,9 +270,9 @@ def test_features_of_another_device_type_run_on_the_reference():
 
 
 def test_backends_agree():
-    layers = make_features(33)
+    features = make_features(33)
     results = []
     for name in ("cpu", "reference"):
         with mo.backend(name):
-            results.append(mo.moments(layers))
+            results.append(mo.moments(features))
     assert_close(results[0].var, results[1].var.double(), rows=33)

@@ -80,7 +80,9 @@ def test_no_factors_when_ours_is_wrong() -> None:
 
 
 def test_wrong_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "per_layer", lambda layers: baselines.sums_of_squares([1.001 * x for x in layers]))
+    monkeypatch.setattr(
+        baselines, "per_layer", lambda features: baselines.sums_of_squares([1.001 * x for x in features])
+    )
     result = run(MatchBench(WORKLOADS["tiny"], "float32"))
     wrong = [name for name, facts in result["contestants"].items() if not facts["agrees"]]
     assert wrong == ["eager: mean, var"]

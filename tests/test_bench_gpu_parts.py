@@ -452,7 +452,7 @@ def test_a_flood_of_failures_leaves_room_for_what_matters():
         {"stage": "tests", "test": f"a/test_b.py::test_{i}[x]", "status": FAILED, "error": "y" * 300}
         for i in range(900)
     ]
-    facts = {"us": 70.0, "share_of_copy": 0.9, "copy_gb_per_s": 4300.0, "factors": {}, "goal": "<= 69 us (H200)"}
+    facts = {"us": 70.0, "share_of_copy": 0.9, "copy_gb_per_s": 4300.0, "factors": {}, "target": "<= 69 us (H200)"}
     kernel = {"stage": "kernels", "case": "match, forward: cuda, gfmn, float32", "status": OK, "facts": facts}
     page = summary.page([*flood, kernel])
     assert len(page) <= MOST_CHARACTERS

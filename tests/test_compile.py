@@ -32,26 +32,26 @@ class Counter:
 
 
 def run(step, rows, layout=torch.contiguous_format):
-    layers = [x.to(memory_format=layout) if x.dim() == 4 else x for x in make_features(rows, SHAPES)]
-    layers = [x.requires_grad_() for x in layers]
-    value = step(layers)
-    return [value.detach(), *torch.autograd.grad(value, layers)]
+    features = [x.to(memory_format=layout) if x.dim() == 4 else x for x in make_features(rows, SHAPES)]
+    features = [x.requires_grad_() for x in features]
+    value = step(features)
+    return [value.detach(), *torch.autograd.grad(value, features)]
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("source", ["features", "moments"])
-def test_the_loss_compiles_to_one_graph_over_batch_sizes(average, source):
-    plain, compiled = (mo.MomentLoss(make_target(SHAPES), AVERAGES[average]) for _ in range(2))
+def test_the_loss_compiles_to_one_graph_over_batch_sizes(average_kind, source):
+    plain, compiled = (mo.MomentLoss(make_target(SHAPES), AVERAGES[average_kind]) for _ in range(2))
     counter = Counter()
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def step(layers):
-        return compiled(layers if source == "features" else mo.moments(layers))
+    def step(features):
+        return compiled(features if source == "features" else mo.moments(features))
 
     graphs = []
     for rows in (8, 5, 13):
         ours = run(step, rows)
-        theirs = run(lambda layers: plain(layers if source == "features" else mo.moments(layers)), rows)
+        theirs = run(lambda features: plain(features if source == "features" else mo.moments(features)), rows)
         assert_same_bits(ours, theirs)
         graphs.append(counter.graphs)
     assert_same_bits(state_of(compiled), state_of(plain))
@@ -61,11 +61,11 @@ def test_the_loss_compiles_to_one_graph_over_batch_sizes(average, source):
 
 def test_moments_compile_and_come_out_as_moments():
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    def step(layers):
-        return mo.moments(layers)
+    def step(features):
+        return mo.moments(features)
 
-    layers = make_features(6, SHAPES)
-    compiled, eager = step(layers), mo.moments(layers)
+    features = make_features(6, SHAPES)
+    compiled, eager = step(features), mo.moments(features)
     assert isinstance(compiled, mo.Moments)
     assert_same_bits([compiled.mean, compiled.var, compiled.count], [eager.mean, eager.var, eager.count])
     assert (compiled.shapes, compiled.correction) == (eager.shapes, eager.correction)
@@ -105,18 +105,18 @@ def test_gradients_come_in_the_strides_that_the_compiler_expects(layout, backend
 @pytest.mark.slow
 def test_inductor_gives_the_numbers_of_eager_mode():
     plain, compiled = (mo.MomentLoss(make_target(SHAPES), mo.AdamMovingAverage(lr=0.1)) for _ in range(2))
-    step = torch.compile(lambda layers: compiled([x.relu() for x in layers]), fullgraph=True, dynamic=True)
+    step = torch.compile(lambda features: compiled([x.relu() for x in features]), fullgraph=True, dynamic=True)
     for rows in (8, 5):
         for ours, theirs in zip(
-            run(step, rows), run(lambda layers: plain([x.relu() for x in layers]), rows), strict=True
+            run(step, rows), run(lambda features: plain([x.relu() for x in features]), rows), strict=True
         ):
             assert_close(ours, theirs.double(), rows=rows)
     assert_same_bits(state_of(compiled)["step"], state_of(plain)["step"])
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_under_autocast_features_come_in_16_bits_and_statistics_in_32(average):
-    loss = mo.MomentLoss(make_target([(4, 6, 6)]), AVERAGES[average])
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_under_autocast_features_come_in_16_bits_and_statistics_in_32(average_kind):
+    loss = mo.MomentLoss(make_target([(4, 6, 6)]), AVERAGES[average_kind])
     conv = nn.Conv2d(3, 4, 3)
     x = torch.randn(8, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -133,13 +133,13 @@ def test_under_autocast_features_come_in_16_bits_and_statistics_in_32(average):
 
 @pytest.mark.parametrize("source", ["features", "moments", "merged"])
 def test_autocast_does_not_change_the_loss_of_float32_features(source):
-    layers, target = make_features(6, SHAPES), make_target(SHAPES)
+    features, target = make_features(6, SHAPES), make_target(SHAPES)
     results = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            batch = layers
+            batch = features
             if source != "features":
-                batch = mo.moments(layers)
+                batch = mo.moments(features)
             if source == "merged":
                 batch = mo.Moments.merge(batch, batch)
             results.append(mo.moment_loss(batch, target))
@@ -150,8 +150,8 @@ def test_a_second_derivative_under_autocast_is_that_without():
     target = make_target(SHAPES)
     results = []
     for enabled in (True, False):
-        layers = [x.requires_grad_() for x in make_features(6, SHAPES)]
+        features = [x.requires_grad_() for x in make_features(6, SHAPES)]
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            first = torch.autograd.grad(mo.moment_loss(layers, target), layers, create_graph=True)
-            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), layers))
+            first = torch.autograd.grad(mo.moment_loss(features, target), features, create_graph=True)
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), features))
     assert_same_bits(*results)

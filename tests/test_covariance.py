@@ -62,10 +62,10 @@ def test_the_mean_of_the_operator_is_that_of_moments():
 
 
 def test_a_sequence_gives_one_matrix_per_layer_of_flattened_features():
-    layers = make_features(6, ((5,), (3, 2, 2), (2, 3)))
-    results = mo.covariance(layers)
+    features = make_features(6, ((5,), (3, 2, 2), (2, 3)))
+    results = mo.covariance(features)
     assert isinstance(results, tuple)
-    for x, cov in zip(layers, results, strict=True):
+    for x, cov in zip(features, results, strict=True):
         assert relative_error(cov, exact(x)) <= 1e-6
 
 
@@ -199,13 +199,13 @@ def test_a_value_that_is_not_finite_spoils_its_row_and_column_alone(value, row):
 def test_results_do_not_depend_on_the_number_of_threads(backend, shape):
     if backend == "reference":
         pytest.skip("the reference promises nothing about threads")
-    x, goal = torch.randn(shape), torch.eye(shape[1])
+    x, target = torch.randn(shape), torch.eye(shape[1])
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             layer = x.clone().requires_grad_()
-            loss = mo.covariance_loss(layer, goal)
+            loss = mo.covariance_loss(layer, target)
             cov, mean = covariance_op(layer.detach(), 1, True, "ieee")
             results.append([cov, mean, loss.detach(), *torch.autograd.grad(loss, layer)])
     finally:
@@ -305,31 +305,31 @@ def test_operators_keep_the_contract_of_torch(dtype, shape, wants_gradient):
 AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.1)}
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_matching_operator_keeps_the_contract_of_torch(average, keep, packed):
-    layers = make_features(6, ((5,), (3, 2)))
+def test_the_matching_operator_keeps_the_contract_of_torch(average_kind, keep, packed):
+    features = make_features(6, ((5,), (3, 2)))
     target = [torch.eye(5), torch.eye(6)]
     vector = torch.cat([triangle.pack(t) for t in target])
-    configuration = AVERAGES[average]
-    state = [] if configuration is None else list(configuration.new_state(vector, False).values())
-    options = [] if configuration is None else configuration.options(61)
+    average = AVERAGES[average_kind]
+    state = [] if average is None else list(average.new_state(vector, False).values())
+    options = [] if average is None else average.options(61)
     arguments = (
-        layers,
+        features,
         1,
         [triangle.pack(t) for t in target] if packed else target,
         [1.0, 0.5],
-        average,
+        average_kind,
         options,
         state,
-        configuration is not None,
+        average is not None,
         keep,
         "ieee",
     )
     torch.library.opcheck(OPS.covariance_match_.default, arguments)
     grad, mean, scale = torch.randn_like(vector), torch.randn(11), torch.tensor(2.0)
-    torch.library.opcheck(OPS.covariance_match_backward.default, (grad, mean, layers, mean, scale, 1, "ieee"))
+    torch.library.opcheck(OPS.covariance_match_backward.default, (grad, mean, features, mean, scale, 1, "ieee"))
 
 
 @pytest.mark.parametrize("width", [*WIDTHS, 127, 256, 257, 513])
@@ -375,7 +375,9 @@ def test_packing_is_differentiable_twice():
 def test_a_matrix_beyond_the_free_memory_names_what_needs_none(monkeypatch):
     monkeypatch.setattr("moment_ops.covariances._free_bytes", lambda device: 1 << 30)
     x = torch.zeros(2, 1).expand(2, 40_000)
-    with pytest.raises(ValueError, match=r"input: .*40000 x 40000, 6.0 GiB.*1.0 GiB free.*method='gram'"):
+    with pytest.raises(
+        ValueError, match=r"input: .*40000 x 40000 and takes 6.0 GiB, but cpu has 1.0 GiB free.*method='gram'"
+    ):
         mo.covariance(x)
     with pytest.raises(ValueError, match=r"input\[1\]: .*gram"):
         mo.covariance([x[:, :2], x])

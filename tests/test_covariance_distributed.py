@@ -18,8 +18,8 @@ AVERAGES = {
 BATCHES = {"even": (6, 6), "uneven": (9, 3), "one row": (11, 1)}
 
 
-def make_loss(average, mean_weight=0.5):
-    if average == "queue":
+def make_loss(average_kind, mean_weight=0.5):
+    if average_kind == "queue":
         # The same on every process.
         samples = make_features(10, [(5,), (3, 2)], torch.float64, 9)
         return mo.CovarianceDistance(samples, queue=2)
@@ -28,12 +28,12 @@ def make_loss(average, mean_weight=0.5):
         cov=tuple(torch.eye(width).double() + 0.1 for width in WIDTHS),
         shapes=tuple((width,) for width in WIDTHS),
     )
-    return mo.CovarianceLoss(target, average=AVERAGES[average], mean_weight=mean_weight, cov_weight=[1.0, 0.3])
+    return mo.CovarianceLoss(target, average=AVERAGES[average_kind], mean_weight=mean_weight, cov_weight=[1.0, 0.3])
 
 
-def train(rank, average, sizes):
+def train(rank, average_kind, sizes):
     """Some steps; the losses, the gradients averaged as DistributedDataParallel does, and the state."""
-    loss_fn, net = make_loss(average), Generator(5)
+    loss_fn, net = make_loss(average_kind), Generator(5)
     if rank is not None:
         net = nn.parallel.DistributedDataParallel(net)
     results = []
@@ -46,36 +46,36 @@ def train(rank, average, sizes):
     return results, state
 
 
-@pytest.mark.parametrize("average", [*AVERAGES, "queue"])
+@pytest.mark.parametrize("average_kind", [*AVERAGES, "queue"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_two_processes_train_as_one(ranks, average, batch):
-    results = ranks(train, average, BATCHES[batch])
-    expected = train(None, average, BATCHES[batch])
+def test_two_processes_train_as_one(ranks, average_kind, batch):
+    results = ranks(train, average_kind, BATCHES[batch])
+    expected = train(None, average_kind, BATCHES[batch])
     assert_same_bits(results[0], results[1])
     for got, wanted in zip([*results[0][0], *results[0][1]], [*expected[0], *expected[1]], strict=True):
         assert_close(got, wanted, rows=1000)
 
 
-def transformed(rank, average):
+def transformed(rank, average_kind):
     """Gradients by `torch.func.grad`, and by autograd."""
     net = Generator(5)
     z = rows_of(rank, BATCHES["uneven"]).clone().requires_grad_()
-    (plain,) = torch.autograd.grad(make_loss(average)(net(z)), z)
-    loss_fn = make_loss(average)
+    (plain,) = torch.autograd.grad(make_loss(average_kind)(net(z)), z)
+    loss_fn = make_loss(average_kind)
     return torch.func.grad(lambda z: loss_fn(net(z)))(z.detach()).detach(), plain
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_gradients_by_a_transform_cross_processes(ranks, average):
-    for ours, plain in ranks(transformed, average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_gradients_by_a_transform_cross_processes(ranks, average_kind):
+    for ours, plain in ranks(transformed, average_kind):
         assert_close(ours, plain, rows=12)
 
 
-def penalize(rank, average):
+def penalize(rank, average_kind):
     """Gradients of the sum over all rows of |dL/dz|^2; scaled as in the tests of the moments."""
     sizes = BATCHES["uneven"]
     world = 1 if rank is None else RANKS
-    loss_fn, net = make_loss(average), Generator(5)
+    loss_fn, net = make_loss(average_kind), Generator(5)
     z = rows_of(rank, sizes).clone().requires_grad_()
     (first,) = torch.autograd.grad(loss_fn(net(z)), z, create_graph=True)
     gradients = torch.autograd.grad(
@@ -87,9 +87,9 @@ def penalize(rank, average):
     return packed / world
 
 
-@pytest.mark.parametrize("average", ["none", "moving", "adam"])
-def test_second_derivatives_cross_processes(ranks, average):
-    assert_close(ranks(penalize, average)[0], penalize(None, average), rows=1000)
+@pytest.mark.parametrize("average_kind", ["none", "moving", "adam"])
+def test_second_derivatives_cross_processes(ranks, average_kind):
+    assert_close(ranks(penalize, average_kind)[0], penalize(None, average_kind), rows=1000)
 
 
 def ill_conditioned(rank, ratio):
@@ -108,11 +108,11 @@ def test_covariances_of_means_far_from_zero_merge(ranks, ratio):
 
 
 def alone(rank):
-    layers = Generator(5)(rows_of(rank, BATCHES["uneven"]))
+    features = Generator(5)(rows_of(rank, BATCHES["uneven"]))
     target = [torch.eye(width).double() for width in WIDTHS]
     return [
-        mo.CovarianceLoss(target, process_group=False)(layers).detach(),
-        mo.covariance_loss(layers, target).detach(),
+        mo.CovarianceLoss(target, process_group=False)(features).detach(),
+        mo.covariance_loss(features, target).detach(),
     ]
 
 

@@ -236,14 +236,14 @@ def test_a_loss_that_fits_comes_out_with_its_gradient(width, dtype, kind):
     x = large(60, width, dtype).requires_grad_()
     wide = (x.detach().double() / factor(dtype)).requires_grad_()
     cov = torch.cov(wide.mT)
-    goal = 0.97 * cov.detach()
-    target = (goal * factor(dtype) * factor(dtype)).to(statistics_dtype(dtype))
+    target_cov = 0.97 * cov.detach()
+    target = (target_cov * factor(dtype) * factor(dtype)).to(statistics_dtype(dtype))
     # Squares of the differences do not fit; these weights are the smallest that have all digits.
     weight = 2e-38 if dtype != torch.float64 else 1e-308
     options = {"cov_weight": weight}
     loss = mo.covariance_loss(x, target, **options) if kind == "function" else mo.CovarianceLoss(target, **options)(x)
     unit = factor(dtype)
-    wanted = (weight * unit**2) * (cov - goal).square().sum()
+    wanted = (weight * unit**2) * (cov - target_cov).square().sum()
     assert_equal(loss / unit / unit, wanted, dtype, 60 * width)
     (dx,) = torch.autograd.grad(loss, x)
     (exact_dx,) = torch.autograd.grad(wanted, wide)
@@ -263,13 +263,13 @@ def test_a_gradient_that_fits_comes_out_where_its_factor_has_no_digits_in_float3
 def test_results_that_had_no_room_do_not_depend_on_the_number_of_threads(backend, shape):
     if backend == "reference":
         pytest.skip("the reference promises nothing about threads")
-    x, goal = large(*shape, ratio=1.0), torch.eye(shape[1])
+    x, target = large(*shape, ratio=1.0), torch.eye(shape[1])
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             layer = x.clone().requires_grad_()
-            loss = mo.covariance_loss(layer, goal, cov_weight=2e-38)
+            loss = mo.covariance_loss(layer, target, cov_weight=2e-38)
             cov, mean = covariance_op(layer.detach(), 1, True, "ieee")
             results.append([cov, mean, loss.detach(), *torch.autograd.grad(loss, layer)])
     finally:
@@ -284,9 +284,9 @@ def test_a_loss_beside_a_column_of_the_largest_number_keeps_its_value(dtype):
     clean = x.clone()
     clean[:, 3] = 0.0
     x[:, 3] = torch.finfo(dtype).max
-    goal = torch.eye(5, dtype=dtype)
-    goal[3, 3] = 0.0
-    loss, wanted = mo.covariance_loss(x, goal), mo.covariance_loss(clean, goal)
+    target = torch.eye(5, dtype=dtype)
+    target[3, 3] = 0.0
+    loss, wanted = mo.covariance_loss(x, target), mo.covariance_loss(clean, target)
     assert torch.allclose(loss, wanted, rtol=tolerance(dtype), atol=0)
 
 
@@ -294,10 +294,10 @@ def test_a_loss_beside_a_column_of_the_largest_number_keeps_its_value(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_loss_that_does_not_fit_is_infinite(weight, dtype):
     x = beside_the_largest(9, dtype).requires_grad_()
-    goal = torch.eye(2, dtype=statistics_dtype(dtype))
-    loss = mo.covariance_loss(x, goal, cov_weight=weight)
+    target = torch.eye(2, dtype=statistics_dtype(dtype))
+    loss = mo.covariance_loss(x, target, cov_weight=weight)
     assert loss.item() == float("inf")
-    assert mo.covariance_loss(x.detach(), goal, cov_weight=weight).item() == float("inf")
+    assert mo.covariance_loss(x.detach(), target, cov_weight=weight).item() == float("inf")
 
 
 @pytest.mark.parametrize("average", [None, mo.MovingAverage(0.7), mo.AdamMovingAverage(lr=0.1)])

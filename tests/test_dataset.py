@@ -13,21 +13,21 @@ pytestmark = pytest.mark.usefixtures("backend")
 SHAPES = ((5,), (3, 2, 2))
 
 
-def batches(layers, sizes):
-    """Batches of all layers, of the given sizes: what the extractor is given and gives back."""
-    return [{"layers": list(parts)} for parts in zip(*(x.split(list(sizes)) for x in layers), strict=True)]
+def batches(features, sizes):
+    """Batches of the features of all layers, of the given sizes: what the extractor is given and gives back."""
+    return [{"features": list(parts)} for parts in zip(*(x.split(list(sizes)) for x in features), strict=True)]
 
 
 def extractor(batch):
-    return batch["layers"]
+    return batch["features"]
 
 
 @pytest.mark.parametrize("sizes", [(100,), (64, 36), (1, 99), (99, 1), (3, 1, 1, 40, 55), (1,) * 100, (7,) * 14 + (2,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_any_batch_sizes_give_the_moments_of_all_rows(sizes, dtype):
-    layers = make_features(100, SHAPES, dtype)
-    m = mo.dataset_moments(extractor, batches(layers, sizes))
-    assert_moments(m, layers)
+    features = make_features(100, SHAPES, dtype)
+    m = mo.dataset_moments(extractor, batches(features, sizes))
+    assert_moments(m, features)
     assert m.count.tolist() == [100, 100]
     assert (m.correction, m.shapes) == (1, SHAPES)
 
@@ -42,16 +42,16 @@ def test_hundreds_of_batches_far_from_zero_keep_their_digits():
 
 
 def test_the_extractor_may_give_moments():
-    layers = make_features(20, SHAPES)
-    m = mo.dataset_moments(lambda batch: mo.moments(batch["layers"]), batches(layers, (12, 8)))
-    assert_moments(m, layers)
+    features = make_features(20, SHAPES)
+    m = mo.dataset_moments(lambda batch: mo.moments(batch["features"]), batches(features, (12, 8)))
+    assert_moments(m, features)
 
 
 def test_means_alone_stay_means_alone():
-    layers = make_features(20, SHAPES)
-    m = mo.dataset_moments(lambda batch: mo.moments(batch["layers"], var=False), batches(layers, (12, 8)))
+    features = make_features(20, SHAPES)
+    m = mo.dataset_moments(lambda batch: mo.moments(batch["features"], var=False), batches(features, (12, 8)))
     assert m.var is None
-    assert_moments(m, layers)
+    assert_moments(m, features)
 
 
 def test_a_data_loader_gives_inputs_first():
@@ -115,26 +115,26 @@ def test_a_module_gets_its_mode_back_after_an_error():
 
 
 def test_the_result_serves_as_a_target(tmp_path):
-    layers = make_features(20, SHAPES)
-    m = mo.dataset_moments(extractor, batches(layers, (12, 8)))
+    features = make_features(20, SHAPES)
+    m = mo.dataset_moments(extractor, batches(features, (12, 8)))
     m.save(tmp_path / "target.npz")
     loss = mo.MomentLoss(mo.Moments.load(tmp_path / "target.npz"))
-    assert loss(layers) < 1e-9
+    assert loss(features) < 1e-9
 
 
 # Covariances
 
 
-def exact_covariances(layers):
-    return [torch.cov(x.flatten(1).double().mT) for x in layers]
+def exact_covariances(features):
+    return [torch.cov(x.flatten(1).double().mT) for x in features]
 
 
 @pytest.mark.parametrize("sizes", [(60,), (7, 20, 33), (1, 59), (30, 1, 29)])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_the_covariance_of_a_data_set_is_that_of_all_rows_at_once(sizes, offset):
-    layers = [x + offset for x in make_features(sum(sizes), [(5,), (2, 3, 2)], torch.float32)]
-    m = mo.dataset_moments(extractor, batches(layers, sizes), cov=True)
-    for ours, exact in zip(m.cov, exact_covariances(layers), strict=True):
+    features = [x + offset for x in make_features(sum(sizes), [(5,), (2, 3, 2)], torch.float32)]
+    m = mo.dataset_moments(extractor, batches(features, sizes), cov=True)
+    for ours, exact in zip(m.cov, exact_covariances(features), strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, ours.mT)
         assert (ours - exact).norm() <= 1e-6 * exact.norm()
@@ -154,7 +154,7 @@ def test_an_extractor_of_moments_is_asked_for_its_features():
 
 
 def test_moments_without_covariances_and_without_features_are_an_error():
-    with pytest.raises(TypeError, match="extractor: got Moments without covariances, expected features, for cov=True"):
+    with pytest.raises(TypeError, match="extractor: got Moments without covariances, expected features with cov=True"):
         mo.dataset_moments(mo.moments, [torch.randn(5, 3)], cov=True)
 
 

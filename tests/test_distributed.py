@@ -32,14 +32,14 @@ AVERAGES = {
 BATCHES = {"even": (6, 6), "uneven": (9, 3), "one row": (11, 1), "one row each": (1, 1)}
 
 
-def make_loss(average, var=True, **options):
-    return mo.MomentLoss(make_target(SHAPES, torch.float64, var), AVERAGES[average], **options)
+def make_loss(average_kind, var=True, **options):
+    return mo.MomentLoss(make_target(SHAPES, torch.float64, var), AVERAGES[average_kind], **options)
 
 
-def train(rank, average, sizes, source, var, weighted):
+def train(rank, average_kind, sizes, source, var, weighted):
     """Some steps; the losses, the gradients averaged as DistributedDataParallel does, and the state."""
     options = {"mean_weight": [0.5, 2.0], "var_weight": torch.linspace(0, 1, COLUMNS)} if weighted else {}
-    loss_fn, net = make_loss(average, var, **options), Generator()
+    loss_fn, net = make_loss(average_kind, var, **options), Generator()
     if rank is not None:
         net = nn.parallel.DistributedDataParallel(net)
     losses, gradients = [], []
@@ -68,34 +68,34 @@ def assert_equal_runs(results, expected, rows):
             assert torch.equal(value, expected[2][name])
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("source", ["features", "moments"])
-def test_two_processes_train_as_one(ranks, average, batch, source):
-    arguments = (average, BATCHES[batch], source, True, False)
+def test_two_processes_train_as_one(ranks, average_kind, batch, source):
+    arguments = (average_kind, BATCHES[batch], source, True, False)
     assert_equal_runs(ranks(train, *arguments), train(None, *arguments), sum(BATCHES[batch]))
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_weights_and_means_alone_merge_too(ranks, average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_weights_and_means_alone_merge_too(ranks, average_kind):
     for var, weighted in ((True, True), (False, False), (False, True)):
-        arguments = (average, BATCHES["uneven"], "features", var, weighted)
+        arguments = (average_kind, BATCHES["uneven"], "features", var, weighted)
         assert_equal_runs(ranks(train, *arguments), train(None, *arguments), 12)
 
 
-def evaluate(rank, average, sizes, dtype):
-    loss_fn = mo.MomentLoss(make_target(SHAPES), AVERAGES[average])
+def evaluate(rank, average_kind, sizes, dtype):
+    loss_fn = mo.MomentLoss(make_target(SHAPES), AVERAGES[average_kind])
     batch = [x.split(list(sizes))[rank].to(dtype) for x in make_features(sum(sizes), SHAPES)]
     loss_fn(batch)
     return loss_fn.eval()(batch), state_of(loss_fn)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("average", AVERAGES)
-def test_the_loss_is_the_same_on_every_process_in_every_dtype(ranks, average, dtype):
-    results = ranks(evaluate, average, BATCHES["uneven"], dtype)
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_the_loss_is_the_same_on_every_process_in_every_dtype(ranks, average_kind, dtype):
+    results = ranks(evaluate, average_kind, BATCHES["uneven"], dtype)
     assert_same_bits(*results)
-    loss_fn = mo.MomentLoss(make_target(SHAPES), AVERAGES[average])
+    loss_fn = mo.MomentLoss(make_target(SHAPES), AVERAGES[average_kind])
     batch = [x.to(dtype) for x in make_features(12, SHAPES)]
     loss_fn(batch)
     assert_close(results[0][0], loss_fn.eval()(batch).double(), rows=144)
@@ -103,14 +103,14 @@ def test_the_loss_is_the_same_on_every_process_in_every_dtype(ranks, average, dt
 
 def alone(rank):
     loss_fn = make_loss("none", process_group=False)
-    layers = Generator()(rows_of(rank, BATCHES["uneven"]))
-    return loss_fn(layers).detach(), mo.moment_loss(layers, make_target(SHAPES, torch.float64)).detach()
+    features = Generator()(rows_of(rank, BATCHES["uneven"]))
+    return loss_fn(features).detach(), mo.moment_loss(features, make_target(SHAPES, torch.float64)).detach()
 
 
 def test_without_a_group_a_process_stays_alone(ranks):
     for rank, values in enumerate(ranks(alone)):
-        layers = Generator()(rows_of(rank, BATCHES["uneven"]))
-        expected = mo.moment_loss(layers, make_target(SHAPES, torch.float64))
+        features = Generator()(rows_of(rank, BATCHES["uneven"]))
+        expected = mo.moment_loss(features, make_target(SHAPES, torch.float64))
         for value in values:
             assert_close(value, expected, rows=9)
 
@@ -122,18 +122,18 @@ def in_groups_of_one(rank):
 
 def test_a_given_group_is_the_one_that_merges(ranks):
     for rank, value in enumerate(ranks(in_groups_of_one)):
-        layers = Generator()(rows_of(rank, BATCHES["uneven"]))
-        assert_close(value, mo.moment_loss(layers, make_target(SHAPES, torch.float64)), rows=9)
+        features = Generator()(rows_of(rank, BATCHES["uneven"]))
+        assert_close(value, mo.moment_loss(features, make_target(SHAPES, torch.float64)), rows=9)
 
 
-def penalize(rank, average, sizes, create_graph):
+def penalize(rank, average_kind, sizes, create_graph):
     """Gradients of the sum over all rows of |dL/dz|^2, where L is the loss of the whole batch.
 
     Under the convention of DistributedDataParallel a process sees dL/dz times the number of processes, and the mean of
     the gradients over the processes is that of the sum over the rows if every process scales its part by their number.
     """
     world = 1 if rank is None else RANKS
-    loss_fn, net = make_loss(average), Generator()
+    loss_fn, net = make_loss(average_kind), Generator()
     loss_fn([x.detach() for x in net(rows_of(rank, sizes, 5))])
     z = rows_of(rank, sizes).clone().requires_grad_()
     (first,) = torch.autograd.grad(loss_fn(net(z)), z, create_graph=True)
@@ -145,37 +145,37 @@ def penalize(rank, average, sizes, create_graph):
     return packed / world
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("batch", ["even", "uneven"])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_second_derivatives_cross_processes(ranks, average, batch, create_graph):
-    results = ranks(penalize, average, BATCHES[batch], create_graph)
-    expected = penalize(None, average, BATCHES[batch], create_graph)
+def test_second_derivatives_cross_processes(ranks, average_kind, batch, create_graph):
+    results = ranks(penalize, average_kind, BATCHES[batch], create_graph)
+    expected = penalize(None, average_kind, BATCHES[batch], create_graph)
     assert_close(results[0], expected, rows=1000)
 
 
-def transformed(rank, average, sizes):
+def transformed(rank, average_kind, sizes):
     """Gradients by `torch.func.grad`, and by autograd."""
     net = Generator()
     z = rows_of(rank, sizes).clone().requires_grad_()
-    (plain,) = torch.autograd.grad(make_loss(average)(net(z)), z)
-    loss_fn = make_loss(average)
+    (plain,) = torch.autograd.grad(make_loss(average_kind)(net(z)), z)
+    loss_fn = make_loss(average_kind)
     return torch.func.grad(lambda z: loss_fn(net(z)))(z.detach()).detach(), plain
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_gradients_by_a_transform_cross_processes(ranks, average):
-    for ours, plain in ranks(transformed, average, BATCHES["uneven"]):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_gradients_by_a_transform_cross_processes(ranks, average_kind):
+    for ours, plain in ranks(transformed, average_kind, BATCHES["uneven"]):
         assert_close(ours, plain, rows=12)
 
 
 def poisoned(rank, value):
     """One process has a value that is not finite in column 2."""
     loss_fn = make_loss("adam")
-    layers = [x.detach() for x in Generator()(rows_of(rank, BATCHES["uneven"]))]
+    features = [x.detach() for x in Generator()(rows_of(rank, BATCHES["uneven"]))]
     if rank == 1:
-        layers[0][0, 2] = value
-    return loss_fn(layers), state_of(loss_fn)
+        features[0][0, 2] = value
+    return loss_fn(features), state_of(loss_fn)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -242,8 +242,8 @@ def resumed(rank):
     loss_fn = make_loss("adam")
     loss_fn([x.detach() for x in Generator()(rows_of(rank, BATCHES["even"]))])
     other = copy.deepcopy(loss_fn)
-    layers = [x.detach() for x in Generator()(rows_of(rank, BATCHES["even"], 1))]
-    return loss_fn(layers), other(layers)
+    features = [x.detach() for x in Generator()(rows_of(rank, BATCHES["even"], 1))]
+    return loss_fn(features), other(features)
 
 
 def test_a_copied_loss_goes_on_alike(ranks):

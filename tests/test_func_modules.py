@@ -33,8 +33,8 @@ def covariance_loss(average):
     return mo.CovarianceLoss(TARGET, average=average, mean_weight=0.5)
 
 
-def after_two_steps(make, average):
-    loss = make(AVERAGES[average])
+def after_two_steps(make, average_kind):
+    loss = make(AVERAGES[average_kind])
     for x in X[1:]:
         loss(x)
     return loss
@@ -46,30 +46,30 @@ def plain_gradient(loss, x):
 
 
 losses = pytest.mark.parametrize("make", [moment_loss, moment_loss_of_moments, covariance_loss])
-averages = pytest.mark.parametrize("average", AVERAGES)
-running = pytest.mark.parametrize("average", ["moving", "adam"])
+averages = pytest.mark.parametrize("average_kind", AVERAGES)
+running = pytest.mark.parametrize("average_kind", ["moving", "adam"])
 
 
 @averages
 @losses
-def test_a_loss_in_training_advances_once_under_grad(make, average):
-    ours, plain = (after_two_steps(make, average) for _ in range(2))
+def test_a_loss_in_training_advances_once_under_grad(make, average_kind):
+    ours, plain = (after_two_steps(make, average_kind) for _ in range(2))
     assert_close(grad(ours)(X[0]), plain_gradient(plain, X[0]), rows=ROWS)
     assert_same_bits(dict(ours.state_dict()), dict(plain.state_dict()))
 
 
 @averages
 @losses
-def test_a_loss_in_evaluation_runs_under_vmap_of_grad(make, average):
-    loss = after_two_steps(make, average).eval()
+def test_a_loss_in_evaluation_runs_under_vmap_of_grad(make, average_kind):
+    loss = after_two_steps(make, average_kind).eval()
     assert_same_bits(vmap(loss)(X), torch.stack([loss(x) for x in X]))
     assert_close(vmap(grad(loss))(X), torch.stack([plain_gradient(loss, x) for x in X]), rows=ROWS)
 
 
 @running
 @losses
-def test_a_loss_in_training_does_not_run_under_vmap(make, average):
-    loss = after_two_steps(make, average)
+def test_a_loss_in_training_does_not_run_under_vmap(make, average_kind):
+    loss = after_two_steps(make, average_kind)
     before = copy.deepcopy(dict(loss.state_dict()))
     for call in (vmap(loss), vmap(grad(loss))):
         assert_raises(lambda call=call: call(X), RuntimeError, "average", "vmap", r"eval\(\)")
@@ -102,8 +102,8 @@ def test_a_queue_in_evaluation_runs_under_vmap():
 
 @averages
 @losses
-def test_a_loss_is_called_with_the_buffers_of_every_problem(make, average):
-    members = [after_two_steps(make, average).eval() for _ in X]
+def test_a_loss_is_called_with_the_buffers_of_every_problem(make, average_kind):
+    members = [after_two_steps(make, average_kind).eval() for _ in X]
     for i, member in enumerate(members):
         for name, buffer in member.named_buffers():
             if name.startswith("target") or name.endswith("average"):
@@ -147,12 +147,12 @@ def test_an_extractor_and_a_loss_are_differentiable_to_the_parameters_of_functio
 
     net, extractor = network()
     matched = Matched(extractor)
-    goal = exact_moments([relu(net[0](OTHER)), net[3](net[2](relu(net[0](OTHER))))])
+    target = exact_moments([relu(net[0](OTHER)), net[3](net[2](relu(net[0](OTHER))))])
 
     def exact(weight, x):
         first = relu(nn.functional.linear(x, weight, net[0].bias))
         mean, var = exact_moments([first, net[3](net[2](first))])
-        return ((mean - goal[0]).square().sum() + (var - goal[1]).square().sum()) / len(mean)
+        return ((mean - target[0]).square().sum() + (var - target[1]).square().sum()) / len(mean)
 
     (name,) = (name for name, p in matched.named_parameters() if p.shape == net[0].weight.shape)
 

@@ -31,12 +31,12 @@ def make_groups(case, dtype=torch.float32):
     counts, widths = CASES[case]
     groups = [make_features(n, [(w,) for w in widths], dtype, seed) for seed, n in enumerate(counts)]
     # A shift for every group; the operator takes its own for each.
-    shift = [[x[0].to(statistics_dtype(dtype)) for x in layers] for layers in groups]
+    shift = [[x[0].to(statistics_dtype(dtype)) for x in features] for features in groups]
     return groups, shift
 
 
 def flat(nested):
-    return [x for layers in nested for x in layers]
+    return [x for features in nested for x in features]
 
 
 def exact_gram(groups, shift):
@@ -76,12 +76,12 @@ def test_sums_of_more_columns_than_one_product_has_are_in_float64():
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_products(case, dtype):
     groups, shift = make_groups(case, dtype)
-    wide = [leaves([x.double() for x in layers]) for layers in groups]
-    groups = [leaves(layers) for layers in groups]
-    rows = [x for layers in groups for x in layers]
+    wide = [leaves([x.double() for x in features]) for features in groups]
+    groups = [leaves(features) for features in groups]
+    rows = [x for features in groups for x in features]
     exact = exact_gram(wide, shift)
     weight = torch.randn_like(exact)
-    expected = torch.autograd.grad((exact * weight).sum(), [x for layers in wide for x in layers])
+    expected = torch.autograd.grad((exact * weight).sum(), [x for features in wide for x in features])
     actual = torch.autograd.grad((gram(groups, shift) * weight).sum(), rows)
     for x, ours, theirs in zip(rows, actual, expected, strict=True):
         assert ours.stride() == x.stride()
@@ -100,7 +100,7 @@ def test_only_the_rows_that_want_gradients_get_them():
     for ours, theirs in zip(torch.autograd.grad(gram(groups, shift).square().sum(), both), expected, strict=True):
         assert_close(ours, theirs, rows=10)
     wanted = [False, True, False, False, True, False]
-    rows = [x.detach() for layers in groups for x in layers]
+    rows = [x.detach() for features in groups for x in features]
     assert len(OPS.gram_backward(torch.ones_like(exact), rows, flat(shift), wanted)) == 2
 
 
@@ -116,12 +116,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout):
     groups, shift = make_groups("several panels")
-    groups = [[LAYOUTS[layout](x) for x in layers] for layers in groups]
-    dense = [[x.contiguous() for x in layers] for layers in groups]
+    groups = [[LAYOUTS[layout](x) for x in features] for features in groups]
+    dense = [[x.contiguous() for x in features] for features in groups]
     assert_same_bits(gram(groups, shift), gram(dense, shift))
-    total = sum(len(layers[0]) for layers in groups)
+    total = sum(len(features[0]) for features in groups)
     grad = torch.randn(1, total, total, dtype=torch.float64)
-    rows, dense_rows = ([x for layers in g for x in layers] for g in (groups, dense))
+    rows, dense_rows = ([x for features in g for x in features] for g in (groups, dense))
     wanted = [True] * len(rows)
     assert_same_bits(
         [g.contiguous() for g in OPS.gram_backward(grad, rows, flat(shift), wanted)],
@@ -133,7 +133,7 @@ def test_any_strides(layout):
 def test_twice_differentiable():
     groups = [[x.double().requires_grad_() for x in make_features(n, ((3,), (2,)))] for n in (3, 2)]
     shift = [[torch.randn(3).double(), torch.randn(2).double()] for _ in groups]
-    rows = [x for layers in groups for x in layers]
+    rows = [x for features in groups for x in features]
 
     def function(*rows):
         return gram([rows[:2], rows[2:]], shift)
@@ -150,7 +150,7 @@ def test_twice_differentiable():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operators_keep_the_contract_of_torch(wants_gradient, dtype):
     groups, shift = make_groups("small", dtype)
-    rows = [x.requires_grad_(wants_gradient) for layers in groups for x in layers]
+    rows = [x.requires_grad_(wants_gradient) for features in groups for x in features]
     torch.library.opcheck(OPS.gram.default, (rows, flat(shift), 2))
     grad = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=wants_gradient)
     for wanted in ([True] * 4, [True, False, False, True], [False] * 4):
@@ -159,7 +159,7 @@ def test_operators_keep_the_contract_of_torch(wants_gradient, dtype):
 
 def test_lower_precision_of_matrix_products_does_not_reach_them():
     groups, shift = make_groups("several panels")
-    rows = [x for layers in groups for x in layers]
+    rows = [x for features in groups for x in features]
     grad = torch.randn(1, 5, 5, dtype=torch.float64)
 
     def results():

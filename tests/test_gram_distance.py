@@ -54,7 +54,7 @@ def make_sides(n=7, m=9, dtype=torch.float32, shapes=SHAPES):
 def test_the_distance_of_two_covariances_and_its_gradients_to_both(rows, correction, dtype):
     input, other = make_sides(*rows, dtype)
     loss = gram_distance(input, other, correction=correction, weight=WEIGHT)
-    wide = [leaves([x.double() for x in layers]) for layers in (input, other)]
+    wide = [leaves([x.double() for x in features]) for features in (input, other)]
     exact = exact_loss(*wide, correction)
     assert_value(loss, exact, input, other)
     gradients = torch.autograd.grad(loss, input + other)
@@ -87,7 +87,7 @@ def test_sides_whose_means_are_far_apart_lose_no_digits(estimator):
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 def test_joint_layers_are_one_feature_vector(estimator):
     input, other = make_sides(dtype=torch.float64)
-    joined = [[torch.cat([x.flatten(1) for x in layers], 1)] for layers in (input, other)]
+    joined = [[torch.cat([x.flatten(1) for x in features], 1)] for features in (input, other)]
     joint = gram_distance(input, other, joint=True, estimator=estimator, weight=[3.0])
     one = gram_distance(*joined, estimator=estimator, weight=[3.0])
     assert_close(joint, one, rows=100)

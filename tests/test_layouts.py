@@ -143,9 +143,9 @@ def test_the_loss_of_a_layout_is_that_of_its_contiguous_copy(backend, layout, av
 
 
 def test_layers_of_different_layouts_are_packed_together(backend):
-    layers = [make() for make in LAYOUTS.values()]
-    m = mo.moments(layers)
-    mean, var = exact_moments(layers)
+    features = [make() for make in LAYOUTS.values()]
+    m = mo.moments(features)
+    mean, var = exact_moments(features)
     assert_close(m.mean, mean, rows=6)
     assert_close(m.var, var, rows=6)
 

@@ -22,13 +22,13 @@ AVERAGES = {
 class Case:
     """Arguments of `match_`, with an average that has run for some steps."""
 
-    def __init__(self, average, *, dtype=torch.float64, var=True, weighted=False, reduction="mean", shapes=SHAPES):
-        self.average = AVERAGES[average]
+    def __init__(self, average_kind, *, dtype=torch.float64, var=True, weighted=False, reduction="mean", shapes=SHAPES):
+        self.average = AVERAGES[average_kind]
         self.kind = "none" if self.average is None else self.average.kind
         self.target = make_target(shapes, dtype, var)
         columns = self.columns = self.target.mean.numel()
-        self.layers = make_features(11, shapes, dtype)
-        self.mean, self.var, _ = moments(self.layers, 0, 1, var)
+        self.features = make_features(11, shapes, dtype)
+        self.mean, self.var, _ = moments(self.features, 0, 1, var)
         self.weights = [torch.rand(columns, dtype=dtype) for _ in range(2)] if weighted else [None, None]
         self.scales = (0.7, 1.3) if weighted else (1.0, 1.0)
         self.reduction = 1 / columns if reduction == "mean" else 1.0
@@ -56,7 +56,7 @@ class Case:
         return torch.ops.moment_ops.match_(self.mean, self.var, *self.arguments(update))
 
     def from_features(self, update=True):
-        return torch.ops.moment_ops.match_.features(self.layers, 1, *self.arguments(update))
+        return torch.ops.moment_ops.match_.features(self.features, 1, *self.arguments(update))
 
     def expected(self, update=True):
         """Loss, derivatives and next state by the table of the design, in float64."""
@@ -106,13 +106,13 @@ def assert_state(case, expected):
             assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("var", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss_derivatives_and_state_follow_the_table(average, update, var, weighted, dtype):
-    case = Case(average, dtype=dtype, var=var, weighted=weighted)
+def test_loss_derivatives_and_state_follow_the_table(average_kind, update, var, weighted, dtype):
+    case = Case(average_kind, dtype=dtype, var=var, weighted=weighted)
     expected, grads, state = case.expected(update)
     loss, grad_mean, grad_var = case.from_moments(update)
     assert loss.dtype == dtype
@@ -123,14 +123,14 @@ def test_loss_derivatives_and_state_follow_the_table(average, update, var, weigh
     assert_state(case, state)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("var", [True, False])
-def test_features_give_what_their_moments_give(average, update, var):
-    case = Case(average, var=var, weighted=True)
+def test_features_give_what_their_moments_give(average_kind, update, var):
+    case = Case(average_kind, var=var, weighted=True)
     expected, grads, state = case.expected(update)
     loss, mean, grad_mean, grad_var = case.from_features(update)
-    assert_close(mean, exact_moments(case.layers)[0], rows=11)
+    assert_close(mean, exact_moments(case.features)[0], rows=11)
     assert_close(loss, expected, rows=case.columns)
     assert_close(grad_mean, grads[0])
     if var:
@@ -138,12 +138,12 @@ def test_features_give_what_their_moments_give(average, update, var):
     assert_state(case, state)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_channels_last_features_are_matched_in_packed_order(average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_channels_last_features_are_matched_in_packed_order(average_kind):
     torch.manual_seed(3)
-    case = Case(average, shapes=((3, 4, 5), (7,), (2, 3, 2)), weighted=True)
+    case = Case(average_kind, shapes=((3, 4, 5), (7,), (2, 3, 2)), weighted=True)
     expected, grads, state = case.expected()
-    case.layers = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in case.layers]
+    case.features = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in case.features]
     loss, mean, grad_mean, grad_var = case.from_features()
     assert_close(mean, case.mean)
     assert_close(loss, expected, rows=case.columns)
@@ -152,10 +152,10 @@ def test_channels_last_features_are_matched_in_packed_order(average):
     assert_state(case, state)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("source", ["moments", "features"])
-def test_many_columns_are_matched_without_a_seam(average, source):
-    case = Case(average, shapes=((17_001,), (3, 501)), weighted=True)
+def test_many_columns_are_matched_without_a_seam(average_kind, source):
+    case = Case(average_kind, shapes=((17_001,), (3, 501)), weighted=True)
     expected, grads, state = case.expected()
     loss, *_, grad_mean, grad_var = case.from_moments() if source == "moments" else case.from_features()
     assert_close(loss, expected, rows=case.columns)
@@ -173,10 +173,10 @@ def test_reduction_scales_the_squared_distance(reduction):
     assert_close(grad_mean, grads[0])
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
-def test_the_state_advances_in_place_and_says_so(average, source):
-    case = Case(average)
+def test_the_state_advances_in_place_and_says_so(average_kind, source):
+    case = Case(average_kind)
     before = [(s.data_ptr(), s._version) for s in case.state]
     getattr(case, source)()
     assert [s.data_ptr() for s in case.state] == [pointer for pointer, _ in before]
@@ -184,10 +184,10 @@ def test_the_state_advances_in_place_and_says_so(average, source):
     assert int(case.state[-1]) == 6
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
-def test_without_update_the_state_stays_to_the_last_bit(average, source):
-    case = Case(average)
+def test_without_update_the_state_stays_to_the_last_bit(average_kind, source):
+    case = Case(average_kind)
     before = [s.clone() for s in case.state]
     versions = [s._version for s in case.state]
     getattr(case, source)(update=False)
@@ -195,24 +195,24 @@ def test_without_update_the_state_stays_to_the_last_bit(average, source):
     assert [s._version for s in case.state] == versions
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_derivatives_share_no_memory_with_the_state(average):
-    case = Case(average)
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_derivatives_share_no_memory_with_the_state(average_kind):
+    case = Case(average_kind)
     _, grad_mean, grad_var = case.from_moments()
     owners = {t.untyped_storage().data_ptr() for t in (*case.state, case.mean, case.var, case.target.mean)}
     assert grad_mean.untyped_storage().data_ptr() not in owners
     assert grad_var.untyped_storage().data_ptr() not in owners
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source, value):
-    case, clean = Case(average), Case(average)
+def test_a_column_that_is_not_finite_leaves_its_state_untouched(average_kind, source, value):
+    case, clean = Case(average_kind), Case(average_kind)
     for vector, other in zip(clean.state, case.state, strict=True):
         vector.copy_(other)
-    case.layers[0][4, 2] = value
-    case.mean, case.var, _ = moments(case.layers)
+    case.features[0][4, 2] = value
+    case.mean, case.var, _ = moments(case.features)
     before = [s.clone() for s in case.state]
     loss, *_ = getattr(case, source)()
     getattr(clean, source)()
@@ -228,7 +228,7 @@ def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source,
 def test_no_argument_is_kept_or_freed_twice(source, weighted):
     """Lists, optional tensors and tensors, each by every way that it can be given."""
     case = Case("adam", weighted=weighted)
-    given = [*case.layers, case.mean, case.var, case.target.mean, case.target.var, *case.state]
+    given = [*case.features, case.mean, case.var, case.target.mean, case.target.var, *case.state]
     given += [weight for weight in case.weights if weight is not None]
     for _ in range(3):
         given += [x for x in getattr(case, source)() if x.numel() > 0]

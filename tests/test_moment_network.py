@@ -372,7 +372,7 @@ def test_rescaling_a_layer_that_gives_only_zeros_is_an_error_that_names_it():
     with torch.no_grad():
         f[3].weight.zero_()
         f[3].bias.zero_()
-    with pytest.raises(ValueError, match="layer 3 of f gives 0 everywhere"):
+    with pytest.raises(ValueError, match="outputs of layer 3 of f have a root mean square of 0"):
         mo.MomentNetwork(f).rescale(images())
 
 

@@ -146,7 +146,7 @@ def test_hidden_layers_without_the_batch_on_dimension_0_are_named():
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
     [
-        ({"pixels": 1.0}, ValueError, "weights: got 'pixels', expected hidden, gradient, input"),
+        ({"pixels": 1.0}, ValueError, "weights: got the key 'pixels', expected hidden, gradient, input"),
         ({"input": -1.0}, ValueError, r"weights\['input'\]: got -1.0"),
         ({"hidden": float("inf")}, ValueError, r"weights\['hidden'\]: got inf"),
         ({"input": "much"}, TypeError, r"weights\['input'\]: got 'much'"),

@@ -23,10 +23,10 @@ from moment_ops.ops.moments import moments, moments_backward
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def backward_in_float64(layers, mean, count, grad_mean, grad_var, grad=None, dim=0, correction=1, scale=1.0):
+def backward_in_float64(features, mean, count, grad_mean, grad_var, grad=None, dim=0, correction=1, scale=1.0):
     """`[grad +] scale * (grad_mean / N + 2 grad_var / (N - c) (x - mean))`, layer by layer."""
     outputs, offset = [], 0
-    for i, x in enumerate(layers):
+    for i, x in enumerate(features):
         rows = x.double().movedim(dim, 0)
         shape, columns = rows.shape[1:], rows[0].numel()
 
@@ -47,30 +47,30 @@ def backward_in_float64(layers, mean, count, grad_mean, grad_var, grad=None, dim
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 3, 7, 8, 9, 17, 64, 511, 513, 1030])
 def test_moments_of_many_layers_equal_those_in_float64(rows, dtype):
-    layers = make_features(rows, dtype=dtype)
-    assert_moments(mo.moments(layers), layers)
+    features = make_features(rows, dtype=dtype)
+    assert_moments(mo.moments(features), features)
 
 
 @pytest.mark.parametrize("correction", [0, 1, 2, 5])
 def test_the_correction_is_subtracted_from_the_rows(correction):
-    layers = make_features(9)
-    m = mo.moments(layers, correction=correction)
+    features = make_features(9)
+    m = mo.moments(features, correction=correction)
     assert m.correction == correction
-    assert_moments(m, layers, correction)
+    assert_moments(m, features, correction)
 
 
 def test_columns_are_packed_layer_after_layer_in_row_major_order():
-    layers = [
+    features = [
         torch.arange(12.0).view(1, 3, 4).repeat(2, 1, 1),
         torch.arange(12.0, 17.0).view(1, 5).repeat(2, 1),
     ]
-    assert mo.moments(layers).mean.tolist() == list(range(17))
+    assert mo.moments(features).mean.tolist() == list(range(17))
 
 
 def test_a_layer_has_the_same_moments_alone_and_in_a_group():
-    layers = make_features(33)
-    together = mo.moments(layers)
-    alone = [mo.moments(x) for x in layers]
+    features = make_features(33)
+    together = mo.moments(features)
+    alone = [mo.moments(x) for x in features]
     assert_same_bits(together.mean, torch.cat([m.mean for m in alone]))
     assert_same_bits(together.var, torch.cat([m.var for m in alone]))
 
@@ -82,27 +82,27 @@ def test_every_layer_has_its_count():
 
 
 def test_means_alone_are_the_means_with_variances():
-    layers = make_features(10)
-    alone = mo.moments(layers, var=False)
+    features = make_features(10)
+    alone = mo.moments(features, var=False)
     assert alone.var is None
-    assert_same_bits(alone.mean, mo.moments(layers).mean)
+    assert_same_bits(alone.mean, mo.moments(features).mean)
 
 
 @pytest.mark.parametrize("dim", [1, 2, -1, -2])
 def test_another_dimension_can_be_reduced(dim):
-    layers = [torch.randn(4, 6, 6), torch.randn(2, 6, 6) + 3]
-    m = mo.moments(layers, dim=dim)
-    mean, var = exact_moments(layers, dim=dim)
+    features = [torch.randn(4, 6, 6), torch.randn(2, 6, 6) + 3]
+    m = mo.moments(features, dim=dim)
+    mean, var = exact_moments(features, dim=dim)
     assert mean_error(m.mean, mean, var) <= mean_bound(torch.float32)
     assert var_error(m.var, var) <= var_bound(torch.float32)
-    assert m.shapes == tuple(tuple(x.mean(dim).shape) for x in layers)
+    assert m.shapes == tuple(tuple(x.mean(dim).shape) for x in features)
     assert m.count.tolist() == [6, 6]
 
 
 def test_the_last_dimension_of_layers_of_different_ranks_can_be_reduced():
-    layers = [torch.randn(3, 7), torch.randn(2, 4, 7)]
-    mean, var = exact_moments(layers, dim=-1)
-    m = mo.moments(layers, dim=-1)
+    features = [torch.randn(3, 7), torch.randn(2, 4, 7)]
+    mean, var = exact_moments(features, dim=-1)
+    m = mo.moments(features, dim=-1)
     assert mean_error(m.mean, mean, var) <= mean_bound(torch.float32)
     assert m.shapes == ((3,), (2, 4))
 
@@ -120,11 +120,11 @@ def test_several_dimensions_can_be_pooled(dim, dtype):
 
 
 def test_channels_of_layers_of_different_sizes_can_be_pooled():
-    layers = [torch.randn(4, 3, 5, 5), torch.randn(4, 2, 2, 2)]
-    m = mo.moments(layers, dim=(0, 2, 3))
+    features = [torch.randn(4, 3, 5, 5), torch.randn(4, 2, 2, 2)]
+    m = mo.moments(features, dim=(0, 2, 3))
     assert m.count.tolist() == [100, 16]
     assert m.shapes == ((3,), (2,))
-    expected = torch.cat([x.double().var((0, 2, 3)) for x in layers])
+    expected = torch.cat([x.double().var((0, 2, 3)) for x in features])
     assert var_error(m.var, expected) <= var_bound(torch.float32)
 
 
@@ -139,8 +139,8 @@ def test_pooled_gradients_equal_those_of_torch():
 @pytest.mark.parametrize(("rows", "columns"), [(3, 16385), (2, 40000), (70001, 1), (5000, 33), (40000, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_and_tall_layers_are_cut_without_a_seam(rows, columns, dtype):
-    layers = [*make_features(rows, [(columns,)], dtype), *make_features(rows, [(2,)], dtype, seed=5)]
-    assert_moments(mo.moments(layers), layers)
+    features = [*make_features(rows, [(columns,)], dtype), *make_features(rows, [(2,)], dtype, seed=5)]
+    assert_moments(mo.moments(features), features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -168,52 +168,52 @@ def test_gradients_are_rounded_to_the_nearest_16_bit_value(dtype):
 @pytest.mark.parametrize("parts", ["mean", "var", "both"])
 @pytest.mark.parametrize("added", [False, True])
 def test_backward_is_grad_plus_a_plus_b_times_x_minus_mean(dtype, parts, added):
-    layers = make_features(7, dtype=dtype)
-    mean, _, count = moments(layers)
+    features = make_features(7, dtype=dtype)
+    mean, _, count = moments(features)
     grad_mean = torch.randn_like(mean) if parts != "var" else None
     grad_var = torch.randn_like(mean) if parts != "mean" else None
-    grad = [torch.randn_like(x) for x in layers] if added else None
-    got = moments_backward(layers, mean, count, grad_mean, grad_var, grad=grad or ())
-    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad_mean, grad_var, grad), strict=True):
+    grad = [torch.randn_like(x) for x in features] if added else None
+    got = moments_backward(features, mean, count, grad_mean, grad_var, grad=grad or ())
+    for dx, exact in zip(got, backward_in_float64(features, mean, count, grad_mean, grad_var, grad), strict=True):
         assert dx.dtype == dtype
         assert_close(dx, exact)
 
 
 @pytest.mark.parametrize("dim", [1, -1])
 def test_backward_over_another_dimension(dim):
-    layers = [torch.randn(4, 6, 6), torch.randn(2, 6, 6)]
-    mean, _, count = moments(layers, dim)
+    features = [torch.randn(4, 6, 6), torch.randn(2, 6, 6)]
+    mean, _, count = moments(features, dim)
     grad_mean, grad_var = torch.randn_like(mean), torch.randn_like(mean)
-    got = moments_backward(layers, mean, count, grad_mean, grad_var, dim=dim)
-    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad_mean, grad_var, dim=dim), strict=True):
+    got = moments_backward(features, mean, count, grad_mean, grad_var, dim=dim)
+    for dx, exact in zip(got, backward_in_float64(features, mean, count, grad_mean, grad_var, dim=dim), strict=True):
         assert_close(dx, exact)
 
 
 def test_backward_takes_the_rows_of_the_statistic_from_count():
-    layers = make_features(5)
-    mean, _, _ = moments(layers)
+    features = make_features(5)
+    mean, _, _ = moments(features)
     count = torch.tensor([50, 60, 70, 80])
     grad_mean, grad_var = torch.randn_like(mean), torch.randn_like(mean)
-    got = moments_backward(layers, mean, count, grad_mean, grad_var)
-    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad_mean, grad_var), strict=True):
+    got = moments_backward(features, mean, count, grad_mean, grad_var)
+    for dx, exact in zip(got, backward_in_float64(features, mean, count, grad_mean, grad_var), strict=True):
         assert_close(dx, exact)
 
 
 @pytest.mark.parametrize("correction", [0, 2])
 def test_backward_scales_and_corrects(correction):
-    layers = make_features(5)
-    mean, _, count = moments(layers, correction=correction)
+    features = make_features(5)
+    mean, _, count = moments(features, correction=correction)
     grad_mean, grad_var, scale = torch.randn_like(mean), torch.randn_like(mean), torch.tensor(-2.5)
-    got = moments_backward(layers, mean, count, grad_mean, grad_var, correction=correction, scale=scale)
-    exact = backward_in_float64(layers, mean, count, grad_mean, grad_var, correction=correction, scale=-2.5)
+    got = moments_backward(features, mean, count, grad_mean, grad_var, correction=correction, scale=scale)
+    exact = backward_in_float64(features, mean, count, grad_mean, grad_var, correction=correction, scale=-2.5)
     for dx, expected in zip(got, exact, strict=True):
         assert_close(dx, expected)
 
 
 def test_backward_of_nothing_is_zero():
-    layers = make_features(3)
-    mean, _, count = moments(layers)
-    assert all(not dx.any() for dx in moments_backward(layers, mean, count, None, None))
+    features = make_features(3)
+    mean, _, count = moments(features)
+    assert all(not dx.any() for dx in moments_backward(features, mean, count, None, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -242,20 +242,20 @@ def test_backward_of_large_layers_equals_that_of_small_ones(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_reach_the_features_as_in_torch(dtype):
-    layers = [x.requires_grad_() for x in make_features(12, dtype=dtype)]
-    columns = sum(x[0].numel() for x in layers)
+    features = [x.requires_grad_() for x in make_features(12, dtype=dtype)]
+    columns = sum(x[0].numel() for x in features)
     weights = torch.randn(2, columns, dtype=statistics_dtype(dtype))
-    m = mo.moments(layers)
-    ours = torch.autograd.grad((weights[0] * m.mean + weights[1] * m.var).sum(), layers)
-    mean, var = exact_moments(layers)
-    theirs = torch.autograd.grad((weights[0].double() * mean + weights[1].double() * var).sum(), layers)
+    m = mo.moments(features)
+    ours = torch.autograd.grad((weights[0] * m.mean + weights[1] * m.var).sum(), features)
+    mean, var = exact_moments(features)
+    theirs = torch.autograd.grad((weights[0].double() * mean + weights[1].double() * var).sum(), features)
     for got, expected in zip(ours, theirs, strict=True):
         assert_close(got, expected, rows=12)
 
 
 def test_the_features_are_left_as_they_are():
-    layers = make_features(6)
-    before = [x.clone() for x in layers]
-    mean, _, count = moments(layers)
-    moments_backward(layers, mean, count, mean, mean)
-    assert_same_bits(layers, before)
+    features = make_features(6)
+    before = [x.clone() for x in features]
+    mean, _, count = moments(features)
+    moments_backward(features, mean, count, mean, mean)
+    assert_same_bits(features, before)

@@ -20,7 +20,7 @@ def features(names=NAMES, seed=0):
     return dict(zip(names, make_features(ROWS, SHAPES.values(), seed=seed), strict=True))
 
 
-def layers(seed=0):
+def unnamed(seed=0):
     return list(features(seed=seed).values())
 
 
@@ -74,15 +74,15 @@ def test_the_order_is_that_of_the_mapping():
 
 
 def test_keys_of_another_type_become_strings():
-    assert mo.moments(dict(enumerate(layers()))).names == ("0", "1", "2")
+    assert mo.moments(dict(enumerate(unnamed()))).names == ("0", "1", "2")
 
 
 def test_a_sequence_has_no_names():
-    assert mo.moments(layers()).names is None
+    assert mo.moments(unnamed()).names is None
 
 
 def test_covariances_of_a_mapping_are_those_of_its_values():
-    assert_same_bits(mo.covariance(features()), mo.covariance(layers()))
+    assert_same_bits(mo.covariance(features()), mo.covariance(unnamed()))
 
 
 def test_a_style_is_matched_by_name():
@@ -93,7 +93,7 @@ def test_a_style_is_matched_by_name():
 
 @losses
 def test_a_loss_takes_a_mapping(loss):
-    assert_same_bits(loss(NAMES, features()), loss(NAMES, layers()))
+    assert_same_bits(loss(NAMES, features()), loss(NAMES, unnamed()))
 
 
 @losses
@@ -136,11 +136,58 @@ def test_errors_about_shapes_and_dtypes_name_the_keys():
     assert_raises(lambda: mo.moments({}), ValueError, "^input: got an empty mapping")
 
 
+@losses
+def test_a_layer_of_another_width_is_named_by_its_key(loss):
+    given = features() | {"layer2": torch.ones(ROWS, 2, 3)}
+    assert_raises(lambda: loss(NAMES, given), ValueError, r"^input\['layer2'\]: got .*\(.*2, 3\), expected .* as in")
+
+
+def test_a_tensor_alone_is_named_by_the_argument():
+    alone = mo.moments(torch.randn(ROWS, 3))
+    assert_raises(lambda: mo.moment_loss(torch.ones(ROWS, 4), alone), ValueError, "^input: got features of shape")
+    assert_raises(lambda: mo.covariance_loss(torch.ones(ROWS, 4), torch.eye(3)), ValueError, "^input: got 4 columns")
+
+
+def test_moments_of_another_shape_are_named_by_their_layer():
+    given = mo.moments(features() | {"layer2": torch.ones(ROWS, 4)})
+    assert_raises(lambda: mo.moment_loss(given, target()), ValueError, r"^input\['layer2'\]: got features of shape")
+
+
+def test_a_wrong_target_is_named_by_its_key():
+    skew = torch.eye(4) + torch.ones(4, 4).triu(1)
+    for wrong, message in (
+        (torch.ones(4, 3), r"got shape \(4, 3\), expected a square matrix"),
+        (skew, "got an asymmetric matrix"),
+        (torch.full((4, 4), torch.nan), "got non-finite values"),
+    ):
+        given = matrices() | {"layer2": wrong}
+        assert_raises(lambda given=given: mo.CovarianceLoss(given), ValueError, rf"^target\['layer2'\]: {message}")
+    style = {name: mo.gram_matrix(x) for name, x in maps().items()} | {"layer2": torch.ones(ROWS, 2, 2)}
+    assert_raises(lambda: mo.style_loss(maps(), style), ValueError, r"^target\['layer2'\]: got shape \(6, 2, 2\)")
+
+
+def test_wrong_features_to_keep_are_named_by_their_key():
+    given = features() | {"layer3": torch.full((ROWS, 3), torch.nan)}
+    assert_raises(lambda: mo.CovarianceDistance(given), ValueError, r"^other\['layer3'\]: got non-finite values")
+
+
+def test_what_does_not_fit_into_memory_is_named_by_its_key(monkeypatch):
+    monkeypatch.setattr("moment_ops.covariances._free_bytes", lambda device: 1 << 30)
+    wide = {"narrow": torch.ones(ROWS, 3), "wide": torch.ones(ROWS, 1).expand(ROWS, 40_000)}
+    for call, argument in (
+        (mo.covariance, "input"),
+        (lambda x: mo.covariance_distance(x, x, method="covariance"), "other"),
+        (lambda x: mo.CovarianceDistance(x, method="covariance"), "other"),
+        (lambda x: mo.dataset_moments(lambda batch: batch, [x], cov=True), "features"),
+    ):
+        assert_raises(lambda call=call: call(wide), ValueError, rf"^{argument}\['wide'\]: its covariance is 40000")
+
+
 @pytest.mark.parametrize("cov", [False, True])
 def test_a_data_set_keeps_the_names_of_its_features(cov):
     m = mo.dataset_moments(lambda seed: features(seed=seed), range(3), cov=cov)
     assert m.names == NAMES
-    expected = mo.dataset_moments(lambda seed: layers(seed), range(3), cov=cov)
+    expected = mo.dataset_moments(lambda seed: unnamed(seed), range(3), cov=cov)
     assert_same_bits([m.mean, m.var, m.cov], [expected.mean, expected.var, expected.cov])
 
 
@@ -160,7 +207,7 @@ def test_a_mapping_compiles():
 def test_a_mapping_goes_through_transforms():
     loss = mo.MomentLoss(target())
     gradients = torch.func.grad(loss)(features())
-    expected = torch.func.grad(loss)(layers())
+    expected = torch.func.grad(loss)(unnamed())
     assert tuple(gradients) == NAMES
     assert_same_bits(list(gradients.values()), expected)
 

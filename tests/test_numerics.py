@@ -30,17 +30,17 @@ RATIOS = (0.0, 1.0, 10.0, 1e2, 1e3, 1e4)
 
 def ladder(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """One layer per |mean|/std, of either sign and several scales."""
-    layers = []
+    features = []
     for ratio in RATIOS:
         noise = torch.randn(rows, columns, dtype=torch.float64)
         sign = torch.where(torch.arange(columns) % 2 == 0, 1.0, -1.0).double()
         scale = 10.0 ** (torch.arange(columns) % 5 - 2).double()
-        layers.append(((noise + ratio * sign) * scale).to(dtype))
-    return layers
+        features.append(((noise + ratio * sign) * scale).to(dtype))
+    return features
 
 
-def assert_within_bounds(layers, m):
-    for x, (mean, var), ratio in zip(layers, m.layers(), RATIOS, strict=True):
+def assert_within_bounds(features, m):
+    for x, (mean, var), ratio in zip(features, m.layers(), RATIOS, strict=True):
         exact_mean, exact_var = exact_moments([x])
         assert mean_error(mean, exact_mean, exact_var) <= mean_bound(x.dtype), f"mean at {ratio}"
         assert var_error(var, exact_var) <= var_bound(x.dtype, ratio), f"variance at {ratio}"
@@ -49,13 +49,13 @@ def assert_within_bounds(layers, m):
 @pytest.mark.parametrize("rows", [2, 5, 64, 1000, 4099, 100_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_ladder_stays_within_the_bounds(rows, dtype):
-    layers = ladder(rows, 6 if rows > 10_000 else 40, dtype)
-    assert_within_bounds(layers, mo.moments(layers))
+    features = ladder(rows, 6 if rows > 10_000 else 40, dtype)
+    assert_within_bounds(features, mo.moments(features))
 
 
 def test_a_million_rows_stay_within_the_bounds():
-    layers = ladder(1_000_000, 2)
-    assert_within_bounds(layers, mo.moments(layers))
+    features = ladder(1_000_000, 2)
+    assert_within_bounds(features, mo.moments(features))
 
 
 def test_a_first_row_far_from_all_others_costs_no_digits():
@@ -203,17 +203,17 @@ SHAPES_FOR_THREADS = ((1000,), (32, 9, 9), (3,))
 
 
 def batch(rows: int) -> list[torch.Tensor]:
-    layers = make_features(rows, SHAPES_FOR_THREADS)
-    layers[1] = layers[1].to(memory_format=torch.channels_last)
-    return [x.requires_grad_() for x in layers]
+    features = make_features(rows, SHAPES_FOR_THREADS)
+    features[1] = features[1].to(memory_format=torch.channels_last)
+    return [x.requires_grad_() for x in features]
 
 
-def everything(layers: list[torch.Tensor]) -> list[torch.Tensor]:
+def everything(features: list[torch.Tensor]) -> list[torch.Tensor]:
     """Moments, loss, state and gradients of a batch."""
     loss_fn = mo.MomentLoss(make_target(SHAPES_FOR_THREADS), mo.AdamMovingAverage(lr=0.1))
-    m = mo.moments(layers)
-    loss = loss_fn(layers)
-    return [m.mean, m.var, loss, *state_of(loss_fn).values(), *torch.autograd.grad(loss, layers)]
+    m = mo.moments(features)
+    loss = loss_fn(features)
+    return [m.mean, m.var, loss, *state_of(loss_fn).values(), *torch.autograd.grad(loss, features)]
 
 
 @pytest.mark.parametrize("rows", [33, 700])
@@ -221,11 +221,11 @@ def test_results_do_not_depend_on_the_number_of_threads(backend, rows):
     if backend == "reference":
         pytest.skip("the reference is PyTorch's own sums, which are cut by the number of threads")
     before = torch.get_num_threads()
-    layers, results = batch(rows), []
+    features, results = batch(rows), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(everything(layers))
+            results.append(everything(features))
     finally:
         torch.set_num_threads(before)
     assert_same_bits(results[0], results[1])
@@ -249,10 +249,10 @@ def test_tall_layers_do_not_depend_on_the_number_of_threads(backend):
 
 
 def test_ten_runs_are_the_same_to_the_last_bit():
-    layers = batch(65)
-    first = everything(layers)
+    features = batch(65)
+    first = everything(features)
     for _ in range(9):
-        assert_same_bits(everything(layers), first)
+        assert_same_bits(everything(features), first)
 
 
 def signs(rows: int) -> torch.Tensor:
@@ -385,14 +385,14 @@ def test_a_loss_that_fits_comes_out_beside_moments_that_hardly_do(source):
     x = x.float()
     mean, var = exact_moments([x])
     target = mo.Moments((mean * 0.9).float(), var.float(), shapes=((8,),))
-    layers = x.clone().requires_grad_()
-    loss = mo.moment_loss(layers if source == "features" else mo.moments(layers), target, var_weight=1e-37)
+    features = x.clone().requires_grad_()
+    loss = mo.moment_loss(features if source == "features" else mo.moments(features), target, var_weight=1e-37)
     wide = x.double().requires_grad_()
     exact_mean, exact_var = exact_moments([wide])
     difference = exact_var - target.var.double()
     exact = ((exact_mean - target.mean.double()) ** 2 + 1e-37 * difference**2).sum() / 8
     assert torch.allclose(loss.double(), exact, rtol=1e-4)
-    grad, exact_grad = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, layers), (exact, wide)))
+    grad, exact_grad = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, features), (exact, wide)))
     assert (grad.double() - exact_grad).abs().max() <= 1e-3 * exact_grad.abs().max()
 
 

@@ -13,24 +13,24 @@ NARROW, WIDE = 4, 40
 AVERAGES = {"none": None, "moving": mo.MovingAverage(0.7), "adam": mo.AdamMovingAverage(lr=0.1)}
 
 
-def shapes_of(layers):
-    return tuple(tuple(x.shape[1:]) for x in layers)
+def shapes_of(features):
+    return tuple(tuple(x.shape[1:]) for x in features)
 
 
-def covariances(layers):
-    widths = [x[:1].numel() if len(x) else x.shape[1:].numel() for x in layers]
+def covariances(features):
+    widths = [x[:1].numel() if len(x) else x.shape[1:].numel() for x in features]
     mean = torch.linspace(-1, 1, sum(widths)).double()
     return mo.Moments(mean, cov=tuple(torch.eye(w).double() + 0.1 for w in widths), shapes=tuple((w,) for w in widths))
 
 
-def joint(layers):
-    moments = covariances(layers)
+def joint(features):
+    moments = covariances(features)
     width = len(moments.mean)
     return mo.Moments(moments.mean, cov=torch.eye(width).double() + 0.1, shapes=((width,),))
 
 
-def maps(layers):
-    return layers[1].unflatten(1, (3, 1))
+def maps(features):
+    return features[1].unflatten(1, (3, 1))
 
 
 STYLE = mo.gram_matrix(make_features(1, [(3, 1, 2)], torch.float64, 7)[0])
@@ -186,13 +186,13 @@ CLASSES = {
     "CovarianceDistance, joint": lambda: mo.CovarianceDistance(OTHER, method="gram", joint=True, mean_weight=0.5),
     "CovarianceDistance, unbiased": lambda: mo.CovarianceDistance(OTHER, estimator="unbiased"),
 }
-for average in AVERAGES:
+for average_kind in AVERAGES:
     CLASSES |= {
-        f"MomentLoss, {average}": lambda average=average: mo.MomentLoss(
-            make_target(shapes_of(OTHER), torch.float64), AVERAGES[average]
+        f"MomentLoss, {average_kind}": lambda average_kind=average_kind: mo.MomentLoss(
+            make_target(shapes_of(OTHER), torch.float64), AVERAGES[average_kind]
         ),
-        f"CovarianceLoss, {average}": lambda average=average: mo.CovarianceLoss(
-            covariances(OTHER), AVERAGES[average], **MEANS
+        f"CovarianceLoss, {average_kind}": lambda average_kind=average_kind: mo.CovarianceLoss(
+            covariances(OTHER), AVERAGES[average_kind], **MEANS
         ),
     }
 
@@ -232,19 +232,19 @@ def queued(rank, batches, queue):
     loss_fn, net = mo.CovarianceDistance(OTHER, queue=queue), Generator(NARROW)
     results, past = [], []
     for seed, sizes in enumerate(batches):
-        layers = net(rows_of(rank, sizes, seed))
+        features = net(rows_of(rank, sizes, seed))
         if rank is None:
-            joined = [torch.cat([x, *[old[i] for old in past]]) for i, x in enumerate(layers)]
+            joined = [torch.cat([x, *[old[i] for old in past]]) for i, x in enumerate(features)]
             loss = mo.covariance_distance(joined, OTHER, method="gram")
-            past = [*past, [x.detach() for x in layers]][-queue:]
+            past = [*past, [x.detach() for x in features]][-queue:]
         else:
-            loss = loss_fn(layers)
+            loss = loss_fn(features)
         results += [loss.detach(), averaged(torch.autograd.grad(loss, list(net.parameters())), world)]
     if rank is not None:
         other = mo.CovarianceDistance(OTHER, queue=queue)
         other.load_state_dict(loss_fn.state_dict())
-        layers = net(rows_of(rank, (4, 4), 99))
-        assert_same_bits(loss_fn(layers).detach(), other(layers).detach())
+        features = net(rows_of(rank, (4, 4), 99))
+        assert_same_bits(loss_fn(features).detach(), other(features).detach())
     return results
 
 

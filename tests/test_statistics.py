@@ -35,10 +35,10 @@ def assert_same(first, second):
 
 
 def test_layers_are_views_in_the_shape_of_each_layer():
-    layers = make_features(6, SHAPES)
-    m = mo.moments(layers)
+    features = make_features(6, SHAPES)
+    m = mo.moments(features)
     assert len(m.layers()) == 3
-    for (mean, var), x in zip(m.layers(), layers, strict=True):
+    for (mean, var), x in zip(m.layers(), features, strict=True):
         assert mean.shape == var.shape == x.shape[1:]
         assert_close(mean, x.double().mean(0), rows=6)
         assert_close(var, x.double().var(0), rows=6)
@@ -79,13 +79,13 @@ def test_a_field_can_be_replaced():
 @pytest.mark.parametrize("correction", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_merged_parts_are_the_moments_of_all_rows(sizes, correction, dtype):
-    layers = make_features(12, SHAPES, dtype)
+    features = make_features(12, SHAPES, dtype)
     parts = [
         mo.moments(list(rows), correction=correction)
-        for rows in zip(*(x.split(list(sizes)) for x in layers), strict=True)
+        for rows in zip(*(x.split(list(sizes)) for x in features), strict=True)
     ]
     merged = mo.Moments.merge(*parts)
-    assert_moments(merged, layers, correction)
+    assert_moments(merged, features, correction)
     assert merged.count.tolist() == [12] * 3
     assert (merged.correction, merged.shapes) == (correction, SHAPES)
 
@@ -185,11 +185,11 @@ def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
     assert stat.S_IMODE(os.stat(tmp_path / "m.npz").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
 
 
-def moments_with_covariance(layers=1):
+def moments_with_covariance(num_layers=1):
     x = torch.randn(50, 4, dtype=torch.float64)
-    cov = (torch.cov(x.mT),) * layers
-    mean, var = x.mean(0).repeat(layers), x.var(0).repeat(layers)
-    return mo.Moments(mean.float(), var.float(), tuple(c.float() for c in cov), 50, shapes=((4,),) * layers)
+    cov = (torch.cov(x.mT),) * num_layers
+    mean, var = x.mean(0).repeat(num_layers), x.var(0).repeat(num_layers)
+    return mo.Moments(mean.float(), var.float(), tuple(c.float() for c in cov), 50, shapes=((4,),) * num_layers)
 
 
 def test_a_single_covariance_is_exported_as_the_fid_tools_read_it(tmp_path):
@@ -206,9 +206,9 @@ def test_a_single_covariance_is_exported_as_the_fid_tools_read_it(tmp_path):
     m.save(tmp_path / "stats.npz", format="fid")
 
 
-@pytest.mark.parametrize("layers", [0, 2])
-def test_the_fid_format_holds_exactly_one_covariance(tmp_path, layers):
-    m = moments_with_covariance(layers) if layers else mo.Moments(torch.zeros(3))
+@pytest.mark.parametrize("num_layers", [0, 2])
+def test_the_fid_format_holds_exactly_one_covariance(tmp_path, num_layers):
+    m = moments_with_covariance(num_layers) if num_layers else mo.Moments(torch.zeros(3))
     with pytest.raises(
         ValueError, match=r"format: got 'fid' for moments with (none|2) covariances, expected exactly one"
     ):

@@ -131,16 +131,16 @@ def test_losses_of_covariances_keep_a_copy_of_a_weight(name, make):
 def test_a_tensor_is_a_weight_in_a_compiled_call():
     weight = torch.linspace(0, 1, 7)
 
-    def call(layers, weight):
-        return mo.moment_loss(layers, TARGET, mean_weight=weight, var_weight=[0.5, 2.0])
+    def call(features, weight):
+        return mo.moment_loss(features, TARGET, mean_weight=weight, var_weight=[0.5, 2.0])
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    layers = leaves(LAYERS)
-    assert_same_bits(compiled(layers, weight).detach(), call(layers, weight).detach())
+    features = leaves(LAYERS)
+    assert_same_bits(compiled(features, weight).detach(), call(features, weight).detach())
     torch._dynamo.reset()
 
 
 def test_a_tensor_without_values_is_not_read():
     target = mo.Moments(TARGET.mean.to("meta"), TARGET.var.to("meta"), shapes=SHAPES, validate=False)
-    layers = [x.to("meta") for x in LAYERS]
-    assert mo.moment_loss(layers, target, mean_weight=torch.ones(7, device="meta")).is_meta
+    features = [x.to("meta") for x in LAYERS]
+    assert mo.moment_loss(features, target, mean_weight=torch.ones(7, device="meta")).is_meta

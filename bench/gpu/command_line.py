@@ -22,17 +22,31 @@ SECONDS = 560.0
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
-        description="Find out on a GPU what is right, what waits, what is captured, and how fast it is.",
-        epilog="`python -m bench.gpu report FOLDER...` makes tables and plots of results, `summary` the page again.",
+        description="Check all operators on a GPU for correctness, synchronization and graph capture, and time them.",
+        epilog="`python -m bench.gpu report FOLDER...` makes tables and plots of results. `python -m bench.gpu summary"
+        " FOLDER...` prints their summary.",
     )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default: {SECONDS:g})")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: $OUT, else runs/gpu/<time>)")
-    parser.add_argument("--from-stage", choices=tuple(STAGES), help="leave out the stages before, but the first")
-    parser.add_argument("--only", action="append", choices=tuple(STAGES), help="may be given several times")
-    parser.add_argument("--resume", type=Path, action="append", default=[], help="results of a run to go on with")
-    parser.add_argument("--build", action="store_true", help="build the library from source in any case")
-    parser.add_argument("--commit", default="unknown", help="of the sources, where there is no git")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on small shapes, with failures put in")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="X", help=f"time limit of the run (default: {SECONDS:g})"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="output folder (default: $OUT, or runs/gpu/<time> if it is not set)",
+    )
+    parser.add_argument("--from-stage", choices=tuple(STAGES), help="skip the stages before this one, except the first")
+    parser.add_argument(
+        "--only", action="append", choices=tuple(STAGES), help="run only this stage; may be given several times"
+    )
+    parser.add_argument(
+        "--resume", type=Path, action="append", default=[], metavar="FOLDER", help="continue the run of this folder"
+    )
+    parser.add_argument("--build", action="store_true", help="build the library from source even if it is installed")
+    parser.add_argument("--commit", default="unknown", help="commit of the sources, for folders without git")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run without a GPU, on small shapes and with injected failures"
+    )
     return parser
 
 

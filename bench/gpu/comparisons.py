@@ -10,7 +10,7 @@ from typing import Any
 from bench import report
 from bench.gpu.cases import Case, Context, Emit, NotThere
 from bench.gpu.device import BACKENDS, Device, first_line
-from bench.gpu.goals import COMPARISONS
+from bench.gpu.targets import COMPARISONS
 from bench.harness import Bench, Entry, measure
 from bench.machine import Traffic
 from bench.results import BOTH, COMPILED, FORWARD, ON_BACKEND, OURS
@@ -120,9 +120,9 @@ def _compare(device: Device, emit: Emit, comparison: Comparison) -> dict[str, An
     # The reference is plain PyTorch: one of the others, unless there is nothing else.
     names = [name for name in trusted if name != "reference"] or trusted
     facts: dict[str, Any] = {"withheld": [name for name in BACKENDS if name not in trusted], "said": []}
-    goal = COMPARISONS.get((comparison.operator, comparison.workload))
-    if goal:
-        facts["goal"] = str(goal)
+    target = COMPARISONS.get((comparison.operator, comparison.workload))
+    if target:
+        facts["target"] = str(target)
 
     def replay(result: dict[str, Any], entries: dict[str, Entry]) -> None:
         # Captures may fail in ways of their own; what was found before stays.

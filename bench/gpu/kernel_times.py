@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.baselines import BETAS, EPS, LR
 from bench.gpu.cases import Case, Context, Emit, NotThere
 from bench.gpu.device import BACKENDS, Device
-from bench.gpu.goals import KERNELS
+from bench.gpu.targets import KERNELS
 from bench.machine import Call
 from bench.workloads import DTYPES, Workload, make_features, make_vectors
 from moment_ops.ops import triangle
@@ -205,8 +205,8 @@ def _time(device: Device, kernel: Kernel, backend: str, dtype: str) -> dict[str,
     facts["us"] = 1e3 * milliseconds
     facts["share_of_copy"] = moved / milliseconds / 1e6 / facts["copy_gb_per_s"]
     facts["factors"] = {name: times[name]["median_ms"] / milliseconds for name, _ in kernel.rivals}
-    goal = KERNELS.get((kernel.name, kernel.workload, dtype))
-    return facts | ({"goal": str(goal)} if goal else {})
+    target = KERNELS.get((kernel.name, kernel.workload, dtype))
+    return facts | ({"target": str(target)} if target else {})
 
 
 def cases(context: Context) -> list[Case]:

@@ -174,10 +174,12 @@ def moments_backward_joined(draw: Draw) -> Call:
     return call
 
 
-def moment_loss(draw: Draw, average: str, source: str = "features", weighted: bool = False, var: bool = True) -> Call:
+def moment_loss(
+    draw: Draw, average_kind: str, source: str = "features", weighted: bool = False, var: bool = True
+) -> Call:
     layers, target = draw.features(), draw.target(var)
     weights = {"mean_weight": draw.vector(draw.columns, 0.5, 2), "var_weight": 0.7} if weighted else {}
-    loss = draw.loss(mo.MomentLoss(target, AVERAGES[average], process_group=False, **weights))
+    loss = draw.loss(mo.MomentLoss(target, AVERAGES[average_kind], process_group=False, **weights))
     correction = 0 if source == "moments of another correction" else 1
 
     def call() -> Results:
@@ -269,10 +271,10 @@ def covariance(draw: Draw, precision: str = "ieee", centered: bool = True) -> Ca
     return call
 
 
-def covariance_loss(draw: Draw, average: str, precision: str = "ieee") -> Call:
+def covariance_loss(draw: Draw, average_kind: str, precision: str = "ieee") -> Call:
     layers = draw.features()
     target = [draw.matrix(x[0].numel(), diagonal=6.0) for x in layers]
-    loss = mo.CovarianceLoss(target, average=AVERAGES[average], precision=precision, process_group=False)
+    loss = mo.CovarianceLoss(target, average=AVERAGES[average_kind], precision=precision, process_group=False)
     loss = draw.loss(loss)
 
     def call() -> Results:
@@ -374,24 +376,24 @@ def _operators() -> dict[str, Operator]:
         "MomentExtractor": Operator("relu_moments", extractor, **networks),
         "MomentNetwork": Operator("moment_network", moment_network, **networks),
     }
-    for average in AVERAGES:
-        loss = partial(moment_loss, average=average)
+    for average_kind in AVERAGES:
+        loss = partial(moment_loss, average_kind=average_kind)
         table |= {
-            f"MomentLoss, {average}": Operator("match", loss, **everywhere),
-            f"MomentLoss, {average}, weights": Operator("match", partial(loss, weighted=True)),
-            f"MomentLoss, {average}, means alone": Operator("match", partial(loss, var=False), ("odd",)),
-            f"MomentLoss, {average}, of moments": Operator("match", partial(loss, source="moments")),
+            f"MomentLoss, {average_kind}": Operator("match", loss, **everywhere),
+            f"MomentLoss, {average_kind}, weights": Operator("match", partial(loss, weighted=True)),
+            f"MomentLoss, {average_kind}, means alone": Operator("match", partial(loss, var=False), ("odd",)),
+            f"MomentLoss, {average_kind}, of moments": Operator("match", partial(loss, source="moments")),
         }
-    another = partial(moment_loss, average="none", source="moments of another correction")
+    another = partial(moment_loss, average_kind="none", source="moments of another correction")
     table["MomentLoss, of moments of another correction"] = Operator("match", another, ("odd",))
     for precision in PRECISIONS:
         table[f"covariance, {precision}"] = Operator("covariance", partial(covariance, precision=precision), **matrices)
     table["second moments"] = Operator("covariance", partial(covariance, centered=False), ("small",))
-    for average in AVERAGES:
-        matched = partial(covariance_loss, average=average)
-        table[f"CovarianceLoss, {average}"] = Operator("covariance", matched, **matrices)
+    for average_kind in AVERAGES:
+        matched = partial(covariance_loss, average_kind=average_kind)
+        table[f"CovarianceLoss, {average_kind}"] = Operator("covariance", matched, **matrices)
     table["CovarianceLoss, none, bf16x3"] = Operator(
-        "covariance", partial(covariance_loss, average="none", precision="bf16x3"), ("matrices",)
+        "covariance", partial(covariance_loss, average_kind="none", precision="bf16x3"), ("matrices",)
     )
     table |= {
         "covariance_distance, gram": Operator(

@@ -209,7 +209,7 @@ def _where(record: Record) -> str:
 
 def _kernels(records: Sequence[Record]) -> list[str]:
     rows: dict[str, list[str]] = {}
-    goals: dict[str, str] = {}
+    targets: dict[str, str] = {}
     bandwidths = []
     for record in _cases(records, "kernels"):
         name, _, rest = record["case"].partition(": ")
@@ -219,13 +219,13 @@ def _kernels(records: Sequence[Record]) -> list[str]:
             bandwidths.append(facts["copy_gb_per_s"])
             rivals = "".join(f", {factor:.2f}x {rival}" for rival, factor in facts["factors"].items())
             row.append(f"{backend} {facts['us']:.1f} us {100 * facts['share_of_copy']:.0f} %{rivals}")
-            goals[f"{name}, {workload}"] = facts.get("goal", "")
+            targets[f"{name}, {workload}"] = facts.get("target", "")
         elif record["status"] != NOT_THERE:
             row.append(f"{backend} {record['status']}")
         else:
             row.append(f"{backend} -")
     lines = [
-        f"{name}: {' | '.join(row)}" + (f"  [{goals[name]}]" if goals.get(name) else "")
+        f"{name}: {' | '.join(row)}" + (f"  [{targets[name]}]" if targets.get(name) else "")
         for name, row in rows.items()
         if any(not cell.endswith(" -") for cell in row)
     ]
@@ -250,8 +250,8 @@ def _comparisons(records: Sequence[Record]) -> list[str]:
             name = min(rivals, key=lambda name: rivals[name]["called"])
             times = "/".join(f"{rivals[name][how]:.2f}x" for how in ("called", "replayed") if how in rivals[name])
             cells.append(f"{kind} {times}")
-        goal = f"  [{facts['goal']}]" if "goal" in facts else ""
-        lines.append(line + (", ".join(cells) or "ours is not exact: no factors") + goal)
+        target = f"  [{facts['target']}]" if "target" in facts else ""
+        lines.append(line + (", ".join(cells) or "ours is not exact: no factors") + target)
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What losses with a state share: buffers that keep their addresses and dtypes."""
+"""The base class of losses with a state: buffers that keep their addresses and dtypes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,7 +13,7 @@ class BufferedLoss(nn.Module):
     """A loss whose targets and averages are buffers."""
 
     def _set_buffer(self, name: str, value: Tensor | None, persistent: bool = True) -> None:
-        """Register a buffer; one of unchanged shape and dtype keeps its address."""
+        """Register a buffer. If its shape and dtype do not change, it keeps its address."""
         old = self._buffers.get(name)
         same = old is not None and value is not None and (old.shape, old.dtype) == (value.shape, value.dtype)
         if same:
@@ -23,7 +23,7 @@ class BufferedLoss(nn.Module):
             self.register_buffer(name, value, persistent=persistent)
 
     def _set_buffers(self, attribute: str, values: dict[str, Tensor]) -> None:
-        """Register buffers of one kind, whose names are kept in an attribute, in place of those there were."""
+        """Replace the buffers whose names are kept in `attribute` by these."""
         for name in set(getattr(self, attribute)) - set(values):
             del self._buffers[name]
         setattr(self, attribute, tuple(values))
@@ -31,7 +31,7 @@ class BufferedLoss(nn.Module):
             self._set_buffer(name, value)
 
     def _apply(self: Loss, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
-        """Buffers follow a change of device, not one of dtype: an average in bfloat16 would stand still."""
+        """Buffers change their device, but not their dtype: steps of an average would be lost in bfloat16."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -22,26 +22,28 @@ def _check(source: Tensor, target: Tensor, alone: bool) -> None:
 
 
 def coral_loss(source: Tensor, target: Tensor, *, process_group: ProcessGroup = False) -> Tensor:
-    """`||C_S - C_T||_F^2 / (4 D^2)`, the CORAL loss of B. Sun and K. Saenko, Deep CORAL (2016), equations 1 to 3.
+    """The CORAL loss, `||C_S - C_T||_F^2 / (4 D^2)` with unbiased covariances C_S and C_T.
 
     Args:
-        source: (N, ...) features of one domain, float32, bfloat16, float16 or float64; dimensions after the batch are
-            flattened to D columns.
-        target: (M, ...) features of the other, of as many columns and in the same dtype. M may differ from N.
-        process_group: rows of both domains are those of all processes of this group; None is the default group wherever
-            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated rows. A process
-            without rows takes part; too few rows of all give NaN.
+        source: (N, ...) features of one domain, N >= 2, in float32, bfloat16, float16 or float64. Dimensions after the
+            batch are flattened to D columns.
+        target: (M, ...) features of the other domain, M >= 2, with the same D, dtype and device.
+        process_group: rows of both domains are gathered over this group. None is the default group if torch.distributed
+            is initialized, False is this process alone. The loss is the same on every process, and parameters under
+            DistributedDataParallel get the gradient of one process on the concatenated rows. Processes may have no
+            rows; if fewer than two rows remain in all, the loss is NaN.
 
     Returns:
-        Scalar, float32 (float64 for float64). Covariances are unbiased, over N - 1 and M - 1. Gradients to both
-        domains, as published; detach one to hold it fixed. Twice differentiable in eager mode.
+        Scalar, float32 (float64 for float64). It has gradients with respect to both domains, as published; detach one
+        to keep it constant. Twice differentiable in eager mode.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, devices or shapes, fewer than two rows.
+        TypeError, ValueError: wrong types, dtypes, devices or shapes; fewer than two rows.
 
-    Cost: with N + M < D through (N + M)^2 D inner products and no (D, D) matrix, else through the two covariances,
-    (N + M) D^2 products: whichever is less. Over processes it waits for the device, for the numbers of rows.
+    Cost: if N + M < D, (N + M)^2 D products and no (D, D) matrix; otherwise (N + M) D^2 products and two (D, D)
+    matrices. Over several processes the host waits for the numbers of rows.
+
+    Source: B. Sun and K. Saenko, Deep CORAL (2016), equations 1 to 3.
     """
     _check(source, target, alone=group_size(process_group) == 1)
     columns = columns_of(source)

@@ -1,4 +1,4 @@
-"""What the losses of covariances share: features and options, checked."""
+"""Checks of features and options that the losses of covariances share."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,25 +23,26 @@ def check_options(reduction: Any, precision: Any, correction: Any, joint: Any) -
         raise TypeError(f"joint: got {joint!r}, expected a bool")
 
 
-def joined(layers: Sequence[Tensor], joint: bool) -> list[Tensor]:
-    """All columns as one layer, where they are to be one feature vector."""
-    return [torch.cat([as_rows(x) for x in layers], 1)] if joint else list(layers)
+def joined(features: Sequence[Tensor], joint: bool) -> list[Tensor]:
+    """With `joint`, one layer of all columns."""
+    return [torch.cat([as_rows(x) for x in features], 1)] if joint else list(features)
 
 
-def widths_of(layers: Sequence[Tensor], joint: bool) -> list[int]:
+def widths_of(features: Sequence[Tensor], joint: bool) -> list[int]:
     """Columns of every covariance."""
-    widths = [columns_of(x) for x in layers]
+    widths = [columns_of(x) for x in features]
     return [sum(widths)] if joint else widths
 
 
-def check_layers(layers: Sequence[Tensor], widths: Sequence[int], name: str) -> None:
-    if len(layers) != len(widths):
-        raise ValueError(f"input: got {len(layers)} layers, expected {len(widths)} as in {name}")
-    for i, (x, width) in enumerate(zip(layers, widths, strict=True)):
+def check_widths(features: Sequence[Tensor], widths: Sequence[int], name: str, names: Sequence[str] | None) -> None:
+    """The features called `names` have as many columns as `name` has."""
+    if len(features) != len(widths):
+        raise ValueError(f"input: got {len(features)} layers, expected {len(widths)} as in {name}")
+    for i, (x, width) in enumerate(zip(features, widths, strict=True)):
         if columns_of(x) != width:
-            label = "input" if len(layers) == 1 else f"input[{i}]"
+            label = checks.label_of("input", i, features, names)
             raise ValueError(
-                f"{label}: got {columns_of(x)} columns in shape {tuple(x.shape)}, expected {width} as {name}"
+                f"{label}: got {columns_of(x)} columns in shape {tuple(x.shape)}, expected {width} as in {name}"
             )
 
 
@@ -50,14 +51,15 @@ def check_rows(rows: int, correction: int, name: str = "input") -> None:
         raise ValueError(f"{name}: got a batch of {rows}, expected more than {max(correction, 1)} rows")
 
 
-def check_device(layers: Sequence[Tensor], others: Sequence[Tensor], name: str) -> None:
-    for i, other in enumerate(others):
-        if other.device != layers[0].device:
-            raise ValueError(f"input: got device {layers[0].device}, expected {other.device} as {name}[{i}]")
+def check_device(features: Sequence[Tensor], others: Sequence[Tensor], name: str) -> None:
+    """The features are on the device of all others."""
+    for other in others:
+        if other.device != features[0].device:
+            raise ValueError(f"input: got device {features[0].device}, expected {other.device} as in {name}")
 
 
 def scales(weights: Sequence[float], widths: Sequence[int], reduction: str) -> list[float]:
-    """The weights of squared Frobenius norms, with the reduction in them."""
+    """The weights of squared Frobenius norms, multiplied by the factor of the reduction."""
     r = 1 / sum(width * width for width in widths) if reduction == "mean" else 1.0
     return [r * w for w in weights]
 
@@ -70,12 +72,12 @@ def means(packed: Tensor, widths: Sequence[int]) -> Moments:
 def merge_over(
     process_group: ProcessGroup, widths: Sequence[int], pivot: Tensor | None, correction: int
 ) -> Merge | None:
-    """What `match_covariances` wants to merge over processes; None for one alone."""
+    """How `match_covariances` merges over several processes; None on one process."""
     if group_size(process_group) == 1:
         return None
     return partial(merge_covariances, widths=widths, pivot=pivot, correction=correction, process_group=process_group)
 
 
 def names_of(given: Any) -> tuple[str, ...] | None:
-    """The names of the layers of a target or of other features."""
+    """The names of the layers of a target or of other features, or None."""
     return given.names if isinstance(given, Moments) else checks.names_of(given)

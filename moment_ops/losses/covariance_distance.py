@@ -1,4 +1,4 @@
-"""The distance between the covariances of two sets of features, explicit or through inner products of rows."""
+"""The distance between the covariances of two sets of features, from the covariances or from inner products of rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from moment_ops.losses.buffers import BufferedLoss
 from moment_ops.losses.covariance import CovarianceLoss
 from moment_ops.losses.covariance_arguments import (
     check_device,
-    check_layers,
     check_options,
     check_rows,
+    check_widths,
     joined,
     means,
     merge_over,
@@ -38,11 +38,11 @@ METHODS = ("auto", "covariance", "gram")
 
 
 def _check_method(method: Any, precision: str, estimator: Any, correction: int, queue: int = 0) -> str:
-    """The methods that the other options leave: "auto" where both are possible."""
+    """The method that the other options permit; "auto" if they permit both."""
     checks.option(method, "method", METHODS)
     checks.option(estimator, "estimator", ESTIMATORS)
     if estimator == "unbiased" and correction != 1:
-        raise ValueError(f"correction: got {correction}, expected 1 with the unbiased estimator")
+        raise ValueError(f"correction: got {correction}, expected 1 with estimator 'unbiased'")
     if method == "covariance" and estimator == "unbiased":
         raise ValueError("estimator: got 'unbiased' with method 'covariance', expected method 'gram'")
     if method == "covariance" and queue:
@@ -52,17 +52,17 @@ def _check_method(method: Any, precision: str, estimator: Any, correction: int, 
     if precision == "ieee":
         return method
     if method == "gram":
-        raise ValueError(f"precision: got {precision!r}, expected 'ieee' with inner products of rows, method 'gram'")
+        raise ValueError(f"precision: got {precision!r}, expected 'ieee' with method 'gram'")
     return "covariance"
 
 
 def cheaper_method(rows: int, other_rows: int, widths: Sequence[int], *, kept: bool = False) -> str:
-    """The method with fewer products, forward and backward.
+    """The method with fewer products in forward and backward together.
 
     Args:
         rows, other_rows: N and M.
         widths: columns of every covariance.
-        kept: the covariance of the other rows is computed once and kept, so that its products do not count.
+        kept: whether the covariance of the other rows is kept, so that its products do not count.
     """
     both = rows + other_rows
     of_covariances = sum(((rows if kept else both) + 2 * rows) * width**2 for width in widths)
@@ -70,21 +70,21 @@ def cheaper_method(rows: int, other_rows: int, widths: Sequence[int], *, kept: b
     return "gram" if of_rows < of_covariances else "covariance"
 
 
-def _missing_memory(layers: Sequence[Tensor], widths: Sequence[int]) -> bool:
-    return any(missing_memory(width, layers[0].dtype, layers[0].device) for width in widths)
+def _missing_memory(features: Sequence[Tensor], widths: Sequence[int]) -> bool:
+    return any(missing_memory(width, features[0].dtype, features[0].device) for width in widths)
 
 
 def _check_unbiased(rows: int, estimator: str, name: str = "input") -> None:
     if estimator == "unbiased" and rows < fewest_rows(1, estimator):
         raise ValueError(
-            f"{name}: got {rows} rows, expected at least {fewest_rows(1, estimator)} for the unbiased estimator"
+            f"{name}: got {rows} rows, expected at least {fewest_rows(1, estimator)} with estimator 'unbiased'"
         )
 
 
 def _in_one_dtype(*groups: Sequence[Tensor]) -> list[list[Tensor]]:
-    """All in the wider of the dtypes of the first two."""
+    """All groups in the wider of the dtypes of the first two."""
     dtype = torch.promote_types(groups[0][0].dtype, groups[1][0].dtype)
-    return [[x.to(dtype) for x in layers] for layers in groups]
+    return [[x.to(dtype) for x in features] for features in groups]
 
 
 def covariance_distance(
@@ -103,62 +103,68 @@ def covariance_distance(
 ) -> Tensor:
     """Squared Frobenius distance between the covariances of two sets of features.
 
-    `sum_l cov_weight_l ||C(x_l) - C(y_l)||_F^2 + mean_weight_l |m(x_l) - m(y_l)|^2`
+    `sum_l cov_weight_l ||C(x_l) - C(y_l)||_F^2 + mean_weight_l |m(x_l) - m(y_l)|^2` over layers l
 
     Args:
-        input: features x, one (N, ...) Tensor per layer, N >= 2; dimensions after the batch are flattened to D columns.
-        other: features y, one (M, ...) Tensor per layer, M >= 2, of as many columns. M may differ from N. Mappings
-            have the same names.
-        method: "covariance" forms (D, D) covariances, "gram" the inner products of all rows: cheaper for D >> N + M,
-            and possible where a (D, D) matrix is not. "auto" takes "gram" for the unbiased estimator, "covariance" for
-            a precision other than "ieee", and else the one with fewer products, forward and backward,
-            `(N + M)^2 D + 2 N (N + M) D` against `(N + M) D^2 + 2 N D^2`, summed over layers; on one process also
-            "gram" where a (D, D) matrix of more than 1 GiB exceeds the free memory.
-        mean_weight, cov_weight: a number, or one per layer, finite and not negative.
+        input: features x, one (N, ...) Tensor per layer, N >= 2, in float32, bfloat16, float16 or float64. Dimensions
+            after the batch are flattened to D columns.
+        other: features y, one (M, ...) Tensor per layer, M >= 2, with the same D. If input and other are mappings,
+            their keys must be equal.
+        method: "covariance" computes the (D, D) covariances. "gram" computes the inner products of all rows instead. It
+            is cheaper if D is much larger than N + M, and needs no (D, D) matrix. "auto" takes "gram" for the unbiased
+            estimator and "covariance" for a precision other than "ieee". Otherwise it takes the method with fewer
+            products in forward and backward together, `(N + M)^2 D + 2 N (N + M) D` for "gram" and
+            `(N + M) D^2 + 2 N D^2` for "covariance", summed over layers. On one process it also takes "gram" if a
+            (D, D) matrix is larger than 1 GiB and does not fit into the free memory.
+        mean_weight, cov_weight: a number, or one per layer; finite and non-negative.
         correction: c in the divisors N - c and M - c.
-        reduction: "sum" is the squared norm; "mean" divides by the number of entries over all layers: the sum of D^2
-            for the covariances, of D for the means.
-        precision: bound on the error of the products of "covariance", as of `covariance`. "gram" has "ieee" alone.
-        estimator: "biased" is the plain distance of the two covariances. With covariance S of normal features it is too
-            large by (tr(S)^2 + ||S||_F^2) / (N - 1) in the mean, and likewise for M: as a training loss it shrinks what
-            a generator draws. "unbiased", of "gram", drops the products of a row with itself: its mean is the squared
-            distance of the true covariances for any distribution, and it may be negative. It needs N, M >= 4 and c = 1.
-        joint: all layers are one feature vector, with the covariances between layers; weights are then single numbers.
-        process_group: rows of both sets are those of all processes of this group, each giving its own; None is the
-            default group wherever torch.distributed is initialized, False this process alone. The loss is the same on
-            every process, and parameters under DistributedDataParallel get the gradient of one process on the
-            concatenated rows. A process without rows takes part; too few rows of all give NaN.
+        reduction: "sum" leaves the squared norms as they are. "mean" divides them by the number of entries over all
+            layers: the sum of D^2 for covariances, the sum of D for means.
+        precision: how operands are multiplied with method "covariance", as for `covariance`. Method "gram" takes only
+            "ieee".
+        estimator: "biased" is the distance between the two sample covariances. For normal features with covariance S
+            its expectation is too large by (tr(S)^2 + ||S||_F^2) / (N - 1), plus the same term with M. As a training
+            loss it therefore makes a generator produce features with too small a covariance. "unbiased" leaves out the
+            products of a row with itself, so that its expectation is the squared distance of the true covariances, for
+            any distribution. It may be negative. It needs method "gram", N, M >= 4 and c = 1.
+        joint: whether all layers form one feature vector, so that covariances between layers are compared too. Each
+            weight is then one number.
+        process_group: rows of both sets are gathered over this group; each process passes its own. None is the default
+            group if torch.distributed is initialized, False is this process alone. The loss is the same on every
+            process, and parameters under DistributedDataParallel get the gradient of one process on the concatenated
+            rows. Processes may have no rows; with too few rows in all, the loss is NaN.
 
     Returns:
-        Scalar, float32 (float64 for float64). Gradients to input and other; twice differentiable in eager mode. Through
-        "gram" its error is some epsilons of the sets' `||C||_F^2`, absolutely: near zero the value may come out
-        slightly negative.
+        Scalar, float32 (float64 for float64). Differentiable with respect to input and other, twice in eager mode. With
+        method "gram" the absolute error is a few machine epsilons times `||C(x)||_F^2 + ||C(y)||_F^2`, so that a value
+        near zero may be slightly negative.
 
-        Value and gradient of few rows are noisy: N rows stand against the effective rank tr(S)^2 / ||S||_F^2. To train
-        a generator on small batches, a running average of explicit covariances of pooled layers does better:
-        `CovarianceLoss(dataset_moments(extractor, batches, cov=True), average)`.
+        With few rows, value and gradient are noisy; how noisy depends on N relative to the effective rank of the
+        covariance, tr(S)^2 / ||S||_F^2. To train a generator with small batches, match a running average of the
+        covariances of pooled layers instead: `CovarianceLoss(dataset_moments(extractor, batches, cov=True), average)`.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, devices, shapes, options or weights, with the argument's name; too
-        few rows; a matrix beyond the free memory.
+        TypeError, ValueError: wrong types, dtypes, devices, shapes, names, options or weights; too few rows; a matrix
+            that does not fit into memory. The message names the argument.
 
-    Cost: "covariance" as `covariance_loss`, M D^2 products more, and other's covariance in memory. "gram" one read of
-    all rows and (N + M)^2 D products; backward one read, one write, N (N + M) D products. Beyond the gradients it needs
-    L (N + M)^2 float64 and, on the CPU, two panels of a few megabytes. Over processes every one of them holds the rows
-    of all, and their gradients; "gram" and "auto" then wait for the device, for the numbers of rows.
+    Cost: with method "covariance", that of `covariance_loss`, M D^2 more products, and one (D, D) matrix. With method
+    "gram", one read of all rows and (N + M)^2 D products; backward takes one read, one write and N (N + M) D products.
+    Besides the gradients it needs (N + M)^2 float64 numbers per layer and, on the CPU, two buffers of a few megabytes.
+    Over several processes each one holds the rows of all processes and their gradients; with "gram" and "auto" the host
+    then waits for the numbers of rows.
     """
     check_options(reduction, precision, correction, joint)
     method = _check_method(method, precision, estimator, correction)
     alone = group_size(process_group) == 1
-    layers, *_, names = checks.batch_of(input, empty=not alone)
+    features, *_, names = checks.batch_of(input, empty=not alone)
     others, *_, other_names = checks.batch_of(other, "other", empty=not alone)
     check_names(names, other_names, "other")
-    check_layers(layers, widths_of(others, False), "other")
-    check_device(layers, others, "other")
+    check_widths(features, widths_of(others, False), "other", names)
+    check_device(features, others, "other")
     widths = widths_of(others, joint)
     weight = scales(layer_weights(cov_weight, "cov_weight", len(widths)), widths, reduction)
     layer_weights(mean_weight, "mean_weight", len(widths))
-    rows, other_rows = layers[0].shape[0], others[0].shape[0]
+    rows, other_rows = features[0].shape[0], others[0].shape[0]
     if alone:
         check_rows(rows, correction)
         check_rows(other_rows, correction, "other")
@@ -167,12 +173,12 @@ def covariance_distance(
     if method == "auto":
         # Memory may be free on one process and not on another.
         missing = alone and _missing_memory(others, widths)
-        counts = row_counts([rows, other_rows], layers[0], process_group)
+        counts = row_counts([rows, other_rows], features[0], process_group)
         n, m = (sum(count) for count in zip(*counts, strict=True))
         method = "gram" if missing else cheaper_method(n, m, widths)
 
     if method == "gram":
-        x, y = _in_one_dtype(layers, others)
+        x, y = _in_one_dtype(features, others)
         value = gram_distance(
             x,
             y,
@@ -184,14 +190,14 @@ def covariance_distance(
         )
         if is_zero(mean_weight):
             return value
-        packed = [merged_moments(joined(z, joint), 1, False, process_group)[0] for z in (layers, others)]
+        packed = [merged_moments(joined(z, joint), 1, False, process_group)[0] for z in (features, others)]
     else:
-        layers, others = joined(layers, joint), joined(others, joint)
-        check_memory(others, "other")
+        features, others = joined(features, joint), joined(others, joint)
+        check_memory(others, "other", None if joint else other_names)
         matrices, other_mean = merged_covariances(others, correction, precision, process_group)
         merge = merge_over(process_group, widths, other_mean.detach(), correction)
         match = CovarianceMatch(matrices, weight, precision=precision)
-        value, mean = match_covariances(layers, match, correction, merge)
+        value, mean = match_covariances(features, match, correction, merge)
         packed = [mean, other_mean]
         if is_zero(mean_weight):
             return value
@@ -200,33 +206,39 @@ def covariance_distance(
 
 
 class CovarianceDistance(BufferedLoss):
-    """The distance of the covariances of features to those of other features, which are kept as module state.
+    """The covariance distance to other features, which are kept as module state.
 
-    Args:
-        other, method, mean_weight, cov_weight, correction, reduction, precision, estimator, joint: as of
-            `covariance_distance`; the other features are constants, and have to be finite. "auto" takes batches to have
-            as many rows as they have. "covariance" computes their covariance once, which then costs a batch nothing,
-            and keeps it alone; "gram" keeps the features.
-        queue: how many past batches are kept, whose rows count among the batch's for the covariance, as constants; the
-            means are those of the batch. Past batches want "gram", which "auto" then takes. All batches of a process
-            must have the same number of rows. Before the queue is full, those that it has count. It advances in
-            `train()` mode, once per call.
-        process_group: the batch's rows, and those of the queue, are those of all processes of this group. None is the
-            default group wherever torch.distributed is initialized; False is this process alone. The loss is the same
-            on every process, and parameters under DistributedDataParallel get the gradient of one process on the
-            concatenated batch. A process whose batch has no rows takes part; too few rows of all give NaN. The other
-            features must be the same on every process; past batches are each process's
-            own, in the buffers and in `state_dict()`.
-
-    A running average against samples is
+    For a running average of covariances, use
     `CovarianceLoss(dataset_moments(extractor, batches, cov=True), average)`.
 
-    Call it with features, one (N, ...) Tensor per layer. Returns a scalar, float32 (float64 for float64),
-    differentiable twice in eager mode.
+    Args:
+        other, method, mean_weight, cov_weight, correction, reduction, precision, estimator, joint: as for
+            `covariance_distance`. The other features are constants and must be finite. Method "covariance" computes
+            their covariance once and keeps it instead of the features. Method "gram" keeps the features. "auto" assumes
+            that batches have as many rows as the other features.
+        queue: number of past batches to keep. The covariance is that of the batch and the rows of the past batches,
+            which are constants; the mean is that of the batch alone. A queue requires method "gram", which "auto" then
+            takes. All batches of a process must have the same number of rows. Until the queue is full, the batches that
+            it holds are used. In `train()` mode each call adds its batch to the queue.
+        process_group: rows of the batch and of the queue are gathered over this group. None is the default group if
+            torch.distributed is initialized, False is this process alone. The loss is the same on every process, and
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
+            Processes may have no rows; with too few rows in all, the loss is NaN. The other features must be the same
+            on every process. Each process keeps its own past batches.
 
-    `state_dict()` holds what is kept, and resumes bit for bit; a queue of another size is refused.
+    Call it with features, one (N, ...) Tensor per layer, or with a mapping that has the names of the other features.
+    The result is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients with
+    respect to the features only.
 
-    Cost: as `covariance_distance`. A queue keeps `queue` batches of features, and takes twice that during a step.
+    `state_dict()` holds the other features, or their covariance, and the queue. A loss that loads it continues bit for
+    bit; a state with a queue of another size is an error.
+
+    Raises:
+        TypeError, ValueError: as `covariance_distance`; also non-finite other features, and batches whose number of
+            rows differs from that in the queue.
+
+    Cost: as `covariance_distance`. With method "covariance", batches do not pay for the covariance of the other
+    features. A queue keeps `queue` batches of features, and takes twice their memory during a step.
     """
 
     def __init__(
@@ -249,7 +261,7 @@ class CovarianceDistance(BufferedLoss):
         if isinstance(queue, bool) or not isinstance(queue, int):
             raise TypeError(f"queue: got {queue!r}, expected an int")
         if queue < 0:
-            raise ValueError(f"queue: got {queue}, expected a number of past batches, 0 or more")
+            raise ValueError(f"queue: got {queue}, expected a non-negative number of past batches")
         self._given_method = self.method = _check_method(method, precision, estimator, correction, queue)
         self.correction, self.reduction, self.precision = correction, reduction, precision
         self.estimator, self.joint, self.process_group, self.queue = estimator, joint, process_group, queue
@@ -262,7 +274,10 @@ class CovarianceDistance(BufferedLoss):
         self.reset()
 
     def reset(self, other: checks.Features | None = None) -> None:
-        """Empty the queue, and take new other features if given. Buffers of unchanged shape keep their addresses."""
+        """Empty the queue, and replace the other features if new ones are given.
+
+        Buffers whose shapes do not change keep their addresses.
+        """
         if other is not None:
             self._set_other(other)
         queue: dict[str, Tensor] = {}
@@ -277,18 +292,18 @@ class CovarianceDistance(BufferedLoss):
     def forward(self, input: checks.Features) -> Tensor:
         """The loss of one batch."""
         alone = group_size(self.process_group) == 1
-        layers, *_, names = checks.batch_of(input, empty=not alone)
+        features, *_, names = checks.batch_of(input, empty=not alone)
         check_names(names, self.names, "other")
-        check_layers(layers, self._columns, "other")
-        check_device(layers, [self._kept()[0]], "other")
-        rows = layers[0].shape[0]
+        check_widths(features, self._columns, "other", names)
+        check_device(features, [self._kept()[0]], "other")
+        rows = features[0].shape[0]
         if alone:
             check_rows(rows, self.correction)
             _check_unbiased(rows + sum(self._slots), self.estimator)
         if self.covariance_loss is not None:
-            return self.covariance_loss.match(joined(layers, self.joint))
+            return self.covariance_loss.match(joined(features, self.joint))
         queue = self._past_rows(rows)
-        x, y, *past = _in_one_dtype(layers, self._kept(), *([] if queue is None else [queue]))
+        x, y, *past = _in_one_dtype(features, self._kept(), *([] if queue is None else [queue]))
         value = gram_distance(
             x,
             y,
@@ -301,45 +316,49 @@ class CovarianceDistance(BufferedLoss):
             gather_other=False,
         )
         if self.mean_loss is not None:
-            value = value + self.mean_loss(joined([as_rows(x) for x in layers], self.joint))
+            value = value + self.mean_loss(joined([as_rows(x) for x in features], self.joint))
         if self.queue and self.training:
-            below_transforms(self._enqueue, *layers)
+            below_transforms(self._enqueue, *features)
         return value
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, method={self.method!r}, queue={self.queue}, reduction={self.reduction!r}"
 
     def _kept(self) -> list[Tensor]:
-        """The other features, or what stands for them."""
+        """The other features, or their packed covariances."""
         if self.covariance_loss is not None:
             return [self.covariance_loss.target_cov]
         return [getattr(self, name) for name in self._other_names]
 
     def _set_other(self, other: checks.Features) -> None:
-        """Everything is checked before anything is changed."""
-        layers = [y.detach() for y in checks.batch_of(other, "other").layers]
-        rows, widths = layers[0].shape[0], widths_of(layers, self.joint)
+        """Check everything before changing anything."""
+        given, *_, names = checks.batch_of(other, "other")
+        features = [y.detach() for y in given]
+        rows, widths = features[0].shape[0], widths_of(features, self.joint)
         check_rows(rows, self.correction, "other")
         _check_unbiased(rows, self.estimator, "other")
         weights = layer_weights(self._weights["cov"], "cov_weight", len(widths))
         layer_weights(self._weights["mean"], "mean_weight", len(widths))
-        if not all(bool(y.isfinite().all()) for y in layers):
-            raise ValueError("other: got values that are not finite")
+        for i, y in enumerate(features):
+            if not bool(y.isfinite().all()):
+                label = checks.label_of("other", i, features, names)
+                raise ValueError(f"{label}: got non-finite values, expected finite ones")
         method = self._given_method
         if method == "auto":
-            missing = group_size(self.process_group) == 1 and _missing_memory(layers, widths)
+            missing = group_size(self.process_group) == 1 and _missing_memory(features, widths)
             method = "gram" if missing else cheaper_method(rows, rows, widths, kept=True)
         if method == "covariance":
-            self._set_covariances(joined(layers, self.joint), widths)
+            joined_features = joined(features, self.joint)
+            check_memory(joined_features, "other", None if self.joint else names)
+            self._set_covariances(joined_features, widths)
         else:
-            self._set_rows(layers, widths)
+            self._set_rows(features, widths)
         self.widths, self.method = widths, method
-        self._columns, self.names = widths_of(layers, False), checks.names_of(other)
+        self._columns, self.names = widths_of(features, False), names
         self._scales = scales(weights, widths, self.reduction)
 
-    def _set_covariances(self, layers: list[Tensor], widths: list[int]) -> None:
-        check_memory(layers, "other")
-        results = [covariance(y, self.correction, True, self.precision) for y in layers]
+    def _set_covariances(self, features: list[Tensor], widths: list[int]) -> None:
+        results = [covariance(y, self.correction, True, self.precision) for y in features]
         target = Moments(
             torch.cat([mean for _, mean in results]),
             cov=tuple(cov for cov, _ in results),
@@ -362,9 +381,9 @@ class CovarianceDistance(BufferedLoss):
         self.mean_loss = None
         self._set_buffers("_other_names", {})
 
-    def _set_rows(self, layers: list[Tensor], widths: list[int]) -> None:
+    def _set_rows(self, features: list[Tensor], widths: list[int]) -> None:
         if not is_zero(self._weights["mean"]):
-            target = means(moments(joined([as_rows(y) for y in layers], self.joint), var=False).mean, widths)
+            target = means(moments(joined([as_rows(y) for y in features], self.joint), var=False).mean, widths)
             if self.mean_loss is None:
                 self.mean_loss = MomentLoss(
                     target,
@@ -375,19 +394,19 @@ class CovarianceDistance(BufferedLoss):
             else:
                 self.mean_loss.reset(target)
         self.covariance_loss = None
-        self._set_buffers("_other_names", {f"other_{i}": y.clone() for i, y in enumerate(layers)})
+        self._set_buffers("_other_names", {f"other_{i}": y.clone() for i, y in enumerate(features)})
 
     def _read_queue(self) -> None:
-        """What the host knows of the queue: batches so far, rows in every slot, rows of a batch."""
+        """Copy to the host: the number of batches so far, the rows of every slot, the rows of a batch."""
         self._past = int(self.queue_step) if self.queue else 0
         self._slots = self.queue_rows.tolist() if self.queue else []
         self._batch = len(self.queue_0) // self.queue if self.queue else 0
 
     def _past_rows(self, rows: int) -> list[Tensor] | None:
-        """The rows of past batches; copies, for the queue moves on before backward reads them."""
+        """Copies of the rows of past batches: the queue is overwritten before backward reads them."""
         if not self.queue:
             return None
-        # Every process raises, or none.
+        # All numbers are compared on every process, so that either all processes raise or none does.
         for rank, (got, expected) in enumerate(row_counts([rows, self._batch], self.queue_0, self.process_group)):
             if got and expected and got != expected:
                 where = "" if group_size(self.process_group) == 1 else f" on rank {rank}"
@@ -401,27 +420,27 @@ class CovarianceDistance(BufferedLoss):
         return [getattr(self, name) for name in self._queue_names[:-2]]
 
     @torch.no_grad()
-    def _enqueue(self, *layers: Tensor) -> None:
-        """Write the batch over the oldest one. The position is on the device: nothing waits, graphs can be captured."""
+    def _enqueue(self, *features: Tensor) -> None:
+        """Overwrite the oldest batch by this one. The position is on the device: the host does not wait."""
         advance([self.queue_step, self.queue_rows], True)
-        rows = layers[0].shape[0]
+        rows = features[0].shape[0]
         if rows and not self._batch:
-            for name, x in zip(self._queue_names[:-2], layers, strict=True):
+            for name, x in zip(self._queue_names[:-2], features, strict=True):
                 memory_format = torch.channels_last if is_channels_last(x) and x.dim() == 4 else torch.contiguous_format
                 empty = torch.zeros((self.queue * rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
                 self._set_buffer(name, empty.to(memory_format=memory_format))
             self._batch = rows
         slot = self.queue_step % self.queue
         self.queue_rows.index_fill_(0, slot.reshape(1), rows)
-        index = slot * rows + torch.arange(rows, device=layers[0].device)
-        for queue, x in zip(self._queues(), layers, strict=True):
+        index = slot * rows + torch.arange(rows, device=features[0].device)
+        for queue, x in zip(self._queues(), features, strict=True):
             queue.index_copy_(0, index, x.detach().to(queue.dtype))
         self.queue_step += 1
         self._slots[self._past % self.queue] = rows
         self._past += 1
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Rows that were kept have the size of their batches, which a new loss does not know."""
+        """The shapes of kept rows depend on the batches, which a new loss has not seen."""
         errors = rest[-1]
         saved = state_dict.get(prefix + "queue_rows")
         if isinstance(saved, Tensor) and self.queue and len(saved) != self.queue:

@@ -1,4 +1,4 @@
-"""The covariance loss through explicit matrices, as autograd nodes over `covariance_match_` and `match_`."""
+"""Matching explicit covariances: autograd nodes around the operators `covariance_match_` and `match_`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +16,12 @@ from moment_ops.ops.layout import columns_of, statistics_dtype
 from moment_ops.ops.nodes import Node, wants_grad
 from moment_ops.ops.records import CovarianceMatch, Match
 
-# From packed means, packed covariances over N and N to those over all processes.
+# From packed means, packed covariances with correction 0 and the number of rows to those of all processes.
 Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class _MatchCovariance(Node):
-    """(loss, means) of features: the operator `covariance_match_`; backward reads the features once more."""
+    """(loss, means) of features, by the operator `covariance_match_`. Backward reads the features once more."""
 
     @staticmethod
     def forward(ctx: Any, correction: int, match: CovarianceMatch, *features: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class _MatchCovariance(Node):
 def _differentiable_backward(
     ctx: Any, features: Sequence[Tensor], derivative: Tensor, grad: Tensor, grad_mean: Tensor | None
 ) -> list[Tensor]:
-    """For a backward that is differentiated: the saved derivative with its dependence on the covariance put back."""
+    """The backward that is itself differentiated: the saved derivative plus its dependence on the covariance."""
     widths = [x[0].numel() for x in features]
     grad_means = [None] * len(features) if grad_mean is None else list(grad_mean.split(widths))
     saved = triangle.split(derivative, widths)
@@ -73,32 +73,32 @@ def _differentiable_backward(
 
 
 def match_covariances(
-    layers: Sequence[Tensor], match: CovarianceMatch, correction: int, merge: Merge | None = None
+    features: Sequence[Tensor], match: CovarianceMatch, correction: int, merge: Merge | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of weighted squared Frobenius distances, and the packed means; both differentiable.
+    """The weighted sum of squared Frobenius distances, and the packed means. Both are differentiable.
 
     Args:
-        layers: (N, ...) features.
-        match: the targets and their average; whether the derivative is kept is set here.
-        merge: over processes.
+        features: one (N, ...) Tensor per layer.
+        match: targets, weights and average; the field `keep` is set here.
+        merge: merges the means and covariances over several processes.
     """
     checks.check_tangents(match.target, "target")
-    dtype = statistics_dtype(layers[0].dtype)
+    dtype = statistics_dtype(features[0].dtype)
     wants_target = wants_grad(*match.target) and torch.is_grad_enabled()
     if merge is None and not wants_target and all(t.dtype == dtype for t in match.target):
-        keep = torch.is_grad_enabled() and wants_grad(*layers)
-        return _MatchCovariance.call(correction, match._replace(keep=keep), *layers)
+        keep = torch.is_grad_enabled() and wants_grad(*features)
+        return _MatchCovariance.call(correction, match._replace(keep=keep), *features)
 
     if merge is None:
-        results = [covariance_op(x, correction, True, match.precision) for x in layers]
+        results = [covariance_op(x, correction, True, match.precision) for x in features]
     else:
-        results = [covariance_of_rank(x, match.precision) for x in layers]
+        results = [covariance_of_rank(x, match.precision) for x in features]
     mean = torch.cat([m for _, m in results])
     packed = triangle.pack_all([cov for cov, _ in results])
     if merge is not None:
-        mean, packed = merge(mean, packed, layers[0].shape[0])
+        mean, packed = merge(mean, packed, features[0].shape[0])
     target = triangle.pack_all(match.target)
-    widths = [columns_of(x) for x in layers]
+    widths = [columns_of(x) for x in features]
     weight = torch.cat([w * triangle.counts([width], target) for width, w in zip(widths, match.weight, strict=True)])
     entries = Match(
         target,

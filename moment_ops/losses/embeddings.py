@@ -1,4 +1,4 @@
-"""What losses of single layers are given."""
+"""The check of features for losses of a single layer."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from moment_ops.ops.layout import columns_of
 
 
 def check_embeddings(x: Any, name: str, alone: bool) -> None:
-    """(N, ...) features with at least two rows; of one of several processes any number."""
+    """(N, ...) features with at least two rows; with any number of rows on one of several processes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
     checks.features(x, name)

@@ -11,7 +11,7 @@ from moment_ops.statistics import Moments
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """How far entries may be off, relative to the largest: covariances are often computed in float32."""
+    """The accepted error of an entry, relative to the largest entry: covariances are often computed in float32."""
     given = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     return 64 * max(given, torch.finfo(torch.float32).eps)
 
@@ -23,14 +23,14 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def _inverse_root(matrix: Tensor) -> Tensor:
-    """The square root's inverse on the matrix's range, zero elsewhere."""
+    """The pseudo-inverse of the square root."""
     values, vectors = torch.linalg.eigh(matrix)
     tolerance = values.amax(-1, keepdim=True) * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     return (vectors * torch.where(values > tolerance, values, torch.inf).rsqrt()) @ vectors.mT
 
 
 class _TraceOfRoot(Node):
-    """tr (A^1/2 B A^1/2)^1/2, with its closed-form gradient: equal eigenvalues give eigenvectors none."""
+    """tr (A^1/2 B A^1/2)^1/2 with its gradient in closed form; the gradient of `eigh` is NaN at equal eigenvalues."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class _TraceOfRoot(Node):
 
 
 class _Derivative(Node):
-    """The derivative of `tr (A^1/2 B A^1/2)^1/2` by B."""
+    """The derivative of `tr (A^1/2 B A^1/2)^1/2` with respect to B."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -77,25 +77,34 @@ def _gaussian(mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tenso
         return mean, symmetric
     scale = cov.detach().abs().amax()
     asymmetry = (cov - cov.mT).detach().abs().amax()
-    # False where something is not finite: the distance is NaN then.
+    # The comparison is False for non-finite entries; the distance is then NaN.
     if bool(asymmetry > _rounding(given.dtype) * scale):
-        raise ValueError(f"{cov_name}: got an asymmetric matrix, entries differ by {asymmetry.item():.3g}")
+        raise ValueError(
+            f"{cov_name}: got an asymmetric matrix, whose entries differ by {asymmetry.item():.3g}, expected a"
+            " symmetric one"
+        )
     if bool(cov.isfinite().all()):
         _check_definite(cov.detach(), cov_name, _rounding(given.dtype))
     return mean, symmetric
 
 
 def _check_definite(cov: Tensor, name: str, rounding: float) -> None:
-    """Raise ValueError for a matrix that is no covariance, however it was rounded."""
+    """Raise ValueError for a matrix that is indefinite by more than rounding explains."""
     values = torch.linalg.eigvalsh(cov)
     # Rounding D x D entries moves an eigenvalue by less than sqrt(D) times as much.
     if bool(values[0] < -(len(cov) ** 0.5) * rounding * values.abs().amax()):
-        raise ValueError(f"{name}: got an indefinite matrix, its least eigenvalue is {values[0].item():.3g}")
+        raise ValueError(
+            f"{name}: got an indefinite matrix, whose least eigenvalue is {values[0].item():.3g}, expected a positive"
+            " semi-definite one"
+        )
 
 
 def _of_one_layer(moments: Any, name: str) -> tuple[Tensor, Tensor]:
     if moments.cov is None or len(moments.cov) != 1:
-        raise ValueError(f"{name}: expected Moments of one layer with its covariance")
+        number = "none" if moments.cov is None else len(moments.cov)
+        raise ValueError(
+            f"{name}: got Moments with {number} covariances, expected those of one layer with its covariance"
+        )
     return moments.mean, moments.cov[0]
 
 
@@ -106,23 +115,27 @@ def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> Tensor: ..
 
 
 def frechet_distance(*gaussians: Any, **named: Any) -> Tensor:
-    """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)` between the Gaussians (m1, C1) and (m2, C2).
+    """The Frechet (2-Wasserstein) distance between two Gaussians (m1, C1) and (m2, C2), as in the FID.
+
+    `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)`
 
     Call it as `frechet_distance(first, second)` or as `frechet_distance(mean1, cov1, mean2, cov2)`.
 
     Args:
         first, second: Moments of one layer each, with its covariance.
-        mean1, cov1, mean2, cov2: (D,) means and (D, D) covariances, Tensors or arrays.
+        mean1, cov1, mean2, cov2: (D,) means and (D, D) covariances, Tensors or arrays. Covariances may be singular.
 
     Returns:
-        Scalar float64, by float64 `eigh`; singular covariances are fine. NaN where a mean or a covariance is not
-        finite. Differentiable once, by the closed form.
+        Scalar, float64, computed by `torch.linalg.eigh` in float64. NaN if a mean or a covariance is non-finite.
+        Differentiable once.
 
     Raises:
-        TypeError, ValueError: wrong types or shapes, an asymmetric or indefinite covariance; under `torch.func.vmap`
-        values are not looked at.
+        TypeError, ValueError: wrong types or shapes; an asymmetric or indefinite covariance. Under `torch.func.vmap`
+            values are not checked.
 
-    Cost: four or five eigendecompositions of size D; on a GPU each waits for the device.
+    Cost: four or five eigendecompositions of size D. On a GPU the host waits for each of them.
+
+    Source: Dowson and Landau 1982 for the distance, Heusel et al. 2017 for its use on features.
     """
     names = ("first", "second") if len(gaussians) + len(named) == 2 else ("mean1", "cov1", "mean2", "cov2")
     given = dict(zip(names, gaussians, strict=False))

@@ -1,4 +1,4 @@
-"""Distances between covariances through Gram matrices of rows: no (D, D) matrix, whatever the width."""
+"""Distances between covariances, computed from Gram matrices of rows and without (D, D) matrices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,15 @@ ESTIMATORS = ("biased", "unbiased")
 
 
 def fewest_rows(correction: int, estimator: str) -> int:
-    """How many rows an estimate needs: the unbiased square of a covariance multiplies four different ones."""
+    """The smallest number of rows. The unbiased estimator multiplies four different rows."""
     return 4 if estimator == "unbiased" else correction + 1
 
 
 def _in_rows(groups: Sequence[Sequence[Tensor]], alone: bool) -> list[list[Tensor]]:
-    """(n, D_l) for every layer of every group; a Gram matrix does not mind in which order the columns are.
+    """(n, D_l) for every layer of every group. The order of the columns does not change a Gram matrix.
 
-    A channels-last input keeps its order, and the other groups follow, unless another process may have another one.
+    Where the input is channels-last, columns have its order in all groups. Over several processes columns have the
+    logical order, since layouts may differ between processes.
     """
 
     channels_last = [
@@ -30,22 +31,24 @@ def _in_rows(groups: Sequence[Sequence[Tensor]], alone: bool) -> list[list[Tenso
         for x, *others in zip(*groups, strict=True)
     ]
     return [
-        [as_rows(x.movedim(1, -1) if last else x) for x, last in zip(layers, channels_last, strict=True)]
-        for layers in groups
+        [as_rows(x.movedim(1, -1) if last else x) for x, last in zip(features, channels_last, strict=True)]
+        for features in groups
     ]
 
 
 def _centred(block: Tensor) -> Tensor:
-    """`J K J`, (L, n, m): the inner products of rows less their mean."""
+    """`J K J`, (L, n, m): the inner products of the centred rows."""
     block = block - block.mean(-1, keepdim=True)
     return block - block.mean(-2, keepdim=True)
 
 
 def _u_centred(block: Tensor) -> Tensor:
-    """(L, n, n) with zero row sums and a zero diagonal: Szekely and Rizzo, Annals of Statistics 2014.
+    """The U-centred block, (L, n, n), with zero row sums and a zero diagonal.
 
-    The sum of its squares over n (n - 3) is HSIC_1 of Song et al. (JMLR 2012) for linear kernels, whose mean is the
-    squared norm of the true covariance; here without the cancellation of its three terms.
+    The sum of its squares over n (n - 3) is HSIC_1 of Song et al. (JMLR 2012) for linear kernels, whose expectation is
+    the squared norm of the true covariance. This form avoids the cancellation between the three terms of theirs.
+
+    Source: Szekely and Rizzo, Annals of Statistics 2014.
     """
     n = block.shape[-1]
     diagonal = torch.eye(n, dtype=torch.bool, device=block.device)
@@ -58,8 +61,8 @@ def _u_centred(block: Tensor) -> Tensor:
 class _Distances(Node):
     """(L,) squared distances from Gram matrices (L, n + m, n + m) of the rows of both sides.
 
-    The sum over blocks b of scale_b ||P_b K_b||^2 with orthogonal projections P, which centre: the derivative is
-    2 scale_b P_b K_b, whose own derivative comes from a projection of K that is differentiable again.
+    The value is the sum over blocks b of scale_b ||P_b K_b||^2, where the orthogonal projection P_b centres the block.
+    The derivative is 2 scale_b P_b K_b. A backward that is itself differentiated computes P_b K_b again, from K.
     """
 
     @staticmethod
@@ -90,13 +93,13 @@ class _Distances(Node):
 
 
 def _projected(products: Tensor, n: int, estimator: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks of the input's rows, of both, and of the other rows, centred."""
+    """The centred blocks: input with input, input with other, other with other."""
     centred = _u_centred if estimator == "unbiased" else _centred
     return centred(products[:, :n, :n]), _centred(products[:, :n, n:]), centred(products[:, n:, n:])
 
 
 def _per_layer(weight: Sequence[float], like: Tensor) -> Tensor:
-    """The weights as a tensor, filled on the device: one made from a list would be copied over with a host sync."""
+    """The weights as a tensor, filled on the device. A tensor made from a list would be copied there, with a sync."""
     if len(set(weight)) == 1:
         return like.new_full((1,), weight[0])
     return torch.cat([like.new_full((1,), w) for w in weight])
@@ -117,25 +120,24 @@ def gram_distance(
     """`sum_l weight_l ||C_x - C_y||_F^2` of two sets of rows, through their (N + M)^2 inner products.
 
     Args:
-        input: (N, ...) per layer. Channels-last layers are read as they are where all sets have them so.
-        other: (M, ...) per layer, of the same columns, dtype and device.
-        weight: one per layer; a single one where the layers are joint.
+        input: (N, ...) per layer. Channels-last layers are read in place if all sets are channels-last.
+        other: (M, ...) per layer, with the same columns, dtype and device.
+        weight: one per layer; only one if `joint`.
         correction: c in the divisors N - c and M - c of the biased estimator.
-        joint: all layers are one feature vector, with covariances between layers.
-        estimator: "biased" is the plain distance of the two covariances. "unbiased" drops the products of a row with
-            itself; it needs c = 1.
-        queue: (Q, ...) per layer: rows of past batches, constants, that count among the input's.
-        process_group: rows of input, queue and other are gathered over this group, each process giving its own.
-        gather_other: False where every process has the same other rows: joined, they would count several times, and
-            the unbiased estimator would take the copies for independent rows.
+        joint: whether all layers form one feature vector.
+        estimator: "biased" or "unbiased", as for `covariance_distance`. "unbiased" needs c = 1.
+        queue: (Q, ...) per layer: rows of past batches, which are constants and belong to the input.
+        process_group: rows of input, queue and other are gathered over this group; each process passes its own.
+        gather_other: False if every process has the same other rows. Gathered, each would count several times, and the
+            unbiased estimator would treat the copies as independent rows.
 
     Returns:
-        Scalar, float32 (float64 for float64), computed in float64 from inner products that are folded into float64.
-        NaN for too few rows. Gradients to input and other; twice differentiable in eager mode.
+        Scalar, float32 (float64 for float64), computed in float64 from inner products summed in float64. NaN for too
+        few rows. Differentiable with respect to input and other, twice in eager mode.
 
-    The result depends on the rows that are subtracted before rows are multiplied, the first of each side, by rounding
-    alone: products are centred exactly on the small side. Centring inner products of raw features would lose all digits
-    where the mean is far from zero.
+    Before rows are multiplied, the first row of each side is subtracted. Centring inner products of raw features would
+    lose all digits if the mean is far from zero. The Gram matrices are then centred exactly, so that the subtracted row
+    affects the result only by rounding.
     """
     ours = [input] if queue is None else [input, [x.detach() for x in queue]]
     *our_rows, their_rows = _in_rows([*ours, other], alone=group_size(process_group) == 1)
@@ -147,19 +149,19 @@ def gram_distance(
         return (float("nan") * sum(x.sum(dtype=dtype) for part in [*x_rows, *y_rows] for x in part)).to(dtype)
     empty = [x for part in [*x_rows, *y_rows] if not part[0].shape[0] for x in part]
     x_rows, y_rows = ([part for part in rows if part[0].shape[0]] for rows in (x_rows, y_rows))
-    # Sides that are centred apart have a shift each: theirs may be far from the mean of ours.
+    # Each side has a shift of its own, since their means may be far apart.
     of_x, of_y = ([x[0] for x in rows[0]] for rows in (x_rows, y_rows))
     products = gram([*x_rows, *y_rows], [of_x] * len(x_rows) + [of_y] * len(y_rows))
     if joint:
         products = products.sum(0, keepdim=True)
     distances = _Distances.call(products, n, correction, estimator)
     total = (_per_layer(weight, distances) * distances).sum()
-    # Zero, with a gradient: what has no rows takes part in backward.
+    # Zeros, through which parts without rows take part in backward.
     return sum((x.sum(dtype=total.dtype) for x in empty), start=total).to(dtype)
 
 
 def gram_squared_norm(x: Tensor, process_group: ProcessGroup = False) -> Tensor:
-    """Scalar float64 `||C||_F^2` of the unbiased covariance of x, (N, ...), through its N^2 inner products."""
+    """`||C||_F^2` of the unbiased covariance of x, (N, ...), from its N^2 inner products; a float64 scalar."""
     gathered = gather_rows([[as_rows(x)]], process_group)
     rows = [part for part in gathered if part[0].shape[0]]
     n = sum(part[0].shape[0] for part in rows)

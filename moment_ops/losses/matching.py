@@ -1,4 +1,4 @@
-"""The matching loss as autograd nodes over the operator `match_`: from features, fused, or from moments."""
+"""Matching moments: autograd nodes around the operator `match_`, on features or on moments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from moment_ops.ops.nodes import Node, wants_grad
 from moment_ops.ops.records import Match
 from moment_ops.statistics import Moments
 
-# From mean, variance, counts of rows and correction of this process to (mean, variance, counts) over all processes.
+# From mean, variance, counts and correction of this process to (mean, variance, counts) over all processes.
 Merge = Callable[[Tensor, Tensor | None, Tensor, int], tuple[Tensor, Tensor | None, Tensor]]
 
 
 class _MatchMoments(Node):
-    """loss(mean, var): the operator `match_` on moments, with targets that may want gradients too."""
+    """loss(mean, var) by the operator `match_`. Targets may require grad, too."""
 
     @staticmethod
     def forward(
@@ -50,14 +50,14 @@ class _MatchMoments(Node):
 
 
 class _MatchFeatures(Node):
-    """loss(features): the operator `match_` fused with the reduction; backward reads the features once more."""
+    """loss(features) by the operator `match_`, fused with the reduction. Backward reads the features once more."""
 
     @staticmethod
     def forward(
         ctx: Any, correction: int, match: Match, signature: plans.Signature | None, *features: Tensor
     ) -> Tensor:
         loss, mean, grad_mean, grad_var = match_features(features, correction, match, signature=signature)
-        ctx.correction, ctx.has_var, ctx.layers = correction, match.target_var is not None, len(features)
+        ctx.correction, ctx.has_var, ctx.num_layers = correction, match.target_var is not None, len(features)
         _save(ctx, match, mean, grad_mean, grad_var, *features)
         return loss
 
@@ -71,7 +71,7 @@ class _MatchFeatures(Node):
             grad_var = grad * _rebuilt(grad_var, var, of_var, var_weight) if ctx.has_var else None
             scale = None
         else:
-            count = mean.new_full((ctx.layers,), features[0].shape[0], dtype=torch.int64)
+            count = mean.new_full((ctx.num_layers,), features[0].shape[0], dtype=torch.int64)
             grad_var = grad_var if ctx.has_var else None
             scale = grad
         d_features = moments_backward(
@@ -81,42 +81,42 @@ class _MatchFeatures(Node):
 
 
 def _save(ctx: Any, match: Match, *tensors: Tensor | None) -> None:
-    """What a backward that is differentiated needs of the record, behind other tensors."""
+    """Save tensors for backward, and after them what a backward that is itself differentiated needs of the record."""
     second = 2 * match.reduction * AVERAGES[match.average].second_derivative(match.options)
     ctx.second_derivatives = second * match.mean_scale, second * match.var_scale
     ctx.save_for_backward(*tensors, match.mean_weight, match.var_weight)
 
 
-def _rebuilt(saved: Tensor, moving: Tensor, second_derivative: float, weight: Tensor | None) -> Tensor:
-    """The saved derivative with its dependence on the moments put back, for a backward that is differentiated.
+def _rebuilt(saved: Tensor, moments: Tensor, second_derivative: float, weight: Tensor | None) -> Tensor:
+    """The saved derivative plus its dependence on the moments, for a backward that is itself differentiated.
 
-    Its value stays; taken as a constant it would silently drop d(derivative)/d(moments).
+    The value does not change. Without this term d(derivative)/d(moments) would be missing, without an error.
     """
-    step = second_derivative * (moving - moving.detach())
-    return saved + (step if weight is None else step * weight)
+    change = second_derivative * (moments - moments.detach())
+    return saved + (change if weight is None else change * weight)
 
 
 def _with_correction(input: Moments, correction: int) -> Tensor:
-    """The variances of `input` for another correction."""
+    """The variances of `input`, converted to another correction."""
     assert input.var is not None
     if input.count is None:
         raise ValueError(
-            f"input: got correction {input.correction}, expected {correction} as in target; without its count it cannot"
-            " be converted"
+            f"input: got correction {input.correction}, expected {correction} as in target; it cannot be converted"
+            " without count"
         )
     rows = per_column(input.count.to(input.var.dtype), input.sizes)
     return input.var * ((rows - input.correction) / (rows - correction))
 
 
-class Layers(NamedTuple):
-    """The layers of a target."""
+class Layout(NamedTuple):
+    """How the layers of a target are packed."""
 
     shapes: Sequence[tuple[int, ...]]
     names: Sequence[str] | None
     correction: int
 
-    def check_shapes(self, shapes: Sequence[Sequence[int]]) -> None:
-        """Those of the input."""
+    def check_shapes(self, shapes: Sequence[Sequence[int]], names: Sequence[str] | None) -> None:
+        """The input, whose layers may have names, has the shapes of the target."""
         if shapes == self.shapes:
             return
         if len(shapes) != len(self.shapes):
@@ -124,12 +124,13 @@ class Layers(NamedTuple):
         for i, (got, expected) in enumerate(zip(shapes, self.shapes, strict=True)):
             if tuple(got) != tuple(expected):
                 raise ValueError(
-                    f"input[{i}]: got features of shape {tuple(got)}, expected {tuple(expected)} as in target"
+                    f"{checks.label_of('input', i, shapes, names)}: got features of shape {tuple(got)}, expected"
+                    f" {tuple(expected)} as in target"
                 )
 
 
 def check_names(names: Sequence[str] | None, target: Sequence[str] | None, of: str = "target") -> None:
-    """Layers of equal shapes may still be other layers."""
+    """The layers have the names of the target, if both have names: layers of equal shapes may still differ."""
     if names is None or target is None or tuple(names) == tuple(target):
         return
     for i, (got, expected) in enumerate(zip(names, target, strict=False)):
@@ -140,39 +141,39 @@ def check_names(names: Sequence[str] | None, target: Sequence[str] | None, of: s
 
 def _check_device(device: torch.device, match: Match) -> None:
     if device != match.target_mean.device:
-        raise ValueError(f"input: got device {device}, expected {match.target_mean.device} as target")
+        raise ValueError(f"input: got device {device}, expected {match.target_mean.device} as in target")
 
 
-def match_input(input: Moments | checks.Features, match: Match, target: Layers, merge: Merge | None = None) -> Tensor:
-    """The loss of features, fused with their reduction where nothing is merged, or of moments."""
+def match_input(input: Moments | checks.Features, match: Match, target: Layout, merge: Merge | None = None) -> Tensor:
+    """The loss of features or of moments. For features on one process, it is fused with their reduction."""
     checks.check_tangents((match.target_mean, match.target_var), "target")
     if isinstance(input, Moments):
         return _match_given(input, match, target, merge)
-    layers, signature, shapes, requires_grad, names = checks.batch_of(input, empty=merge is not None)
-    target.check_shapes(shapes)
+    features, signature, shapes, requires_grad, names = checks.batch_of(input, empty=merge is not None)
+    target.check_shapes(shapes, names)
     check_names(names, target.names)
-    _check_device(layers[0].device, match)
-    same_dtype = match.target_mean.dtype == statistics_dtype(layers[0].dtype)
+    _check_device(features[0].device, match)
+    same_dtype = match.target_mean.dtype == statistics_dtype(features[0].dtype)
     wants_target = wants_grad(match.target_mean, match.target_var)
     if merge is None and same_dtype and not wants_target:
         if signature is not None and not (requires_grad and torch.is_grad_enabled()):
-            return match_features(layers, target.correction, match, signature=signature)[0]
-        return _MatchFeatures.call(target.correction, match, signature, *layers)
+            return match_features(features, target.correction, match, signature=signature)[0]
+        return _MatchFeatures.call(target.correction, match, signature, *features)
     has_var = match.target_var is not None
     if merge is not None:
-        return _match_moments(*moments_of_rank(layers, has_var, signature), 0, match, merge)
-    mean, var, _ = moments_op(layers, 0, target.correction, has_var, signature=signature)
+        return _match_moments(*moments_of_rank(features, has_var, signature), 0, match, merge)
+    mean, var, _ = moments_op(features, 0, target.correction, has_var, signature=signature)
     return match_moments(mean, var, match)
 
 
-def _match_given(input: Moments, match: Match, target: Layers, merge: Merge | None) -> Tensor:
-    target.check_shapes(input.shapes)
+def _match_given(input: Moments, match: Match, target: Layout, merge: Merge | None) -> Tensor:
+    target.check_shapes(input.shapes, input.names)
     check_names(input.names, target.names)
     _check_device(input.mean.device, match)
     var = None
     if match.target_var is not None:
         if input.var is None:
-            raise ValueError("input: got moments without variances, but target has variances")
+            raise ValueError("input: got Moments without variances, expected variances as in target")
         convert = merge is None and input.correction != target.correction
         var = _with_correction(input, target.correction) if convert else input.var
     return _match_moments(input.mean, var, input.count, input.correction, match, merge)
@@ -183,19 +184,19 @@ def _match_moments(
 ) -> Tensor:
     if merge is not None:
         if count is None:
-            raise ValueError("input: its count is not known, so it cannot be merged over processes")
+            raise ValueError("input: got Moments without count, which cannot be merged over processes")
         mean, var, _ = merge(mean, var, count, correction)
     return match_moments(mean, var, match)
 
 
 def match_moments(mean: Tensor, var: Tensor | None, match: Match) -> Tensor:
-    """The loss of packed moments, in the wider of the two dtypes, in float32 at least."""
+    """The loss of packed moments, computed in the wider of the two dtypes, and at least in float32."""
     dtype = torch.promote_types(torch.promote_types(mean.dtype, match.target_mean.dtype), torch.float32)
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) else value
 
-    # A narrower state is widened for the step. Within a transform `to` gives another tensor even where nothing changes.
+    # A narrower state is widened for the step. Within a transform `to` returns another tensor even for an equal dtype.
     state = [cast(s) if s.is_floating_point() and s.dtype != dtype else s for s in match.state]
     wide = Match(*map(cast, match))._replace(state=state)
     loss = _MatchMoments.call(cast(mean), cast(var), wide.target_mean, wide.target_var, wide)

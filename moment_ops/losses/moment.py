@@ -1,4 +1,4 @@
-"""The moment matching loss: means and variances of many layers against targets, with or without a running average."""
+"""The moment matching loss: means and variances of many layers against a target, optionally with a running average."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor
 from moment_ops.averages import Average, averaging
 from moment_ops.distributed import ProcessGroup, group_size, merge_ranks
 from moment_ops.losses.buffers import BufferedLoss
-from moment_ops.losses.matching import Layers, Merge, match_input
+from moment_ops.losses.matching import Layout, Merge, match_input
 from moment_ops.losses.weights import Weight, column_weights, own_weight
 from moment_ops.ops import checks
 from moment_ops.ops.records import Match
@@ -24,7 +24,7 @@ def _check_target(target: Any) -> Moments:
 
 
 def _merge_over(process_group: ProcessGroup, pivot: Tensor, sizes: Sequence[int], correction: int) -> Merge | None:
-    """What merges moments over processes; None for one alone."""
+    """How moments are merged over several processes; None on one process."""
     if group_size(process_group) == 1:
         return None
     return partial(
@@ -43,27 +43,33 @@ def moment_loss(
 ) -> Tensor:
     """Squared distance between the moments of features and target moments.
 
-    `r * sum(mean_weight * (m - t)^2 + var_weight * (s - q)^2)` with r = 1/F for "mean", F columns over all layers.
+    `r * sum(mean_weight * (m - t)^2 + var_weight * (s - q)^2)` over the F columns of all layers, where m and s are
+    means and variances of the features, and t and q those of the target. r is 1 / F for "mean" and 1 for "sum".
 
     Args:
-        input: features, one (N, ...) Tensor per layer as in the target, or Moments. The names of a mapping are those of
-            the target, where that has names.
-        target: Moments; means alone are matched where it has no variances. It gets gradients where it wants them.
-        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative. The values of a
-            Tensor are checked on the CPU alone: elsewhere the host would wait for them.
+        input: features, one (N, ...) Tensor per layer in float32, bfloat16, float16 or float64; or Moments. Shapes
+            without N are those of the target. If input and target both have names, they must be equal.
+        target: Moments. If it has no variances, only means are matched. Variances are compared with its correction.
+        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor; finite and non-negative. The values of a
+            Tensor are checked on the CPU only, since on a GPU the host would wait for them.
         reduction: "mean" or "sum".
-        process_group: moments are merged over this group before matching; None is the default group wherever
-            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
-            process whose batch has no rows takes part. The target must be the same on every process.
+        process_group: moments are merged over this group before they are matched. None is the default group if
+            torch.distributed is initialized, False is this process alone. The loss is the same on every process, and
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
+            Processes may have no rows; without rows on any process, the loss is NaN. The target must be the same on
+            every process.
 
     Returns:
-        Scalar, float32 (float64 for float64); twice differentiable in eager mode.
+        Scalar, float32 (float64 for float64). Differentiable with respect to input and target, twice in eager mode.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, devices, shapes or names, with the argument's name.
+        TypeError, ValueError: wrong types, dtypes, devices, shapes, names, options or weights. The message names the
+            argument.
 
-    Cost: one read of the features and one launch; backward one read, one write, one launch.
+    Cost: one launch and one read of the features. Backward takes one launch, one read and one write. Over several
+    processes, and with a target that requires grad, matching is a second launch, which reads (F,) vectors.
+
+    Source: dos Santos et al. 2019, section 3, where the loss is a sum without weights.
     """
     target = _check_target(target)
     checks.option(reduction, "reduction", ("mean", "sum"))
@@ -72,32 +78,39 @@ def moment_loss(
     var_scale, var_vector = column_weights(var_weight, "var_weight", sizes, target.mean)
     factor = 1 / target.mean.shape[0] if reduction == "mean" else 1.0
     match = Match(target.mean, target.var, mean_scale, var_scale, mean_vector, var_vector, factor)
-    layers = Layers(target.shapes, target.names, target.correction)
-    return match_input(input, match, layers, _merge_over(process_group, target.mean, sizes, target.correction))
+    layout = Layout(target.shapes, target.names, target.correction)
+    return match_input(input, match, layout, _merge_over(process_group, target.mean, sizes, target.correction))
 
 
 class MomentLoss(BufferedLoss):
-    """Moment matching with targets, running average and weights kept as module state.
+    """The moment loss as a module, which keeps its target, weights and running average.
 
     Args:
-        target: Moments of the data; means alone are matched where it has no variances.
-        average: None, MovingAverage or AdamMovingAverage. Its state advances in `train()` mode, once per call; in
-            `eval()` mode the loss is computed with the state as it is.
-        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor, finite and not negative; copies are kept.
-        reduction: "mean" divides by F, the columns over all layers; "sum" does not. An AdamMovingAverage has its own,
-            and its loss is a sum.
-        process_group: moments are merged over this group before matching. None is the default group wherever
-            torch.distributed is initialized; False is this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
-            process whose batch has no rows takes part; where no process has rows the loss is NaN.
+        target: Moments of the data, whose values must be finite. If it has no variances, only means are matched. It is
+            detached and copied.
+        average: None, MovingAverage or AdamMovingAverage. In `train()` mode each call advances its state by one step.
+            In `eval()` mode the loss uses the state without changing it.
+        mean_weight, var_weight: a number, one per layer, or an (F,) Tensor; finite and non-negative. They are copied.
+        reduction: "mean" divides by F, the number of columns over all layers; "sum" does not. With AdamMovingAverage
+            the loss is always a sum, and only the reduction of the average has an effect.
+        process_group: as for `moment_loss`, but None by default: moments are merged over the default group if
+            torch.distributed is initialized.
 
-    Call it with features (one (N, ...) Tensor per layer, as in the target; a mapping with its names) or with Moments.
-    Returns a scalar, float32 (float64 for float64), differentiable twice in eager mode.
+    Call it with features (one (N, ...) Tensor per layer, or a mapping that has the names of the target) or with
+    Moments. The result is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients
+    with respect to the input only.
 
-    Averages stay untouched in columns whose batch moments are not finite; the loss shows them. Buffers keep their dtype
-    under `.to(torch.bfloat16)` and `.half()`; `state_dict()` holds targets, average and step, and resumes bit for bit.
+    The average of a column does not change if its batch moments are non-finite; the loss is then non-finite. Buffers
+    keep their dtype under `.to(torch.bfloat16)` and `.half()`. `state_dict()` holds target, average and step; a loss
+    that loads it continues bit for bit.
 
-    Cost: one launch that reads the features once and the (F,) state once; backward one launch, one read, one write.
+    Raises:
+        TypeError, ValueError: as `moment_loss`; also a target with non-finite values or negative variances.
+
+    Cost: one launch, which reads the features and the (F,) state once. Backward takes one launch, one read and one
+    write. Called with Moments, as taps return them, it reads (F,) vectors only.
+
+    Source: dos Santos et al. 2019, section 3; see `AdamMovingAverage` for section 3.2.
     """
 
     def __init__(
@@ -121,7 +134,10 @@ class MomentLoss(BufferedLoss):
         self.reset(_check_target(target))
 
     def reset(self, target: Moments | None = None) -> None:
-        """Restart the average, with a new target if one is given. Buffers of unchanged shape keep their addresses."""
+        """Restart the average, with a new target if one is given.
+
+        Buffers whose shapes do not change keep their addresses.
+        """
         if target is not None:
             self._set_target(_check_target(target))
         state = {} if self.average is None else self.average.new_state(self.target_mean, self.target_var is not None)
@@ -129,7 +145,7 @@ class MomentLoss(BufferedLoss):
 
     def forward(self, input: Moments | checks.Features) -> Tensor:
         """The loss of one batch."""
-        # Attributes of modules that are buffers take ten times as long to look up.
+        # Looking up a buffer as an attribute of the module takes ten times as long.
         buffers = self._buffers
         match = Match(
             buffers["target_mean"],
@@ -144,14 +160,14 @@ class MomentLoss(BufferedLoss):
             self.training and self.average is not None,
         )
         merge = _merge_over(self.process_group, match.target_mean, self._sizes, self.correction)
-        return match_input(input, match, Layers(self.shapes, self.names, self.correction), merge)
+        return match_input(input, match, Layout(self.shapes, self.names, self.correction), merge)
 
     def extra_repr(self) -> str:
         columns = self.target_mean.shape[0]
         return f"columns={columns}, layers={len(self.shapes)}, average={self.average}, reduction={self.reduction!r}"
 
     def _set_target(self, target: Moments) -> None:
-        """Everything is checked before anything is changed."""
+        """Check everything before changing anything."""
         target.check_values()
         dtype = torch.float64 if target.mean.dtype == torch.float64 else torch.float32
         mean = target.mean.detach().to(dtype, copy=True).contiguous()

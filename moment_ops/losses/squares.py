@@ -1,4 +1,4 @@
-"""Means of squares that fit although the squares do not."""
+"""Means of squares, which are representable although the squares may not be."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class _DividedSquares(Node):
 
 
 def divided_squares(x: Tensor, divisor: float) -> Tensor:
-    """`x.square().sum() / divisor` in float64; twice differentiable."""
+    """`x.square().sum() / divisor` in float64. Twice differentiable."""
     if is_readable(x):
         value = x.square().sum(dtype=torch.float64) / divisor
         if is_seen_finite(value):

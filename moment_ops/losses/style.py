@@ -15,15 +15,15 @@ from moment_ops.ops.layout import statistics_dtype
 NORMALIZATIONS = ("sum", "mean")
 
 
-def _check_maps(features: Any, name: str, *, empty: bool = False) -> list[Tensor]:
-    layers = checks.features(features, name)
-    for i, x in enumerate(layers):
-        label = name if isinstance(features, Tensor) else checks.label(name, i, checks.names_of(features))
+def _check_maps(input: Any, name: str, *, empty: bool = False) -> list[Tensor]:
+    features = checks.features(input, name)
+    for i, x in enumerate(features):
+        label = checks.label_of(name, i, features, checks.names_of(input))
         if x.dim() != 4:
             raise ValueError(f"{label}: got shape {tuple(x.shape)}, expected (N, C, H, W)")
         if x.numel() == 0 and not (empty and x.shape[1:].numel()):
             raise ValueError(f"{label}: got shape {tuple(x.shape)} without elements")
-    return layers
+    return features
 
 
 def _gram_matrices(x: Tensor) -> Tensor:
@@ -31,29 +31,30 @@ def _gram_matrices(x: Tensor) -> Tensor:
     if x.shape[0] == 0:
         maps = x.flatten(2).double()
         return maps @ maps.mT
-    # Every sample is a layer of the operator, and its channels are the rows.
+    # For the operator, each sample is a layer whose rows are the channels.
     samples = list(x.flatten(2).unbind())
     zero = x.new_zeros(x.shape[2] * x.shape[3])
     return gram([samples], [[zero] * len(samples)])
 
 
 def gram_matrix(features: Tensor, normalize: str = "sum") -> Tensor:
-    """Uncentred inner products of the channels of every sample, `G_ij = sum_k F_ik F_jk` over positions k.
-
-    L. Gatys, A. Ecker, M. Bethge, Image Style Transfer Using Convolutional Neural Networks (CVPR 2016), equation 3.
+    """The Gram matrices of feature maps: `G_ij = sum_k F_ik F_jk` over positions k, for every sample. Not centred.
 
     Args:
         features: (N, C, H, W), float32, bfloat16, float16 or float64.
-        normalize: "sum" as published; "mean" divides by C H W, as the tutorial of PyTorch does for one sample.
+        normalize: "sum" is the published form. "mean" divides by C H W, as PyTorch's tutorial does for one sample.
 
     Returns:
-        (N, C, C), float32 (float64 for float64), exactly symmetric; summed in float64 over panels of columns.
-        Twice differentiable in eager mode.
+        (N, C, C), exactly symmetric, float32 (float64 for float64). Blocks of columns are summed in float64. Twice
+        differentiable in eager mode.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or option.
 
-    Cost: one read of the features; backward one read, one write.
+    Cost: one read of the features. Backward takes one read and one write.
+
+    Source: L. Gatys, A. Ecker, M. Bethge, Image Style Transfer Using Convolutional Neural Networks (CVPR 2016),
+    equation 3.
     """
     (x,) = _check_maps(features, "features")
     checks.option(normalize, "normalize", NORMALIZATIONS)
@@ -63,19 +64,19 @@ def gram_matrix(features: Tensor, normalize: str = "sum") -> Tensor:
     return matrices.to(statistics_dtype(x.dtype))
 
 
-def _check_target(target: Any, layers: Sequence[Tensor]) -> list[Tensor]:
-    targets = checks.features(target, "target")
-    if len(targets) != len(layers):
-        raise ValueError(f"target: got {len(targets)} layers, expected {len(layers)} as in features")
-    for i, (t, x) in enumerate(zip(targets, layers, strict=True)):
-        channels = x.shape[1]
+def _check_target(target: Any, maps: Sequence[Tensor]) -> list[Tensor]:
+    targets, names = checks.features(target, "target"), checks.names_of(target)
+    if len(targets) != len(maps):
+        raise ValueError(f"target: got {len(targets)} layers, expected {len(maps)} as in features")
+    for i, (t, x) in enumerate(zip(targets, maps, strict=True)):
+        label, channels = checks.label_of("target", i, targets, names), x.shape[1]
         if t.dim() != 3 or t.shape[1:] != (channels, channels) or t.shape[0] not in (1, x.shape[0]):
             raise ValueError(
-                f"target[{i}]: got shape {tuple(t.shape)}, expected ({x.shape[0]} or 1, {channels}, {channels}):"
-                " `gram_matrix` of the style's features"
+                f"{label}: got shape {tuple(t.shape)}, expected ({x.shape[0]} or 1, {channels}, {channels}), the shape"
+                " of `gram_matrix` of the style's features"
             )
         if t.device != x.device:
-            raise ValueError(f"target[{i}]: got device {t.device}, expected {x.device} as in features")
+            raise ValueError(f"{label}: got device {t.device}, expected {x.device} as in features")
     return targets
 
 
@@ -87,49 +88,52 @@ def style_loss(
     weight: LayerWeight | None = None,
     process_group: ProcessGroup = False,
 ) -> Tensor:
-    """`sum_l weight_l sum_ij (G_ij - A_ij)^2 / (4 C^2 (H W)^2)`, the style loss, averaged over the batch.
+    """The style loss, `sum_l weight_l sum_ij (G_ij - A_ij)^2 / (4 C^2 (H W)^2)`, averaged over the batch.
 
-    L. Gatys, A. Ecker, M. Bethge, Image Style Transfer Using Convolutional Neural Networks (CVPR 2016), equations 3 to
-    5, for one sample. N_l there is C here, and M_l is H W.
+    G is the Gram matrix of the features of layer l, and A that of the style image.
 
     Args:
-        features: (N, C, H, W) per layer, of the images that get the style.
-        target: (N or 1, C, C) per layer: `gram_matrix` of the style's features with the same `normalize`. A style
-            image of another size needs "mean". Where both are mappings, their names are the same.
-        normalize: "sum" is the published form. "mean" is that of PyTorch's tutorial, whose matrices are divided by
-            C H W, and whose loss is their `mse_loss`: 4 / C^2 times the published one, where the sizes are equal.
-        weight: a number, or one per layer, finite and not negative; by default 1 / L as published for "sum", and 1 for
-            "mean", as in the tutorial.
-        process_group: the batch is that of all processes of this group; None is the default group wherever
-            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch. A
-            process without images takes part; none at all give NaN.
+        features: (N, C, H, W) per layer, of the images that get the style, in float32, bfloat16, float16 or float64.
+        target: (N or 1, C, C) per layer: `gram_matrix` of the features of the style image, with the same `normalize`.
+            A style image of another size needs "mean". If features and target are mappings, their keys must be equal.
+        normalize: "sum" is the published form. "mean" is the form of PyTorch's tutorial, which divides Gram matrices by
+            C H W and takes their `mse_loss`. For images of equal size it is 4 / C^2 times the published form.
+        weight: a number, or one per layer; finite and non-negative. The default is 1 / L for L layers with "sum", as
+            published, and 1 with "mean", as in the tutorial.
+        process_group: the average is over the batches of all processes of this group. None is the default group if
+            torch.distributed is initialized, False is this process alone. The loss is the same on every process, and
+            parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
+            Processes may have no images; without images on any process, the loss is NaN.
 
     Returns:
-        Scalar, float32 (float64 for float64), computed in float64. Gradients to features and target; twice
-        differentiable in eager mode.
+        Scalar, float32 (float64 for float64), computed in float64. Differentiable with respect to features and target,
+        twice in eager mode.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, devices, shapes, options or weights.
+        TypeError, ValueError: wrong types, dtypes, devices, shapes, names, options or weights. The message names the
+            argument.
 
-    Cost: one read of the features; backward one read, one write.
+    Cost: one read of the features. Backward takes one read and one write.
+
+    Source: L. Gatys, A. Ecker, M. Bethge, Image Style Transfer Using Convolutional Neural Networks (CVPR 2016),
+    equations 3 to 5, for one sample. C is N_l there, and H W is M_l.
     """
     alone = group_size(process_group) == 1
-    layers = _check_maps(features, "features", empty=not alone)
-    targets = _check_target(target, layers)
+    maps = _check_maps(features, "features", empty=not alone)
+    targets = _check_target(target, maps)
     check_names(checks.names_of(features), checks.names_of(target))
     checks.option(normalize, "normalize", NORMALIZATIONS)
     if weight is None:
-        weight = 1 / len(layers) if normalize == "sum" else 1.0
-    weights = layer_weights(weight, "weight", len(layers))
+        weight = 1 / len(maps) if normalize == "sum" else 1.0
+    weights = layer_weights(weight, "weight", len(maps))
     squares = []
-    for x, matrices in zip(layers, targets, strict=True):
+    for x, matrices in zip(maps, targets, strict=True):
         difference = _gram_matrices(x) / (1 if normalize == "sum" else x.shape[1:].numel()) - matrices.double()
         squares.append(difference.square().sum((1, 2)))
     means = [of_samples.mean() for of_samples in squares] if alone else mean_over_ranks(squares, process_group)
     total: Tensor | float = 0.0
-    for x, mean, w in zip(layers, means, weights, strict=True):
+    for x, mean, w in zip(maps, means, weights, strict=True):
         channels, size = x.shape[1], x.shape[1:].numel()
         total = total + w * mean / (4 * size**2 if normalize == "sum" else channels**2)
     assert isinstance(total, Tensor)
-    return total.to(statistics_dtype(layers[0].dtype))
+    return total.to(statistics_dtype(maps[0].dtype))

@@ -1,4 +1,4 @@
-"""The variance and covariance terms of VICReg, one view at a time."""
+"""The variance and covariance terms of VICReg, for one view."""
 
 import torch
 from torch import Tensor
@@ -18,61 +18,61 @@ def _variance(x: Tensor, process_group: ProcessGroup) -> Tensor:
 
 
 def vicreg_variance(x: Tensor, gamma: float = 1.0, eps: float = 1e-4, *, process_group: ProcessGroup = False) -> Tensor:
-    """`mean(relu(gamma - sqrt(Var(x) + eps)))` over columns: the hinge that keeps embeddings from collapsing.
-
-    A. Bardes, J. Ponce, Y. LeCun, VICReg (ICLR 2022), equations 1 and 2, for one view. The unbiased variance and eps
-    under the root are those of the authors' code (facebookresearch/vicreg), which halves each view's term.
+    """The variance term of VICReg for one view, `mean(relu(gamma - sqrt(Var(x) + eps)))` over columns.
 
     Args:
-        x: (N, ...) embeddings of one view, float32, bfloat16, float16 or float64; dimensions after the batch are
-            flattened to D columns.
-        gamma: the standard deviation below which a column is pushed up.
-        eps: keeps the root's slope finite.
-        process_group: rows are those of all processes of this group; None is the default group wherever
-            torch.distributed is initialized, False this process alone. The loss is the same on every process, and
-            parameters under DistributedDataParallel get the gradient of one process on the concatenated rows. A process
-            without rows takes part; fewer than two rows of all give NaN.
+        x: (N, ...) embeddings of one view, N >= 2, in float32, bfloat16, float16 or float64. Dimensions after the batch
+            are flattened to D columns.
+        gamma: the standard deviation below which a column contributes to the loss.
+        eps: added to the variance, which keeps the derivative of the square root finite.
+        process_group: variances are merged over this group. None is the default group if torch.distributed is
+            initialized, False is this process alone. The loss is the same on every process, and parameters under
+            DistributedDataParallel get the gradient of one process on the concatenated rows. Processes may have no
+            rows; with fewer than two rows in all, the loss is NaN.
 
     Returns:
         Scalar, float32 (float64 for float64). Twice differentiable in eager mode.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype or shape, fewer than two rows.
+        TypeError, ValueError: wrong type, dtype or shape; fewer than two rows.
 
-    Cost: one read of x and one launch; backward one read, one write.
+    Cost: the variances take one launch and one read of x. Backward takes one launch, one read and one write.
+
+    Source: A. Bardes, J. Ponce, Y. LeCun, VICReg (ICLR 2022), equations 1 and 2. The unbiased variance, and eps inside
+    the square root, are those of the authors' code (facebookresearch/vicreg), which halves the term of each view.
     """
     check_embeddings(x, "x", alone=group_size(process_group) == 1)
     return torch.relu(gamma - (_variance(x, process_group) + eps).sqrt()).mean()
 
 
 def vicreg_covariance(x: Tensor, *, process_group: ProcessGroup = False) -> Tensor:
-    """`sum_{i != j} C_ij^2 / D` of the unbiased covariance: what decorrelates the columns of an embedding.
-
-    A. Bardes, J. Ponce, Y. LeCun, VICReg (ICLR 2022), equations 3 and 4, for one view.
+    """The covariance term of VICReg for one view, `sum_{i != j} C_ij^2 / D` with the unbiased covariance C.
 
     Args:
-        x: (N, ...) embeddings of one view, as of `vicreg_variance`.
-        process_group: as of `vicreg_variance`.
+        x: (N, ...) embeddings of one view, as for `vicreg_variance`.
+        process_group: rows are gathered, or covariances merged, over this group, as for `vicreg_variance`.
 
     Returns:
         Scalar, float32 (float64 for float64). Twice differentiable in eager mode.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype or shape, fewer than two rows.
+        TypeError, ValueError: wrong type, dtype or shape; fewer than two rows.
 
-    Cost: with N < D through N^2 D inner products, as `||C||_F^2 - sum_j Var_j^2` and without a (D, D) matrix; its
-    error is then some epsilons of `||C||_F^2`. Else through the covariance, N D^2 products. Over processes it waits for
-    the device, for the numbers of rows.
+    Cost: if N < D, N^2 D products and no (D, D) matrix: the term is then `(||C||_F^2 - sum_j Var_j^2) / D`, and its
+    absolute error is a few machine epsilons times `||C||_F^2 / D`. Otherwise N D^2 products and one (D, D) matrix. Over
+    several processes the host waits for the numbers of rows.
+
+    Source: A. Bardes, J. Ponce, Y. LeCun, VICReg (ICLR 2022), equations 3 and 4.
     """
     check_embeddings(x, "x", alone=group_size(process_group) == 1)
     columns = columns_of(x)
     if total_rows(x.shape[0], x, process_group) < columns:
-        # Its two gradients are added before they are rounded to 16 bits.
+        # In the wider dtype, so that the two gradients are added before they are rounded to 16 bits.
         wide = x.to(statistics_dtype(x.dtype))
         squares = gram_squared_norm(wide, process_group) - _variance(wide, process_group).double().square().sum()
         value = squares / columns
     else:
-        # Without its last entry and in rows of D + 1, a square matrix has its diagonal in the first column.
+        # Flattened, without its last entry and in rows of D + 1, the matrix has its diagonal in the first column.
         shifted = merged_covariance(x, process_group).flatten()[:-1].view(columns - 1, columns + 1)
         value = divided_squares(shifted[:, 1:], columns)
     return value.to(statistics_dtype(x.dtype))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Quantity(NamedTuple):
-    """Means or variances and what they are matched with, (F,) each."""
+    """Means or variances, and their target and weight, (F,) each."""
 
     value: Tensor
     target: Tensor
@@ -17,7 +17,7 @@ class Quantity(NamedTuple):
 
 
 class Past(NamedTuple):
-    """An average's state for one quantity."""
+    """The state of an average for one quantity."""
 
     vectors: Sequence[Tensor]  # (F,) each
     started: Tensor | None  # (F,)
@@ -27,7 +27,7 @@ class Past(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """What a step gives."""
+    """The result of a step."""
 
     terms: Tensor  # (F,) the columns' shares of the loss
     grad: Tensor  # (F,) their derivatives by the value
@@ -35,7 +35,7 @@ class Matched(NamedTuple):
 
 
 class AverageKind(NamedTuple):
-    """A running average as the operators know it."""
+    """A running average, as the operators see it."""
 
     number: int  # as in csrc/device/averages.h and kernels/_averages.py
     vectors: tuple[str, ...]  # per quantity
@@ -47,7 +47,7 @@ class AverageKind(NamedTuple):
 
 
 def _squared(quantity: Quantity, estimate: Tensor, slope: float, vectors: Sequence[Tensor]) -> Matched:
-    """The squared distance of an estimate, with this derivative by the value, from the target."""
+    """The weighted squared distance of an estimate from the target. `slope` is d(estimate) / d(value)."""
     difference = estimate - quantity.target
     # Weighted before it is squared, as the square alone may not fit.
     scaled = quantity.reduction * quantity.weight * difference
@@ -89,7 +89,7 @@ def _adam(difference: Tensor, past: Past, step: Tensor) -> Sequence[Tensor]:
 
 
 def _advanced(past: Past, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The next vectors, in columns that are not finite the old ones."""
+    """The new vectors. Columns that are not finite keep the old ones."""
     return [torch.where(past.finite, new, old) for old, new in zip(past.vectors, vectors, strict=True)]
 
 

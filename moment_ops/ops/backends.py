@@ -1,4 +1,4 @@
-"""Which implementation runs an operator: the fastest that can, or the one that was asked for."""
+"""The choice of the backend that runs an operator: the fastest that can run it, or a forced one."""
 
 import functools
 import importlib
@@ -40,15 +40,19 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force every operator onto one backend: `with moment_ops.backend("reference"): ...`.
+    """Run every operator on one backend: `with moment_ops.backend("reference"): ...`.
 
     Args:
-        name: "auto" (the fastest that can run the given tensors), "cuda", "triton", "cpu" or "reference". A forced
-            backend that cannot run raises RuntimeError with the reason. The choice holds for the process; the
-            environment variable MOMENT_OPS_BACKEND sets it from the start.
+        name: "auto" (the fastest backend that can run the operator on the given tensors), "cuda", "triton", "cpu" or
+            "reference". The choice holds for all threads of the process. The environment variable MOMENT_OPS_BACKEND
+            sets the initial choice.
 
-    Every operator looks up the choice when it runs, and so does every backward: outside of the block, backward runs on
-    the backend that is chosen there, whatever ran forward. All backends save the same tensors for it.
+    The backend of an operator is chosen when it runs. A backward outside of the block therefore runs on the backend
+    that is chosen there. All backends save the same tensors for backward.
+
+    Raises:
+        ValueError: there is no backend of this name.
+        RuntimeError: raised by an operator that the forced backend cannot run, with the reason.
     """
     global _forced
     _check_name(name)
@@ -81,18 +85,18 @@ def _has_compiler() -> bool:
 
 
 def _gpu_unavailable() -> str | None:
-    return None if torch.cuda.is_available() else "there is no GPU that torch can use"
+    return None if torch.cuda.is_available() else "torch finds no GPU"
 
 
 def _triton_unavailable() -> str | None:
     if not _triton_installed():
-        return "triton is not installed; `pip install triton`"
+        return "triton is not installed; run `pip install triton`"
     if interpreted():
         return None
     if reason := _gpu_unavailable():
-        return f"{reason}; TRITON_INTERPRET=1 runs the kernels slowly, on CPU tensors"
+        return f"{reason}; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly and on CPU tensors"
     if not _has_compiler():
-        return "triton needs a C compiler for its launcher: gcc or clang on the PATH, or one in the variable CC"
+        return "triton needs a C compiler: gcc or clang on the PATH, or one in the environment variable CC"
     return None
 
 
@@ -109,7 +113,7 @@ def _cannot_run(name: str, operator: str, device_type: str, dtype: torch.dtype) 
         return None
     kernel = registry.find(name, operator)
     if name == "triton" and kernel is None:
-        return "it has no kernel for it"
+        return "it has no kernel for this operator"
     if kernel is not None and dtype not in kernel.dtypes:
         return f"its kernel does not take {dtype}"
     if _DEVICE[name] != device_type and not (name == "triton" and interpreted()):
@@ -149,7 +153,10 @@ def select(operator: str, tensor: torch.Tensor) -> str:
     name, reasons = _first(operator, device_type, tensor.dtype)
     if name == "reference" and reasons:
         reason = "; ".join(reasons)
-        _warn_once(name, f"moment_ops runs on plain PyTorch, slower: {reason}. `moment-ops env` tells more.")
+        _warn_once(
+            name,
+            f"moment_ops runs on plain PyTorch, which is slower: {reason}. `moment-ops env` shows the backends.",
+        )
     if name == "triton" and torch.version.hip is not None:
         _warn_once(
             name,

@@ -1,4 +1,4 @@
-"""Argument checks from shapes, dtypes, devices and strides alone: nothing here reads from a device."""
+"""Checks of arguments from shapes, dtypes, devices and strides only. Nothing here reads from a device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -32,18 +32,25 @@ def names_of(input: Any) -> tuple[str, ...] | None:
 
 
 def label(name: str, i: int, names: Sequence[str] | None) -> str:
-    """What an error calls one layer of several."""
+    """What an error calls one of several layers: by its index, or by its name."""
     return f"{name}[{i if names is None else repr(names[i])}]"
 
 
+def label_of(name: str, i: int, layers: Sequence[Any], names: Sequence[str] | None) -> str:
+    """What an error calls a layer. A single layer without a name has the name of the argument."""
+    return name if len(layers) == 1 and names is None else label(name, i, names)
+
+
 def not_nested(x: Tensor, name: str) -> None:
-    """Nested tensors have no shape to speak of."""
+    """Raise TypeError for a nested Tensor, whose rows may have different shapes."""
     if x.is_nested:
         raise TypeError(f"{name}: got a nested Tensor, expected a strided one, whose rows have one shape")
 
 
 def features(input: Any, name: str = "input") -> list[Tensor]:
-    """A tensor, or a sequence or a mapping of tensors, as a list of layers, checked."""
+    """The layers of a Tensor, or of a sequence or mapping of Tensors, as a list. Checks types, dtypes, devices and
+    ranks.
+    """
     layers, names = _layers(input)
     if not isinstance(layers, (list, tuple)):
         raise TypeError(f"{name}: got {type(input).__name__}, expected a Tensor, or a sequence or mapping of Tensors")
@@ -85,7 +92,7 @@ _BATCHES: plans.Plans[tuple[tuple[tuple[int, ...], ...], bool]] = plans.Plans()
 
 
 def batch_of(input: Any, name: str = "input", *, empty: bool = False) -> Batch:
-    """Features with the batch on dimension 0, checked once per signature, as `batch`; names are no part of it."""
+    """Features with the batch on dimension 0. They are checked once per signature, to which names do not belong."""
     layers, names = _layers(input)
     signature = plans.signature(layers) if isinstance(layers, (list, tuple)) else None
     return Batch(layers, signature, *_BATCHES.find(signature, empty, _check_batch, input, name, empty), names)
@@ -105,10 +112,10 @@ def batch(
     *,
     empty: bool = False,
 ) -> None:
-    """Every layer has the same number of rows, at least one unless they may be empty, and at least one column."""
+    """Check that all layers have the same number of rows, and at least one row (unless `empty`) and one column."""
     rows = layers[0].shape[dim]
     for i, x in enumerate(layers):
-        called = name if len(layers) == 1 and names is None else label(name, i, names)
+        called = label_of(name, i, layers, names)
         if x.shape[dim] == 0 and not empty:
             raise ValueError(f"{called}: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
         if x.shape[dim] != rows:
@@ -119,7 +126,7 @@ def batch(
 
 
 def dimensions(dim: Any, layers: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """The reduced dimensions of every layer: ascending, non-negative."""
+    """The reduced dimensions of every layer, ascending and non-negative."""
     dims = (dim,) if isinstance(dim, int) else dim
     if isinstance(dim, bool) or not isinstance(dims, (list, tuple)) or not all(isinstance(d, int) for d in dims):
         raise TypeError(f"dim: got {dim!r}, expected an int or a sequence of ints")
@@ -138,7 +145,7 @@ def dimensions(dim: Any, layers: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def correction(value: Any) -> int:
-    """The degrees of freedom that are subtracted from N."""
+    """Check c, the number that is subtracted from N in a divisor."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"correction: got {value!r}, expected an int")
     if value < 0:
@@ -147,7 +154,7 @@ def correction(value: Any) -> int:
 
 
 def channel_bias(bias: Any, x: Tensor) -> None:
-    """One value per channel, dimension 1 of `x`."""
+    """Check a bias with one value per channel, on dimension 1 of `x`."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias: got {type(bias).__name__}, expected a Tensor")
     if bias.dtype != x.dtype:
@@ -162,13 +169,13 @@ def channel_bias(bias: Any, x: Tensor) -> None:
 
 
 def option(value: Any, name: str, options: Sequence[str]) -> str:
-    """One of several words."""
+    """Check that a value is one of several options."""
     if value not in options:
         raise ValueError(f"{name}: got {value!r}, expected {' or '.join(map(repr, options))}")
     return value
 
 
 def check_tangents(tensors: Sequence[Tensor | None], name: str) -> None:
-    """Forward-mode differentiation would silently give zero tangents."""
+    """Raise an error for forward-mode differentiation, which would silently give zero tangents."""
     if not torch.compiler.is_compiling() and has_tangent(tensors):
         raise NotImplementedError(no_forward_mode(name))

@@ -81,7 +81,7 @@ def _covariance_derivative(
 
 
 def _written(out: Tensor) -> Tensor:
-    """(N, D) to be filled: `out` itself where its strides allow, else a copy."""
+    """(N, D) to be filled: a view of `out` if its strides allow it, else a new tensor that is copied."""
     flat = out.reshape(out.shape[0], -1)
     return flat if flat.data_ptr() == out.data_ptr() else torch.empty_like(flat)
 
@@ -133,13 +133,13 @@ def _covariance_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor
 
 
 def _scaled_product(slope: float, a: Tensor, b: Tensor) -> Tensor:
-    """`slope * a @ b`, infinite only where the result is."""
+    """`slope * a @ b`, which is infinite only if the result does not fit."""
     rows, columns = column_scale(a.mT)[:, None], column_scale(b)
     return slope * ((a * rows) @ (b * columns)) / rows / columns
 
 
 def _covariance_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivative of `dx = grad_mean / N + slope * Xc (grad + grad')`, in PyTorch that is itself differentiable."""
+    """Derivative of `dx = grad_mean / N + slope * Xc (grad + grad')` by operators of PyTorch, thus differentiable."""
     grad, x, mean = ctx.saved_tensors
     rows = len(x)
     d_grad = d_grad_mean = d_x = d_mean = None

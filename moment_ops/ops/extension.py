@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or remembers why it cannot be loaded."""
+"""Loads the compiled extension, and keeps the reason if it cannot be loaded."""
 
 import functools
 from pathlib import Path

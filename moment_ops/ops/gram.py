@@ -13,7 +13,7 @@ from moment_ops.ops.nodes import register_derivative
 
 
 def _count(rows: Sequence[Tensor], layers: int) -> int:
-    """Rows of one layer, over all groups."""
+    """The number of rows of one layer, over all groups."""
     return sum(x.shape[0] for x in rows[::layers])
 
 
@@ -66,7 +66,7 @@ def _gram_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]
 
 
 def _gram_backward_derivative(ctx: Any, tangents: list[Tensor]) -> tuple[Tensor, list[Tensor | None], list[None], None]:
-    """Derivative of `(grad + grad') Z`, Z = rows - shift, in PyTorch that is itself differentiable."""
+    """Derivative of `(grad + grad') Z`, Z = rows - shift, by operators of PyTorch, and thus differentiable."""
     grad, *saved = ctx.saved_tensors
     count, layers = len(saved) // 2, len(grad)
     rows, shift = saved[:count], saved[count:]
@@ -104,22 +104,23 @@ register_derivative("gram_backward", _gram_backward_derivative, _gram_backward_s
 
 
 def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Gram matrices of all rows of each layer, less a shift: `Z Z'` with Z the groups' rows on top of each other.
+    """Gram matrices of all rows of each layer: `Z Z'`, where Z is the rows of all groups less their shifts.
 
     Args:
-        groups: lists of L layers, (n, D_l) with the same D_l in every group; n may differ between groups. Float32,
-            bfloat16, float16 or float64, any strides. Groups are separate tensors, so that nobody has to join them
-            in memory.
-        shift: (D_l,) for every group and layer: a constant close to the mean of the rows, the same for groups that are
-            centred together. It gets no gradient: what is computed from the matrix should not depend on it, as after
+        groups: lists of L layers, (n, D_l), with the same D_l in every group. n may differ between groups. Float32,
+            bfloat16, float16 or float64, with any strides. Groups are separate tensors, so that they need not be
+            concatenated.
+        shift: (D_l,) for every group and layer, a constant close to the mean of the rows. Groups that are centred
+            together have the same shift. It gets no gradient: the result of the caller must not depend on it, as after
             centring.
 
     Returns:
-        (L, R, R) float64, R rows over all groups, exactly symmetric. Products are in float32 (float64 for float64),
-        folded into float64 over column panels. Twice differentiable in eager mode, with respect to the rows.
+        (L, R, R) float64, exactly symmetric, with R rows over all groups. Products are computed in float32 (float64 for
+        float64), and summed in float64 over blocks of columns. Twice differentiable in eager mode, with respect to
+        the rows.
 
-    Cost: one read of the rows, L R^2 sum(D) products; backward one read and one write. On the CPU the memory beyond
-    inputs, outputs and gradients is two panels of some megabytes; a second derivative makes copies.
+    Cost: one read of the rows and L R^2 sum(D) products. Backward takes one read and one write. On the CPU it needs two
+    buffers of a few megabytes besides inputs, outputs and gradients. A second derivative makes copies.
     """
     rows = [x for layers in groups for x in layers]
     dtype = statistics_dtype(rows[0].dtype)

@@ -27,7 +27,7 @@ _BLOCK = 64
 
 
 class _Panel(NamedTuple):
-    """Columns [start, stop) as `batch` pieces of `width`; the last may run over, into zeros."""
+    """Columns [start, stop) as `batch` matrices of `width` columns. The last one may be padded with zeros."""
 
     start: int
     stop: int
@@ -49,7 +49,7 @@ def _panels(rows: int, columns: int) -> Iterator[_Panel]:
 
 @contextmanager
 def ieee_products() -> Iterator[None]:
-    """float32 products in float32, also where `torch.set_float32_matmul_precision` allows less."""
+    """Run float32 products in float32, also if `torch.set_float32_matmul_precision` allows less."""
     setting = torch.backends.mkldnn.matmul
     previous = setting.fp32_precision
     if previous in ("none", "ieee"):
@@ -84,13 +84,13 @@ def _fill(panel: _Panel, buffer: Tensor, rows: Sequence[Tensor], shift: Sequence
 
 
 def _new_buffer(counts: int, shift: Sequence[Tensor]) -> Tensor:
-    """Room for the largest panel of `counts` rows."""
+    """A buffer for the largest panel of `counts` rows."""
     size = max(p.batch * counts * p.width for s in shift for p in _panels(counts, s.shape[0]))
     return shift[0].new_empty(size)
 
 
 def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor) -> None:
-    """Fills `out`, (L, R, R) float64; products in the dtype of the shift, in sums of 1,024 columns at most."""
+    """Fill `out`, (L, R, R) float64. Products are in the dtype of the shift, in sums of at most 1,024 columns."""
     total = out.shape[1]
     buffer = _new_buffer(total, shift)
     out.zero_()
@@ -108,7 +108,7 @@ def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tens
 def gram_backward(
     grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool], out: Sequence[Tensor]
 ) -> None:
-    """Fills `out`, one tensor per wanted entry of `rows`."""
+    """Fill `out`, one tensor per entry of `rows` that requires a gradient."""
     layers, total = grad.shape[0], grad.shape[1]
     buffer = _new_buffer(total, shift)
     result = torch.empty_like(buffer)

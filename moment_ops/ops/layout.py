@@ -36,7 +36,7 @@ def _has_dense_columns(x: torch.Tensor, dim: int) -> bool:
 
 
 def with_dense_columns(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """`x` itself where its layout is native, else a copy whose reduced dimension is outermost in memory."""
+    """`x` itself if its layout is native, else a copy whose reduced dimension is outermost in memory."""
     if dim == 0 and (x.is_contiguous() or is_channels_last(x)):
         return x
     if _has_dense_columns(x, dim):
@@ -45,31 +45,31 @@ def with_dense_columns(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether a 4- or 5-dimensional tensor is stored with its channels innermost; within a transform nobody knows."""
+    """Whether a 4- or 5-dimensional tensor is channels-last. Within a transform this is unknown, and False."""
     return not is_transformed() and x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
 
 
 def has_same_columns(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:
-    """Whether the feature dimensions of two tensors of one shape lie alike in memory; rows may lie differently."""
+    """Whether the feature dimensions of two tensors of one shape have the same strides. Rows may have others."""
     dim %= a.dim()
     return all(size == 1 or i == dim or a.stride(i) == b.stride(i) for i, size in enumerate(a.shape))
 
 
 def columns_of(x: torch.Tensor) -> int:
-    """Columns of features with the batch on dimension 0."""
+    """The number of columns of features with the batch on dimension 0."""
     return x.shape[1:].numel()
 
 
 def per_column(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """(F,): for every column the entry of its layer in `values`, (L,).
 
-    `repeat_interleave` would want the sizes on the device, and copying them there waits for it.
+    `repeat_interleave` needs the sizes on the device, and the host would wait for this copy.
     """
     return torch.cat([value.expand(size) for value, size in zip(values.unbind(), sizes, strict=True)])
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(N, D): the columns of features with the batch on dimension 0."""
+    """Features with the batch on dimension 0 as (N, D)."""
     if x.dim() == 2:
         return x
     return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)

@@ -18,11 +18,11 @@ OPERATORS: list[str] = []
 
 def no_forward_mode(name: str) -> str:
     """The message of an error."""
-    return f"{name}: forward-mode differentiation is not supported, use reverse mode"
+    return f"{name}: forward-mode differentiation is not supported; use reverse mode"
 
 
 def has_tangent(values: Iterable[Any]) -> bool:
-    """Whether a tensor among some values, or in a list among them, has a tangent, which operators would drop."""
+    """Whether a tensor in `values`, or in a list there, has a tangent of forward mode, which operators would drop."""
     if forward_ad._current_level < 0:
         return False
     tensors = [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value])]

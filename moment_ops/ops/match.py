@@ -23,17 +23,17 @@ define_native(
 
 
 def advance(state: Sequence[Tensor], update: bool) -> None:
-    """What every step does to the state's bookkeeping, whatever the backend."""
+    """Check that the state may advance, and increment its version counters, for every backend."""
     if not update:
         return
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "the moving average was asked to advance during backward: under activation checkpointing the loss would be"
-            " recomputed and its state would advance twice. Keep the loss outside the checkpointed region."
+            "the average cannot advance during backward: activation checkpointing computes the loss again, and the"
+            " average would advance twice. Call the loss outside of the checkpointed region."
         )
     if under_vmap():
         raise RuntimeError(
-            "the average was asked to advance under vmap: it has one state, not one per problem. Call the loss in"
+            "the average cannot advance under vmap: it has one state for all problems of the batch. Call the loss in"
             " eval() mode, or outside of vmap."
         )
     # Kernels do not bump version counters, and a saved state tensor would then give wrong gradients silently.
@@ -42,7 +42,7 @@ def advance(state: Sequence[Tensor], update: bool) -> None:
 
 @functools.cache
 def with_record(fill: Callable[..., None] | None) -> Callable[..., None] | None:
-    """A backend's kernel, as taking a `Match` in place of its fields; the extension's overload takes those."""
+    """The kernel of a backend as a function of a `Match`. The overload of the extension takes the fields instead."""
     if not isinstance(fill, torch._ops.OpOverload):
         return fill
 
@@ -56,7 +56,7 @@ def with_record(fill: Callable[..., None] | None) -> Callable[..., None] | None:
 
 
 class _Plan(NamedTuple):
-    """Of `match_` from features."""
+    """The plan of a call of `match_` with features."""
 
     fill: Callable[..., None] | None  # the backend's kernel; None: the reference
     dense: bool  # layers are read as they are

@@ -19,7 +19,7 @@ define_native(
 
 
 def new_count(rows: Sequence[int], like: Tensor) -> Tensor:
-    """Rows per layer, filled on the device: a tensor made from a list would be copied over with a host sync."""
+    """Rows per layer, filled on the device. A tensor made from a list would be copied there, with a host sync."""
     if all(n == rows[0] for n in rows):
         return like.new_full((len(rows),), rows[0], dtype=torch.int64)
     return torch.cat([like.new_full((1,), n, dtype=torch.int64) for n in rows])
@@ -30,7 +30,7 @@ def _columns(input: Sequence[Tensor], dim: int) -> int:
 
 
 class Plan(NamedTuple):
-    """Of `moments`."""
+    """The plan of a call of `moments`."""
 
     fill: Callable[..., None] | None  # the backend's kernel; None: the reference
     dense: bool  # layers are read as they are
@@ -63,7 +63,7 @@ def _plan(input: Sequence[Tensor], dim: int) -> Plan:
 def packed_moments(
     input: Sequence[Tensor], dim: int, correction: int, var: bool, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
-    """(mean, var) by the plan, without gradients."""
+    """(mean, var) by a plan, without gradients."""
     if plan.fill is None:
         return reference.moments(input, dim, correction, var)
     mean = input[0].new_empty(plan.columns, dtype=plan.dtype)
@@ -108,7 +108,7 @@ def _moments_derivative(
 
 
 class _Moments(torch.autograd.Function):
-    """The operator as a node of its own: the dispatcher's way to the same derivative takes several times as long."""
+    """An autograd node of its own: the dispatcher's way to the same derivative takes several times as long."""
 
     @staticmethod
     def forward(
@@ -157,7 +157,7 @@ def _moments_backward(
 
 
 class _BackwardPlan(NamedTuple):
-    """Of `moments_backward`; `direct`: nothing has to be copied."""
+    """The plan of a call of `moments_backward`. If `direct`, nothing has to be copied."""
 
     fill: Callable[..., None] | None
     direct: bool
@@ -175,7 +175,7 @@ def _backward_plan(grad: list[Tensor], input: list[Tensor], out: list[Tensor], d
 def _in_one_order(
     grad: list[Tensor], input: list[Tensor], out: list[Tensor], dim: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(input, out, grad) as a kernel takes them: it writes and adds columns in the order in which it reads them."""
+    """(input, out, grad) for a kernel, which reads, writes and adds columns in the same order."""
     native = [with_dense_columns(x, dim) for x in input]
     written = [y if has_same_columns(y, x, dim) else torch.empty_like(x) for y, x in zip(out, native, strict=True)]
     added = [g if g.stride() == y.stride() else y.copy_(g) for g, y in zip(grad, written, strict=False)]
@@ -199,7 +199,7 @@ def _moments_backward_fake(
 def _moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     grad, grad_mean, grad_var, input, mean, count, ctx.dim, ctx.correction, scale = inputs
     if scale is not None and scale.requires_grad:
-        raise NotImplementedError("moments_backward: multiply the gradients by a differentiable scale outside")
+        raise NotImplementedError("moments_backward: scale has no derivative; multiply the gradients by it instead")
     ctx.layers = len(input)
     ctx.added = len(grad)
     ctx.has_mean, ctx.has_var, ctx.has_scale = grad_mean is not None, grad_var is not None, scale is not None
@@ -208,7 +208,7 @@ def _moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tens
 
 
 def _moments_backward_derivative(ctx: Any, grad_out: list[Tensor]) -> tuple[Any, ...]:
-    """Derivative of `dx = grad + a + b (x - mean)`, in PyTorch that is itself differentiable."""
+    """Derivative of `dx = grad + a + b (x - mean)`, by operators of PyTorch, and thus differentiable."""
     mean, count, *rest = ctx.saved_tensors
     if ctx.has_mean:
         rest.pop(0)

@@ -25,7 +25,7 @@ is_transformed = torch._C._are_functorch_transforms_active
 
 
 class _OneByOne(threading.local):
-    """Whether this thread is at the problems of a batch."""
+    """Whether this thread is running the problems of a batch one by one."""
 
     active = False
 
@@ -34,7 +34,7 @@ _one_by_one = _OneByOne()
 
 
 def under_vmap() -> bool:
-    """Whether what runs now runs once per problem of a batch, or for all of them together."""
+    """Whether the current call runs under `vmap`, for one problem of a batch or for all of them."""
     if _one_by_one.active:
         return True
     stack = torch._C._functorch.get_interpreter_stack() if is_transformed() else None
@@ -42,7 +42,7 @@ def under_vmap() -> bool:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether one of some tensors may want a gradient: of those within a transform only the transform knows."""
+    """Whether one of these tensors may require a gradient. Within a transform this is unknown, and True."""
     for x in tensors:
         if x is not None and x.requires_grad:
             return True
@@ -51,9 +51,9 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def _run_one_by_one(function: _Function, size: int, dims: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The rule for `vmap`: outputs of all problems, stacked, and where they are stacked."""
+    """The rule for `vmap`: the outputs of all problems, stacked, and the dimensions on which they are stacked."""
     if size == 0:
-        raise RuntimeError(f"{function.__name__}: got a batch of no problems under vmap")
+        raise RuntimeError(f"{function.__name__}: got an empty batch under vmap, expected at least one problem")
     leaves, spec = pytree.tree_flatten(inputs)
     places = pytree.tree_leaves(dims)
     outer, _one_by_one.active = _one_by_one.active, True
@@ -74,7 +74,7 @@ def _run_one_by_one(function: _Function, size: int, dims: Any, inputs: tuple[Any
 def _transformed(
     name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> _Function:
-    """A Function that every transform takes, but for those of forward mode."""
+    """A Function that supports all transforms except for forward mode."""
 
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         return _run_one_by_one(function, info.batch_size, in_dims, inputs)
@@ -88,7 +88,7 @@ def _transformed(
 
 
 class _Record:
-    """The context of a node that runs below transforms: what it is told, for the contexts of every level."""
+    """The context of a node that runs below transforms. It is copied to the contexts of all levels."""
 
     def __init__(self) -> None:
         self._saved: tuple[Tensor | None, ...] = ()
@@ -103,7 +103,7 @@ class _Record:
         self._materialize_grads = value
 
     def close(self, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> list[Any]:
-        """Forget the tensors that were saved; returns those to be kept."""
+        """Drop the saved tensors, and return those that must be kept."""
         known: list[Any] = [*inputs, *outputs]
         for x in self._saved:
             place = None if x is None else next((i for i, y in enumerate(known) if y is x), len(known))
@@ -114,7 +114,7 @@ class _Record:
         return known[len(inputs) + len(outputs) :]
 
     def tell(self, ctx: Any, inputs: tuple[Any, ...], outputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-        """Tell the context of a level, whose tensors these are."""
+        """Copy this record to the context of a level, with the tensors of that level."""
         for name, value in vars(self).items():
             if not name.startswith("_"):
                 setattr(ctx, name, value)
@@ -129,9 +129,9 @@ _FIRST = 3
 
 
 class Node(torch.autograd.Function):
-    """A Function with the context in `forward`, which transforms take too where it is called by `call`.
+    """A Function with the context in `forward`, which also supports transforms if it is called by `call`.
 
-    Attributes of its context are no tensors, and saved tensors that are neither inputs nor outputs are constants.
+    Attributes of its context must not be tensors. Saved tensors that are neither inputs nor outputs are constants.
     """
 
     _under_transforms: ClassVar[_Function]
@@ -165,7 +165,7 @@ class Node(torch.autograd.Function):
 
 
 class _Below(Node):
-    """Runs a function for what it does."""
+    """Runs a function for its side effects."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., None], *tensors: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class _Below(Node):
 
 
 def below_transforms(function: Callable[..., None], *tensors: Tensor) -> None:
-    """Call a function that writes into tensors of its own with the values of others, which transforms may wrap."""
+    """Call a function that writes to its own tensors, with the values of tensors that transforms may wrap."""
     if torch.compiler.is_compiling() or not is_transformed():
         function(*tensors)
     else:
@@ -192,7 +192,7 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def register_derivative(
     name: str, derivative: Callable[..., Any], setup_context: Callable[..., None] = _save_nothing
 ) -> None:
-    """Give an operator its derivative, as `torch.library.register_autograd` does, under transforms too."""
+    """Register the derivative of an operator, as `torch.library.register_autograd` does, also for transforms."""
     torch.library.register_autograd(f"moment_ops::{name}", derivative, setup_context=setup_context, lib=LIBRARY)
     operator = getattr(torch.ops.moment_ops, name).default
     returns_list = isinstance(operator._schema.returns[0].type, torch.ListType)
@@ -229,11 +229,11 @@ def _is_tensor_list(value: Any) -> bool:
 
 
 def _flat(arguments: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
-    """Arguments, those of a list of tensors one by one."""
+    """The arguments, with lists of tensors flattened."""
     return [x for item, size in zip(arguments, sizes, strict=True) for x in ([item] if size is None else item)]
 
 
 def _nested(leaves: Sequence[Any], sizes: Sequence[int | None]) -> tuple[Any, ...]:
-    """What `_flat` made flat."""
+    """The inverse of `_flat`."""
     rest = iter(leaves)
     return tuple(next(rest) if size is None else [next(rest) for _ in range(size)] for size in sizes)

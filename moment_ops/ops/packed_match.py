@@ -14,16 +14,16 @@ from moment_ops.ops.room import is_seen_finite
 def match_packed(
     name: str, value: Tensor, target: Tensor, widths: Sequence[int], match: CovarianceMatch
 ) -> tuple[Tensor, Tensor]:
-    """Loss and derivative of the full matrices, from packed triangles; the state advances in place.
+    """The loss of full matrices and its derivative, from packed triangles. The state advances in place.
 
     Args:
-        name: the backend whose `match_` does it; "cpu" is the reference where the extension is not built.
+        name: the backend whose `match_` is used. "cpu" is the reference if the extension is not built.
         value, target: (F,) packed covariances.
-        match: for packed targets.
+        match: with packed targets.
 
     Returns:
-        (loss, grad): the squared Frobenius norm of the full matrices, and its derivative by the entries of the full
-        matrices, packed.
+        (loss, grad): the squared Frobenius norm of the full matrices, and its derivative with respect to their entries,
+        packed.
     """
     if name == "cpu" and extension.missing("CPU", "match_") is not None:
         name = "reference"
@@ -53,7 +53,7 @@ def match_packed(
 
 
 def without_indefinite(loss: Tensor, *covariances: Tensor) -> Tensor:
-    """A loss that is not a number, of covariances that are, is infinity less infinity, or nothing times infinity."""
+    """Replace a NaN loss of covariances without NaN by infinity: it is inf - inf or 0 * inf."""
     if is_seen_finite(loss):
         return loss
     known = torch.stack([cov.detach().min() for cov in covariances]).isnan().any().logical_not()

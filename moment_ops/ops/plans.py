@@ -1,6 +1,6 @@
-"""What is worked out once for calls that are alike: checks, layouts, the backend.
+"""Plans: what is computed once for calls that are alike, such as checks, layouts and the choice of a backend.
 
-Calls are alike where their tensors have one signature, and their options are equal. A plan holds neither tensors nor
+Calls are alike if their tensors have the same signature and their options are equal. A plan holds neither tensors nor
 addresses.
 """
 
@@ -20,10 +20,10 @@ _PLAIN = {Tensor: Tensor, torch.nn.Parameter: torch.nn.Parameter}
 
 
 def signature(tensors: Iterable[Tensor | None]) -> Signature | None:
-    """All that a plan may depend on: everything about the tensors but their values and their address modulo 16.
+    """Everything about tensors that a plan may depend on: all but their values, with addresses modulo 16.
 
-    None where a plan would not hold: for anything but plain strided tensors, and where calls are traced, transformed or
-    watched. Those go through the registered operators.
+    None if a plan does not apply: for tensors that are not plain and strided, and while calls are traced, transformed
+    or intercepted. Such calls use the registered operators.
     """
     if (
         torch.compiler.is_compiling()
@@ -47,13 +47,15 @@ def signature(tensors: Iterable[Tensor | None]) -> Signature | None:
 
 
 class Plans(Generic[Plan]):
-    """Plans of one kind of call; the oldest give way."""
+    """The plans of one kind of call. The oldest are dropped."""
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Plan] = {}
 
     def find(self, signature: Signature | None, options: Hashable, make: Callable[..., Plan], *arguments: Any) -> Plan:
-        """The plan of a signature and options: `make(*arguments)` where there is none yet. An error leaves none."""
+        """The plan of a signature and options. If there is none, `make(*arguments)` makes it; if that raises, none is
+        kept.
+        """
         if signature is None:
             return make(*arguments)
         key = signature, options
@@ -64,7 +66,7 @@ class Plans(Generic[Plan]):
         return plan
 
     def get(self, key: Hashable) -> Plan | None:
-        """The plan that was put under the key."""
+        """The plan of a key, or None."""
         return self._plans.get(key)
 
     def put(self, key: Hashable, plan: Plan) -> None:

@@ -13,17 +13,17 @@ PADDING = 16
 
 
 def padded_size(size: int) -> int:
-    """With the columns of zeros that products want."""
+    """A size with the columns of zeros that products need."""
     return -(-size // PADDING) * PADDING
 
 
 def column_sums(rows: Tensor) -> Tensor:
-    """In the dtype of `rows`; PyTorch sums in a cascade, which is exact enough for some thousand rows."""
+    """Sums of columns in the dtype of `rows`. PyTorch's cascade of sums is exact enough for some thousand rows."""
     return rows.sum(0)
 
 
 def view_of(memory: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """The first entries of a vector, as a matrix."""
+    """The first entries of a vector, viewed as a matrix."""
     assert memory is not None
     return memory[: shape[0] * shape[1]].view(shape)
 

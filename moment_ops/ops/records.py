@@ -1,4 +1,4 @@
-"""The arguments of the operators that match, one record for each family, in the order of its schema."""
+"""The arguments of the operators that match: one record per family, with fields in the order of its schema."""
 
 import typing
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ _TYPES = {
 
 
 class Match(NamedTuple):
-    """What `match_` compares moments with, how, and the running average between them.
+    """The target and weights of `match_`, and its running average.
 
-    With n the vectors that the average keeps per quantity, `state` has n of the mean, n of the variance where it has a
-    target, `started` (one bool per column) where the average wants it, and the step; nothing without an average.
+    If the average keeps n vectors per quantity, `state` holds n for the mean; n for the variance if it has a target;
+    `started` (one bool per column) if the average needs it; and the step. It is empty without an average.
     """
 
     target_mean: Tensor  # (F,)
@@ -41,7 +41,7 @@ class Match(NamedTuple):
 
 
 class CovarianceMatch(NamedTuple):
-    """Likewise for `covariance_match_`; the state's vectors are on packed triangles."""
+    """The same for `covariance_match_`. The vectors of the state are packed triangles."""
 
     target: Sequence[Tensor]  # per layer a symmetric (D, D) matrix or its packed triangle
     weight: Sequence[float]  # of every layer
@@ -54,10 +54,10 @@ class CovarianceMatch(NamedTuple):
 
 
 def parameters(record: type, **types: str) -> str:
-    """The fields as a part of a schema.
+    """The fields as part of a schema.
 
     Args:
-        types: of fields whose type there is not that of the record.
+        types: the types of fields that differ from those of the record.
     """
     hints = typing.get_type_hints(record, include_extras=True)
     return ", ".join(f"{types.get(name) or _schema_type(hint)} {name}" for name, hint in hints.items())

@@ -12,16 +12,16 @@ from moment_ops.ops.room import column_scale
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
-    """(N, D) in the dtype of the statistics, columns in logical order."""
+    """(N, D) in the dtype of the statistics, with columns in logical order."""
     return x.movedim(dim, 0).reshape(x.shape[dim], -1).to(statistics_dtype(x.dtype))
 
 
 def moments(input: Sequence[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor | None]:
     """Packed mean and variance, (F,) each.
 
-    The first row is subtracted before anything is summed, and sums are in float64: a constant column then has
-    variance 0 exactly, and a mean far from zero, or a row far from all others, costs no digits. Results come out
-    wherever they fit, whatever the sums on the way to them.
+    The first row is subtracted before sums are taken in float64. A constant column then has a variance of exactly 0,
+    and neither a mean far from zero nor an outlier costs digits. A result that its dtype can represent does not
+    overflow in an intermediate sum.
     """
     means, variances = [], []
     for x in input:
@@ -40,9 +40,9 @@ def moments(input: Sequence[Tensor], dim: int, correction: int, var: bool) -> tu
 
 
 def _with_room(rows: Tensor) -> tuple[Tensor, Tensor | float]:
-    """(rows, scale) in float64 where the device has it, multiplied by `scale`, an exact power of two per column.
+    """(rows, scale): rows in float64 if the device supports it, multiplied by `scale`, a power of two per column.
 
-    It is 1 but for columns whose sums of squares may overflow: values beside which those that it loses do not count.
+    The scale is 1 unless the sum of squares of a column may overflow. Values that then underflow are negligible.
     """
     wide = _wide(rows)
     if wide.dtype != rows.dtype:
@@ -52,7 +52,7 @@ def _with_room(rows: Tensor) -> tuple[Tensor, Tensor | float]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """float64 where the device has it."""
+    """float64 if the device supports it, else the dtype of the tensor."""
     return x if x.device.type == "mps" else x.double()
 
 
@@ -111,7 +111,7 @@ def moments_backward(
 
 
 def relu_moments(x: Tensor, bias: Tensor | None, correction: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.relu(x + bias)`, bias (C,) on dimension 1, and the packed moments of the rounded result."""
+    """`torch.relu(x + bias)`, with bias (C,) on dimension 1, and the packed moments of the rounded result."""
     if bias is not None:
         x = x + bias.view(-1, *[1] * (x.dim() - 2))
     y = torch.relu(x)
@@ -128,7 +128,7 @@ def relu_moments_backward(
     mean: Tensor,
     correction: int,
 ) -> Tensor:
-    """`(grad + a + b * (y - mean)) * mask` with the mask of torch's ReLU, which lets NaN pass."""
+    """`(grad + a + b * (y - mean)) * mask` with the mask of torch's ReLU, which passes NaN."""
     count = torch.full((1,), y.shape[0], device=y.device)
     rows = [] if grad is None else [_rows(grad, 0).reshape(grad.shape)]
     wide = _rows(y, 0).reshape(y.shape)
@@ -147,7 +147,7 @@ def _loss_terms(terms: Tensor, value: Tensor, target: Tensor) -> Tensor:
 
 
 def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss and its derivatives with respect to mean and var; the state advances in place where it is to."""
+    """The loss and its derivatives with respect to mean and var. With `update`, the state advances in place."""
     kind = AVERAGES[match.average]
     started = match.state[-2] if kind.has_started else None
     step = match.state[-1].add_(1) if match.update and match.state else None

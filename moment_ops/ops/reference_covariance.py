@@ -15,7 +15,7 @@ PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 
 
 def _wide(x: Tensor) -> Tensor:
-    """float64 where the device has it."""
+    """float64 if the device supports it, else the dtype of the tensor."""
     return x if x.device.type == "mps" else x.double()
 
 
@@ -31,9 +31,9 @@ def _to_bf16(x: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """`a @ b` in float64, of operands rounded as tensor cores take them; float64 operands are not rounded.
+    """`a @ b` in float64, with operands rounded as tensor cores round them. float64 operands are not rounded.
 
-    "bf16x3" splits every operand into two bfloat16 terms and drops the product of the two small ones.
+    "bf16x3" splits every operand into two bfloat16 terms, and leaves out the product of the two small terms.
     """
     if precision == "ieee" or a.dtype == torch.float64:
         return _wide(a) @ _wide(b)
@@ -48,7 +48,9 @@ def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """(D,) of wide rows. The first is subtracted before anything is summed: a constant column has its mean exactly."""
+    """(D,) of wide rows. The first row is subtracted before rows are summed, so that a constant column has an exact
+    mean.
+    """
     return rows[0] + (rows - rows[0]).mean(0)
 
 
@@ -57,9 +59,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def covariance(x: Tensor, correction: int, centered: bool, precision: str) -> tuple[Tensor, Tensor]:
-    """`Xc' Xc / (N - correction)`, (D, D), exactly symmetric, and the mean, (D,).
+    """`Xc' Xc / (N - correction)`, (D, D) and exactly symmetric, and the mean, (D,).
 
-    Results come out wherever they fit, whatever the sums and products on the way to them.
+    A result that its dtype can represent does not overflow in an intermediate sum or product.
     """
     rows = _rows(x)
     scale = _wide(column_scale(rows))

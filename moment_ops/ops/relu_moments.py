@@ -22,7 +22,7 @@ define_native(
 
 
 class _Plan(NamedTuple):
-    """Of a tap, whose arguments have passed the checks."""
+    """The plan of a tap, whose arguments have passed the checks."""
 
     fill: Callable[..., None] | None  # the backend's kernel; None: the reference
     fill_backward: Callable[..., None] | None
@@ -34,7 +34,7 @@ class _Plan(NamedTuple):
 
 
 class _BackwardPlan(NamedTuple):
-    """Of a tap's backward."""
+    """The plan of a tap's backward."""
 
     fill: Callable[..., None] | None
     direct: bool
@@ -51,7 +51,7 @@ def _check(x: Any, bias: Any) -> None:
 
 
 def _is_direct(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel can read x as it is, and others of its shape column by column with it."""
+    """Whether a kernel can read x in place, and other tensors of its shape in the same order of columns."""
     return with_dense_columns(x, 0) is x and all(y is None or has_same_columns(y, x, 0) for y in others)
 
 
@@ -179,7 +179,7 @@ def _relu_moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tens
 
 
 def _relu_moments_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivative of `dx = (grad + a + b (y - mean)) * mask`, in PyTorch that is itself differentiable."""
+    """Derivative of `dx = (grad + a + b (y - mean)) * mask`, by operators of PyTorch, and thus differentiable."""
     y, mean, grad_var = ctx.saved_tensors
     h = torch.where(y <= 0, 0, h)
     h_rows = h.reshape(h.shape[0], -1).to(mean.dtype)
@@ -213,24 +213,24 @@ register_derivative("relu_moments_backward", _relu_moments_backward_derivative, 
 
 
 def relu_moments(x: Tensor, bias: Tensor | None = None, *, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """`y = relu(x + bias)` and the mean and variance of y over the batch, as one autograd node.
+    """`y = relu(x + bias)`, and the mean and variance of y over the batch, as one autograd node.
 
     Args:
-        x: (N, ...), float32, bfloat16, float16 or float64; contiguous, channels-last and row-sliced layouts are read
-            as they are, others are copied once.
-        bias: (C,) of the channels on dimension 1, in the dtype of x.
-        correction: c in sum of squares / (N - c). N <= c gives NaN variances.
+        x: (N, ...), float32, bfloat16, float16 or float64. Contiguous, channels-last and row-sliced tensors are read in
+            place, others are copied once.
+        bias: (C,) for the channels on dimension 1, in the dtype of x.
+        correction: c in the variance, sum of squares / (N - c). If N <= c, variances are NaN.
 
     Returns:
-        (y, mean, var): y bit for bit `torch.relu(x + bias)`, in the strides of x; (F,) vectors in the row-major order
-        of a row's shape, float32 (float64 for float64). Differentiable, twice in eager mode; gradients that arrive at
-        y, mean and var are joined in one pass.
+        (y, mean, var). y is `torch.relu(x + bias)` bit for bit, in the strides of x. mean and var are (F,), in the
+        row-major order of a row, in float32 (float64 for float64). Differentiable, twice in eager mode. The
+        gradients of y, mean and var are added in one pass.
 
     Raises:
         TypeError, ValueError: wrong dtype, rank, bias or batch.
 
-    Cost: one launch, x is read and y written; backward one launch, the gradient and y are read, one gradient is
-    written: the bytes that the ReLU alone moves. Of its own it saves the mean.
+    Cost: one launch, which reads x and writes y. Backward takes one launch, which reads the gradient and y and writes
+    one gradient, as the backward of the ReLU alone. It saves the mean in addition to y.
     """
     correction = checks.correction(correction)
     signature = plans.signature((x, bias))
@@ -244,7 +244,7 @@ def relu_moments(x: Tensor, bias: Tensor | None = None, *, correction: int = 1) 
 
 
 class _ReluMoments(torch.autograd.Function):
-    """The operator as a node of its own: the dispatcher's way to the same derivative takes several times as long."""
+    """An autograd node of its own: the dispatcher's way to the same derivative takes several times as long."""
 
     @staticmethod
     def forward(
@@ -283,7 +283,7 @@ class _ReluMoments(torch.autograd.Function):
 
 
 class _IdentityMoments(Node):
-    """An operator may not return its input, so this is a node around two of them."""
+    """An autograd node around two operators, since an operator may not return its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, correction: int, plan: Plan | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -310,11 +310,11 @@ class _IdentityMoments(Node):
 
 
 def identity_moments(x: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """x, passed on, and its mean and variance over the batch, as one autograd node.
+    """x itself, and its mean and variance over the batch, as one autograd node.
 
-    Arguments and results as in `relu_moments`, where y is x.
+    Arguments and results are those of `relu_moments`, with x as y.
 
-    Cost: one launch and one read; backward one launch, x and the gradient are read, one gradient is written.
+    Cost: one launch and one read. Backward takes one launch, which reads x and the gradient and writes one gradient.
     """
     correction = checks.correction(correction)
     signature = plans.signature((x,))

@@ -12,20 +12,21 @@ _STEP = 1000
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether x has values on the CPU, where reading them waits for nothing."""
+    """Whether x has values on the CPU, which can be read without waiting."""
     plain = type(x) is Tensor and x.device.type == "cpu"
     return plain and not (torch.compiler.is_compiling() or is_transformed())
 
 
 def is_seen_finite(value: Tensor) -> bool:
-    """Whether a scalar can be read, and is finite."""
+    """Whether a scalar can be read without waiting, and is finite."""
     return is_readable(value) and math.isfinite(value.detach())
 
 
 def column_scale(rows: Tensor) -> Tensor:
-    """(D,) 1, or a small power of two for columns (N, D) whose sums of squares may overflow.
+    """(D,): 1, or a small power of two for columns of (N, D) whose sums of squares may overflow.
 
-    Values that a scaled column loses do not count beside its largest. Columns that are not finite stay as they are.
+    Values that underflow in a scaled column are negligible next to its largest value. Non-finite columns are not
+    scaled.
     """
     if not rows.numel():
         return rows.new_ones(rows.shape[1])
@@ -36,7 +37,7 @@ def column_scale(rows: Tensor) -> Tensor:
 
 
 def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
-    """`x`, float64, times `2 ** exponent`: infinite only where the result is."""
+    """`x`, float64, times `2 ** exponent`, which is infinite only if the result does not fit."""
     while exponent:
         step = max(-_STEP, min(_STEP, exponent))
         x = x * 2.0**step
@@ -45,16 +46,16 @@ def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
 
 
 def all_finite(*tensors: Tensor | None) -> bool:
-    """Whether every entry of some tensors is; reads from the device."""
+    """Whether all entries of these tensors are finite. Reads from the device."""
     return all(bool(t.isfinite().all()) for t in tensors if t is not None)
 
 
 def keeps_digits(value: float, dtype: torch.dtype) -> bool:
-    """Whether a factor keeps its digits in a dtype."""
+    """Whether a factor is 0 or a normal number of a dtype, so that it keeps its digits."""
     limits = torch.finfo(dtype)
     return value == 0 or limits.tiny <= abs(value) <= limits.max
 
 
 def excess(x: Tensor) -> int:
-    """Exponent of the power of two by which finite float64 numbers are too large for sums of their products, or 0."""
+    """The exponent of the power of two by which float64 numbers are too large for sums of their products, or 0."""
     return max(0, math.frexp(float(x.abs().max()))[1] - _STEP // 2)

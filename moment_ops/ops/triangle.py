@@ -35,17 +35,17 @@ def diagonal_size(width: int) -> int:
 
 
 def diagonal_offset(block: int) -> int:
-    """Where the diagonal block of a block row begins."""
+    """The offset of the diagonal block of a block row."""
     return block * BLOCK * BLOCK
 
 
 def panel_width(width: int, block: int) -> int:
-    """Number of columns right of the diagonal block; 0 for the last block row."""
+    """The number of columns to the right of the diagonal block. It is 0 for the last block row."""
     return max(0, width - (block + 1) * BLOCK)
 
 
 def panel_offset(width: int, block: int) -> int:
-    """Where the panel of a block row begins."""
+    """The offset of the panel of a block row."""
     return diagonal_size(width) + BLOCK * (block * width - BLOCK * (block * (block + 1) // 2))
 
 
@@ -67,19 +67,19 @@ def diagonal(packed: Tensor, width: int, block: int) -> Tensor:
 
 
 def panel(packed: Tensor, width: int, block: int) -> Tensor:
-    """The panel of a block row, (BLOCK, columns), a view; not for the last block row."""
+    """The panel of a block row, (BLOCK, columns), as a view. The last block row has none."""
     columns = panel_width(width, block)
     start = panel_offset(width, block)
     return packed[start : start + BLOCK * columns].view(BLOCK, columns)
 
 
 def split(packed: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """One packed matrix after another, views."""
+    """The packed matrices, one view each."""
     return list(packed.split([size(width) for width in widths]))
 
 
 def parts(widths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Parts A and B of every matrix in order: where it lies, and how often an entry counts in the full matrix."""
+    """For parts A and B of every matrix, in order: the slice, and how often an entry occurs in the full matrix."""
     start = 0
     for width in widths:
         middle, stop = start + diagonal_size(width), start + size(width)
@@ -112,7 +112,7 @@ def store(strip: Tensor, packed: Tensor, start: int, factor: float = 1.0) -> Non
 
 
 def load(packed: Tensor, start: int, out: Tensor) -> Tensor:
-    """Fill `out`, as `strip` of `store`, from a packed matrix; its leading square is symmetric."""
+    """Fill `out`, a `strip` as of `store`, from a packed matrix. The square at its start becomes symmetric."""
     height, columns = out.shape
     width = start + columns
     for row in range(0, height, BLOCK):
@@ -150,7 +150,7 @@ def _pack(full: Tensor) -> Tensor:
 
 
 class _Pack(Node):
-    """The packed upper triangle. Its gradient stays there: that of a symmetric matrix is symmetrized by its maker."""
+    """The packed upper triangle. The gradient is that of the upper triangle; whoever made the matrix symmetrizes it."""
 
     @staticmethod
     def forward(ctx: Any, full: Tensor) -> Tensor:
@@ -179,18 +179,18 @@ class _PackBackward(Node):
 
 
 def pack(full: Tensor) -> Tensor:
-    """A symmetric (D, D) matrix as a packed vector; differentiable. Of B, only the upper side is read."""
+    """A symmetric (D, D) matrix as a packed vector. Differentiable. Part B is read from the upper triangle."""
     return _Pack.call(full)
 
 
 def pack_all(matrices: Sequence[Tensor]) -> Tensor:
-    """Symmetric (D_l, D_l) matrices, or those packed already, as one packed vector; differentiable."""
+    """Symmetric (D_l, D_l) matrices, or packed ones, as one packed vector. Differentiable."""
     packed = [matrix if matrix.dim() == 1 else pack(matrix) for matrix in matrices]
     return packed[0] if len(packed) == 1 else torch.cat(packed)
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
-    """The full (D, D) matrix, its parts B mirrored exactly."""
+    """The full (D, D) matrix. Parts B are mirrored exactly."""
     full = packed.new_empty(width, width)
     for block in range(blocks(width)):
         start = block * BLOCK

@@ -1,4 +1,4 @@
-"""Activations, as modules and as functions, and which of them have features that are worth matching."""
+"""Activations, as modules and as functions, and which of them are tapped by default."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ FEATURES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Hardswish,
 )  # fmt: skip
-# These gate other features, or end a network.
+# These usually gate other features, or are the output of a network.
 GATES: tuple[type[nn.Module], ...] = (
     nn.Hardtanh, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Softmax,
 )  # fmt: skip
 ALL = (*FEATURES, *GATES)
-# Hidden units of a moment network, which has no gates and no last activation to leave out.
+# By default the hidden units of a moment network, which has neither gates nor an activation after its last layer.
 HIDDEN = (*FEATURES, nn.Hardtanh, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.LogSigmoid)
 
-# What stands for the module where a function is called.
+# The modules that stand for calls of functions.
 RELU = nn.ReLU()
 _STAND_INS: dict[str, nn.Module] = {
     "relu": RELU, "leaky_relu": nn.LeakyReLU(), "prelu": nn.PReLU(), "rrelu": nn.RReLU(), "relu6": nn.ReLU6(),
@@ -31,7 +31,7 @@ _STAND_INS: dict[str, nn.Module] = {
 
 
 def _functions() -> dict[Any, tuple[str, nn.Module]]:
-    """By function: its name without the mark of those in place, and its stand-in."""
+    """For every function its name, without the underscore of in-place functions, and the module that stands for it."""
     found = {}
     for name, module in _STAND_INS.items():
         for place in (functional, torch, torch.Tensor):
@@ -47,7 +47,7 @@ RELU_FUNCTIONS = frozenset(function for function, (name, _) in FUNCTIONS.items()
 # `torch.nn.functional.relu_` is `torch.relu_`.
 IN_PLACE_RELU_FUNCTIONS = frozenset({torch.relu_, torch.Tensor.relu_})
 
-# timm's own classes, by name: they are no subclasses of what they compute.
+# The classes of timm, by name: they are not subclasses of PyTorch's activations.
 _TIMM: dict[str, type[nn.Module]] = {
     "Swish": nn.SiLU, "SwishMe": nn.SiLU, "Mish": nn.Mish, "MishMe": nn.Mish, "HardMish": nn.Mish,
     "HardMishMe": nn.Mish, "HardSwish": nn.Hardswish, "HardSwishMe": nn.Hardswish, "GELU": nn.GELU,
@@ -57,7 +57,7 @@ _TIMM: dict[str, type[nn.Module]] = {
 
 
 def is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the module is of one of the types; timm's activations are of those of PyTorch."""
+    """Whether the module is of one of the types. An activation of timm counts as PyTorch's type of that activation."""
     if isinstance(module, types):
         return True
     cls = type(module)
@@ -65,20 +65,20 @@ def is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether what the module calls is the activation itself."""
+    """Whether the module is an activation, so that a function that it calls is not another one."""
     return is_a(module, ALL)
 
 
 def is_plain_relu(module: nn.Module) -> bool:
-    """Whether calling the module is calling `torch.relu`: no other forward, no hooks."""
+    """Whether calling the module only calls `torch.relu`: it has neither another forward nor hooks."""
     return isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
+    """Whether a call of the module runs hooks besides its forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def function_path(caller: str, function: str) -> str:
-    """The path of an activation that is called as a function, in the forward of the module `caller`."""
+    """The path of an activation that is called as a function in the forward of the module `caller`."""
     return f"{caller}.{function}" if caller else function

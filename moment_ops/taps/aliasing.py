@@ -1,4 +1,4 @@
-"""In-place operations in a graph: who sees what they write."""
+"""In-place operations in a graph, and the values that share the memory that they write."""
 
 import operator
 from typing import Any
@@ -10,7 +10,7 @@ from moment_ops.taps.folding import argument
 
 _IN_PLACE_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem})
 # fmt: off
-# Results that may share the memory of their first argument.
+# Functions and methods whose result may share the memory of their first argument.
 _VIEWS = frozenset(
     {
         "as_strided", "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float",
@@ -20,7 +20,7 @@ _VIEWS = frozenset(
     }
 )
 # fmt: on
-# Of the argument `inplace`; given by name, it is found for every function.
+# The position of the argument `inplace`. If it is given by name, it is found for every function.
 _INPLACE_POSITION = {
     "relu": 1,
     "relu6": 1,
@@ -46,7 +46,7 @@ _VIEW_MODULES = (
 
 
 def is_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a call writes into its first argument."""
+    """Whether a call writes to its first argument."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         return bool(getattr(module, "inplace", False)) and not isinstance(module, _VIEW_MODULES)
@@ -66,7 +66,7 @@ def users_after(graph: fx.Graph, value: fx.Node, node: fx.Node) -> list[fx.Node]
 
 
 def is_seen_by_others(root: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
-    """Whether an in-place call's result is seen, later, through another view of the memory that it wrote."""
+    """Whether the result of an in-place call is read later through another view of the same memory."""
     if not is_in_place(root, node):
         return False
     written = argument(node, 0, "input")
@@ -75,7 +75,7 @@ def is_seen_by_others(root: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def protect(root: nn.Module, graph: fx.Graph, tapped: fx.Node) -> None:
-    """Let in-place calls on a tapped value write into a copy: it is a feature, and its tap's backward needs it."""
+    """Let in-place calls on a tapped value write to a copy: the value is a feature, which backward needs."""
     for user in list(tapped.users):
         if is_in_place(root, user) and argument(user, 0, "input") is tapped:
             with graph.inserting_before(user):

@@ -1,4 +1,4 @@
-"""`MomentExtractor`: the moments of a frozen network's features, collected while the features are made."""
+"""`MomentExtractor`: the moments of the features of a frozen network, collected while it computes them."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -17,40 +17,42 @@ from moment_ops.taps.tracing import Untraceable, trace
 
 
 class MomentExtractor(nn.Module):
-    """Moments of the features of one frozen network, or of several as one feature set.
+    """Moments of the features of one frozen network, or of several networks as one set of features.
 
-    A tap stands at every selected call, in execution order. The tap of a ReLU replaces it: one pass computes the ReLU
-    and the moments of its output. Every other tap reads the output of its call and passes it on. A tap is one autograd
-    node, where the gradients of the next layer and of the moments are added in one pass.
+    Every selected call gets a tap, in execution order. The tap of a ReLU replaces it: one pass computes the ReLU and
+    the moments of its output. Every other tap reads the output of its call and returns it unchanged. A tap is one
+    autograd node. Its backward adds the gradients of the next layer and of the moments in one pass.
 
     Args:
-        nets: a module, or several in a sequence or a mapping, each called with the images only. They are not changed:
-            the extractor copies them, freezes the copies, keeps them in evaluation mode whatever `train()` is called
-            with, and drops what follows the last tap. A BatchNorm that is the only reader of a convolution is folded
-            into it, in float32 and float64: for a network in 16 bits, convert the extractor, not the network.
-        layers: what to tap. A module type or several, where `torch.nn.ReLU` includes calls of `torch.relu` and
-            `torch.nn.functional.relu`, and `torch.nn.GELU` includes timm's class of that name; names from `names`, of
-            one call ("layer1.0.relu:1") or of a module, which selects all its calls; or a predicate
-            (name, module) -> bool, which gets `nn.ReLU()` for a function. By default all activations except those that
-            gate other features or end a network: Sigmoid, Hardsigmoid, Tanh, Hardtanh, Softsign, LogSigmoid, Softmax.
+        nets: a module, or several in a sequence or a mapping. Each is called with the images only. The extractor copies
+            the networks, so that they do not change. The copies are frozen, stay in evaluation mode also after
+            `train()`, and end after the last tap. A BatchNorm that alone reads the output of a convolution is folded
+            into the convolution if its weights are float32 or float64. To run a network in 16 bits, convert the
+            extractor rather than the network.
+        layers: which calls get taps. Either a module type or several, where `torch.nn.ReLU` includes calls of
+            `torch.relu` and `torch.nn.functional.relu`, and `torch.nn.GELU` includes timm's class of that name; or
+            names as in `names`, of one call ("layer1.0.relu:1") or of a module ("layer1.0.relu", which selects all its
+            calls); or a predicate (name, module) -> bool, which gets `nn.ReLU()` for a call of a function. By default
+            all activations are selected, except for those that usually gate other features or are the output of a
+            network: Sigmoid, Hardsigmoid, Tanh, Hardtanh, Softsign, LogSigmoid and Softmax.
 
     Attributes:
-        names: one per tap, module path and call index, after "index/" or "key/" of the network where there are several.
-            None before the first call of a network that cannot be traced, see below.
+        names: the names of the taps: module path and call index, "layer1.0.relu:1". With several networks they start
+            with "index/" or "key/" of the network. None before the first call of a network that cannot be traced.
 
-    Networks are traced with `torch.fx`. A network that cannot be traced, or that has selected calls within a module
-    which torch.fx records as one call (`torch.nn.TransformerEncoder`), is tapped by hooks instead. Then nothing is
-    folded, `names` are known after the first call, and a call that takes another path raises ValueError.
+    Networks are traced with `torch.fx`. If a network cannot be traced, or if a selected call is within a module that
+    torch.fx records as one call (`torch.nn.TransformerEncoder`), hooks are used instead. Then BatchNorm is not folded,
+    `names` are known after the first call, and a later call that reaches other taps raises ValueError.
 
     Raises:
-        TypeError, ValueError: wrong types; a network without a selected call, or a name that does not exist: the error
-            lists what can be selected. For networks that are not traced, on the first call.
+        TypeError, ValueError: wrong types; a network without a selected call; a name that does not exist. The message
+            lists what can be selected. Networks that are not traced raise it in the first call.
 
-    Cost: the tap of a ReLU reads and writes what the ReLU does, forward and backward; memory beyond the network's is a
-    few (F,) vectors. Every other tap reads its features once more, and its backward adds its gradients in a pass of its
-    own.
+    Cost: the tap of a ReLU reads and writes what the ReLU reads and writes, in forward and backward. It needs a few
+    (F,) vectors of memory. Every other tap reads its features once more, and its backward adds gradients in a separate
+    pass.
 
-    Source: dos Santos et al. 2019, whose features are all ReLU outputs of VGG19 and ResNet18 together.
+    Source: dos Santos et al. 2019, who match all ReLU outputs of VGG19 and ResNet18 together.
     """
 
     def __init__(
@@ -69,27 +71,28 @@ class MomentExtractor(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """One name per tap."""
+        """One name per tap; None if they are not known yet."""
         found = [net.names if isinstance(net, RecordedNetwork) else names for net, names in self._pairs()]
         return None if None in found else tuple(name for names in found if names for name in names)
 
     def forward(self, images: Tensor) -> Moments:
-        """Moments over all taps of all networks, with their names; differentiable to images, twice in eager mode.
+        """The moments of the features of all taps, with their names.
 
         Args:
-            images: what the networks take.
+            images: (N, ...) input of the networks.
 
         Returns:
-            Moments with correction 1 and variances, float32 (float64 for float64 features).
+            Moments with variances and correction 1, in float32 (float64 for float64 features). Differentiable with
+            respect to the images, twice in eager mode.
         """
         return self._packed(self._run(images, MOMENTS))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The features of all taps, one (N, ...) Tensor each, in the order of the moments."""
+        """The features of all taps, one (N, ...) Tensor per tap, in the order of `names`."""
         return self._run(images, FEATURES)
 
     def moments_and_features(self, images: Tensor) -> tuple[Moments, list[Tensor]]:
-        """Both, of one run of the networks: moments by the taps, and features for what needs more than moments."""
+        """The moments and the features of all taps, from one run of the networks."""
         taps: list[Collected] = self._run(images, BOTH)
         return self._packed(taps), [tap.features for tap in taps if tap.features is not None]
 
@@ -104,7 +107,7 @@ class MomentExtractor(nn.Module):
         )
 
     def train(self, mode: bool = True) -> "MomentExtractor":
-        """Stays in evaluation mode."""
+        """Does nothing: the extractor stays in evaluation mode."""
         return self
 
     def extra_repr(self) -> str:
@@ -146,7 +149,7 @@ def _by_prefix(nets: Any) -> dict[str, nn.Module]:
     """Networks by the prefix of their names."""
     if isinstance(nets, torch.jit.ScriptModule):
         raise _scripted("nets")
-    # A container that has a forward of its own is one network.
+    # A container that defines `forward` is one network.
     if isinstance(nets, nn.Module) and type(nets).forward is not nn.Module.forward:
         return {"": nets}
     if isinstance(nets, (Mapping, nn.ModuleDict)):
@@ -154,9 +157,9 @@ def _by_prefix(nets: Any) -> dict[str, nn.Module]:
     elif isinstance(nets, Iterable):
         named = {f"{i}/": net for i, net in enumerate(nets)}
     else:
-        raise TypeError(f"nets: got {type(nets).__name__}, expected a Module or several")
+        raise TypeError(f"nets: got {type(nets).__name__}, expected a Module, or a sequence or mapping of Modules")
     if not named:
-        raise ValueError("nets: got none, expected at least one Module")
+        raise ValueError(f"nets: got an empty {type(nets).__name__}, expected at least one Module")
     for prefix, net in named.items():
         if not isinstance(net, nn.Module):
             raise TypeError(f"nets[{prefix.removesuffix('/')}]: got {type(net).__name__}, expected a Module")
@@ -166,13 +169,13 @@ def _by_prefix(nets: Any) -> dict[str, nn.Module]:
 
 
 def _scripted(name: str) -> TypeError:
-    return TypeError(f"{name}: got a ScriptModule, whose calls cannot be seen; pass the Module that it was made from")
+    return TypeError(f"{name}: got a ScriptModule, whose calls cannot be tapped; pass the Module it was made from")
 
 
 def _own_copy(net: nn.Module) -> nn.Module:
     """A frozen copy in evaluation mode, without gradients; a compiled module is unwrapped."""
     net = getattr(net, "_orig_mod", net)
-    # The older weight_norm and spectral_norm keep a weight with its graph in an attribute, which deepcopy refuses.
+    # The older weight_norm and spectral_norm keep a weight with its graph in an attribute, which deepcopy cannot copy.
     computed = [
         value
         for module in net.modules()

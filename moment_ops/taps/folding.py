@@ -1,6 +1,6 @@
-"""BatchNorm in evaluation mode, folded into the convolution before it.
+"""Folding of BatchNorm, in evaluation mode, into the convolution before it.
 
-It saves a pass, and memory: BatchNorm keeps its whole input for backward, also when it is frozen.
+This saves a pass over the features, and the memory of the input that BatchNorm saves for backward even when frozen.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from moment_ops.taps.activations import has_hooks
 
-# Traced as functions, so that their weights can be changed where the call is the only one that uses them.
+# Traced as functions, so that their weights can be replaced if no other call uses them.
 CONVOLUTION_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
     {functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
@@ -22,7 +22,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def argument(node: fx.Node, position: int, name: str) -> Any:
-    """An argument of a call, given by position or by name."""
+    """An argument of a call that is given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
@@ -34,16 +34,16 @@ def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
 
 
 def fold_batch_norms(root: nn.Module, graph: fx.Graph, kept: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Fold every BatchNorm that alone reads a convolution with float32 or float64 weights of its own.
+    """Fold every BatchNorm that is the only user of a convolution with float32 or float64 weights of its own.
 
-    In 16 bits, rounding the folded weights costs more than the BatchNorm.
+    Weights in 16 bits are not folded, since rounding the folded weights would lose accuracy.
 
     Args:
-        root: the traced module, in evaluation mode; its convolutions' parameters are replaced.
-        kept: nodes whose values are wanted as they are.
+        root: the traced module, in evaluation mode. The parameters of its convolutions are replaced.
+        kept: nodes whose values must not change.
 
     Returns:
-        The convolutions, by the BatchNorms they replace.
+        A mapping from the nodes of folded BatchNorms to those of their convolutions.
     """
     uses: Counter[Any] = Counter()
     for node in graph.nodes:
@@ -94,7 +94,7 @@ def _fold(root: nn.Module, graph: fx.Graph, convolution: fx.Node, norm: Any, use
 
 
 def _folded(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """The convolution's parameters with the normalization in them, computed in float64."""
+    """Weight and bias of the convolution with the normalization, computed in float64."""
     scale = (_wide(norm.running_var) + norm.eps).rsqrt()
     shift = -_wide(norm.running_mean) if bias is None else _wide(bias) - _wide(norm.running_mean)
     if norm.weight is not None:

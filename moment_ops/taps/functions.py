@@ -1,7 +1,7 @@
-"""What a tapped network calls in the place of its own operations.
+"""The functions that a tapped network calls instead of its own operations.
 
-Every tap gives the value that goes on through the network, and its statistic: the features, their moments, or both, as
-is wanted. For moments alone no features are kept.
+A tap returns the value for the next operation of the network, and what is wanted of it: the features, their moments, or
+both. If only moments are wanted, features are not kept.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ MOMENTS, FEATURES, BOTH = "moments", "features", "both"
 
 
 class Collected(NamedTuple):
-    """The moments of one tap over one batch: (F,) mean and variance, features if wanted, rows, the shape of a row."""
+    """The moments of one tap over one batch: (F,) mean and variance, features if wanted, N, and the shape of a row."""
 
     mean: Tensor
     var: Tensor
@@ -38,9 +38,9 @@ def relu_tap(x: Tensor, bias: Tensor | None, wanted: str) -> tuple[Tensor, Any]:
 
 
 def identity_tap(value: Any, wanted: str, copied: bool = False) -> tuple[Any, Any]:
-    """A module's output, and what is wanted of it; of a tuple or a list, of its first tensor.
+    """The output of a call, and what is wanted of it. Of a tuple or a list, the first Tensor is tapped.
 
-    With `copied`, what goes on through the network is a copy: it may be written to.
+    With `copied`, a copy goes on through the network, which may write to it.
     """
     if isinstance(value, (tuple, list)):
         at = next((i for i, item in enumerate(value) if isinstance(item, Tensor)), None)
@@ -49,7 +49,7 @@ def identity_tap(value: Any, wanted: str, copied: bool = False) -> tuple[Any, An
             items = [*value[:at], y, *value[at + 1 :]]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items), statistic
     if not isinstance(value, Tensor):
-        raise TypeError(f"layers: a tapped module returns {type(value).__name__}, expected a Tensor")
+        raise TypeError(f"layers: a selected module returned {type(value).__name__}, expected a Tensor")
     if wanted == FEATURES:
         return value.clone() if copied else value, value
     y, mean, var = identity_moments(value)
@@ -57,12 +57,12 @@ def identity_tap(value: Any, wanted: str, copied: bool = False) -> tuple[Any, An
 
 
 def bias_in_convolution(bias: Tensor) -> Tensor | None:
-    """The bias, except on GPUs, where PyTorch adds it in a pass of its own and the tap does it for nothing."""
+    """The bias, except on a GPU, where PyTorch adds it in a separate pass and the tap adds it instead."""
     return None if bias.is_cuda else bias
 
 
 def bias_in_tap(bias: Tensor) -> Tensor | None:
-    """The bias where the convolution leaves it out."""
+    """The bias on a GPU, where the convolution leaves it out."""
     return bias if bias.is_cuda else None
 
 

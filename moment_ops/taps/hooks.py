@@ -1,4 +1,4 @@
-"""Networks whose calls are followed while they happen: by hooks on modules, activations' functions by a mode."""
+"""Following the calls of a running network: of modules by hooks, of activation functions by a `TorchFunctionMode`."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from moment_ops.taps.selection import Selection, Site, Sites
 
 
 class _Activations(TorchFunctionMode):
-    """Gives calls of activations' functions to a handler."""
+    """Passes calls of activation functions to a handler."""
 
     def __init__(self, handler: Callable[[Callable[..., Any], Any, Any], Any]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Activations(TorchFunctionMode):
 
 
 class _Followed:
-    """One network, and which of its modules is running."""
+    """One network, and the module that is running."""
 
     def __init__(self, net: nn.Module, prefix: str = "") -> None:
         self.net, self._prefix = net, prefix
@@ -47,8 +47,8 @@ class _Followed:
         self.passed: list[Site] = []
 
     def hook(self, returned: Callable[[nn.Module, Any], Any]) -> list[Any]:
-        """Hooks on all modules; `returned(module, output)` may give another output. Their handles."""
-        # Not a closure: extractors are pickled.
+        """Register hooks on all modules; returns their handles. `returned(module, output)` may replace the output."""
+        # Not a closure, since extractors are pickled.
         leave = functools.partial(self._leave, returned)
         handles = []
         for module in self._paths:
@@ -72,7 +72,7 @@ class _Followed:
         return self._add(self._paths[module] or type(module).__name__, module)
 
     def function_site(self, function: Callable[..., Any]) -> Site | None:
-        """The site of a call of a function; None where the running module is that activation."""
+        """The site of a call of a function; None if the running module is that activation."""
         if is_activation(self.caller):
             return None
         name, module = FUNCTIONS[function]
@@ -85,18 +85,19 @@ class _Followed:
 
 
 class _AllTapped(BaseException):
-    """Ends a forward whose last tap has been reached."""
+    """Ends a forward after its last tap."""
 
 
 class RecordedNetwork(nn.Module):
-    """A network that `torch.fx` cannot trace, or not far enough: its calls are tapped while they happen.
+    """A network that `torch.fx` cannot trace, or not into a selected module. Its calls are tapped while it runs.
 
-    Nothing is folded; an in-place ReLU stays in place, with the tap after it; what other modules return goes on as a
-    copy. Which calls there are is known after the first forward; a later one that takes another path raises.
+    BatchNorm is not folded. An in-place ReLU stays in place and is followed by its tap. The outputs of other taps go on
+    as copies. The taps are known after the first forward; a later forward with other taps raises ValueError.
 
     Args:
-        net: in evaluation mode; it gets hooks, and the layers of a `nn.TransformerEncoder` run one by one.
-        prefix: of the sites' names.
+        net: in evaluation mode. It gets hooks, and the layers of a `nn.TransformerEncoder` run one by one.
+        prefix: prefix of the names of its sites.
+        where: what errors call the network.
     """
 
     def __init__(self, net: nn.Module, selection: Selection, prefix: str, where: str) -> None:
@@ -115,7 +116,7 @@ class RecordedNetwork(nn.Module):
         return self._followed.passed
 
     def forward(self, images: Tensor, wanted: str) -> list[Any]:
-        """The statistics of the taps."""
+        """What is wanted of every tap."""
         self._followed.begin()
         self._wanted = wanted
         self._statistics: list[Any] = []
@@ -130,14 +131,16 @@ class RecordedNetwork(nn.Module):
         if self.names is None:
             self.names = self._tapped
         if self._tapped != self.names:
-            raise ValueError(f"images: {self._where} was tapped at {self._tapped}, the first time at {self.names}")
+            raise ValueError(
+                f"images: {self._where} was tapped at {self._tapped}, expected {self.names} as in the first call"
+            )
         statistics, self._statistics = self._statistics, []
         return statistics
 
     def _returned(self, module: nn.Module, output: Any) -> Any:
         if module in self._plain_relus or not self._chooses(self._followed.module_site(module)):
             return None
-        # Whether the network will write to its output cannot be known.
+        # A copy, since the network may write to the output.
         return self._keep(*functions.identity_tap(output, self._wanted, copied=True))
 
     def _called(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -152,7 +155,7 @@ class RecordedNetwork(nn.Module):
             y, statistic = functions.identity_tap(function(*args, **kwargs), self._wanted)
         else:
             y, statistic = functions.relu_tap(args[0] if args else kwargs["input"], None, self._wanted)
-        # The network may write to what it got.
+        # A copy, since the network may write to the output.
         if self._wanted == functions.FEATURES:
             statistic = statistic.clone()
         elif self._wanted == functions.BOTH:
@@ -167,14 +170,14 @@ class RecordedNetwork(nn.Module):
 
     def _keep(self, value: Any, statistic: Any) -> Any:
         self._statistics.append(statistic)
-        # A compiler drops what follows by itself, and does not follow an exception through everything.
+        # A compiler removes what follows by itself, and cannot trace this exception everywhere.
         if self.names is not None and len(self._statistics) == len(self.names) and not torch.compiler.is_compiling():
             raise _AllTapped
         return value
 
 
 def _run_layer_by_layer(net: nn.Module) -> None:
-    """Without PyTorch's fused kernel for a whole encoder layer, which calls no module."""
+    """Disable PyTorch's fused kernel for encoder layers, which calls no modules."""
     for module in net.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
@@ -183,9 +186,9 @@ def _run_layer_by_layer(net: nn.Module) -> None:
 
 
 class Calls:
-    """Watches one forward of a network, as it is, with its parameters' graph: keeps what the chosen calls return.
+    """Keeps the outputs of selected calls during one forward of a network, with their graph.
 
-    Hooks are there during the forward only, so that the network stays the user's own.
+    The hooks are removed after the forward, so that the network does not change.
     """
 
     def __init__(self, f: nn.Module, selection: Selection, rows: int) -> None:
@@ -207,7 +210,7 @@ class Calls:
         self._mode.__exit__(*details)
 
     def check(self) -> None:
-        """After the forward: something was chosen, all names exist, and nothing was written into what was kept."""
+        """Check after the forward: calls were selected, all names exist, and no kept output was changed in place."""
         with errors_about("hidden"):
             self._selection.check_all_found(self._followed.passed)
             if not self.names:
@@ -215,8 +218,8 @@ class Calls:
         for name, feature, version in zip(self.names, self.features, self._versions, strict=True):
             if feature._version != version:
                 raise ValueError(
-                    f"hidden: the output of {name} is changed in place by a later operation of f; make that one out of"
-                    " place (inplace=False)"
+                    f"hidden: the output of {name} is changed in place by a later operation of f; use an operation that"
+                    " is not in place (inplace=False)"
                 )
 
     def _called(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -246,7 +249,7 @@ class Calls:
 
 @contextmanager
 def errors_about(argument: str) -> Iterator[None]:
-    """Errors about `layers` are about this argument."""
+    """Rename the argument `layers` in errors."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Call sites of a network: their names, and which of them are tapped."""
+"""Call sites of a network: their names, and the selection of those to tap."""
 
 import difflib
 from collections import Counter
@@ -14,13 +14,13 @@ Layers: TypeAlias = (
     type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool]
 )
 
-# Characters of an error that names what there is: a screen.
+# The largest number of characters of an error that lists call sites, about a screen.
 _MOST_CHARACTERS = 1500
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call: of a module, or of an activation's function within a module."""
+    """One call: of a module, or of an activation function within a module."""
 
     name: str
     module: nn.Module
@@ -38,7 +38,7 @@ class Sites:
         self._calls: dict[str, int] = {}
 
     def add(self, path: str, module: nn.Module) -> Site:
-        """The site of the next call of what is at `path`."""
+        """The site of the next call of the module or function at `path`."""
         index = self._calls.get(path, 0)
         self._calls[path] = index + 1
         return Site(f"{self.prefix}{path}:{index}", module)
@@ -49,7 +49,7 @@ class Selection:
 
     Args:
         layers: a module type or several; names, of modules ("layer1.0.relu", all its calls) or calls
-            ("layer1.0.relu:1"); or a predicate (name, module) -> bool, given `nn.ReLU()` for a call of `torch.relu`.
+            ("layer1.0.relu:1"); or a predicate (name, module) -> bool, which gets `nn.ReLU()` for `torch.relu`.
     """
 
     def __init__(self, layers: Any) -> None:
@@ -69,13 +69,13 @@ class Selection:
         self._described = ", ".join(t.__name__ for t in self._types) or repr(layers)
 
     def __call__(self, site: Site, prefix: str) -> bool:
-        """Whether a call is tapped; a name that is chosen counts as found."""
+        """Whether a call is selected. Remembers the names that have been found."""
         matching = self._matching(site, prefix)
         self._found |= matching
         return bool(matching) or self._chooses(site)
 
     def reaches_into(self, path: str, inner: Iterable[Site], prefix: str) -> bool:
-        """Whether one of the calls within the module at `path` may be chosen: `inner`, or a later one of these."""
+        """Whether a call within the module at `path` may be selected: one of `inner`, or a later call of them."""
         if self._names:
             within = f"{path}." if path else ""
             names = [name.removeprefix(prefix) for name in self._names]
@@ -83,7 +83,7 @@ class Selection:
         return any(self._chooses(site) for site in inner)
 
     def _chooses(self, site: Site) -> bool:
-        """By type, or by the predicate."""
+        """Whether the type or the predicate selects a call."""
         if self._predicate is not None:
             return bool(self._predicate(site.name, site.module))
         return bool(self._types) and is_a(site.module, self._types)
@@ -97,7 +97,7 @@ class Selection:
         return ValueError(f"layers: nothing in {where} matches {self._described}; {_listed(available)}")
 
     def check_all_found(self, available: Sequence[Site]) -> None:
-        """Raise ValueError for names that no call site has."""
+        """Raise ValueError for names without a call site."""
         missing = [name for name in self._names if name not in self._found]
         if missing:
             names = [name for site in available for name in (site.path, site.name)]
@@ -107,7 +107,7 @@ class Selection:
 
 
 def _listed(available: Iterable[Site]) -> str:
-    """What there is: types with their numbers, then names, as many as a screen takes."""
+    """The available types with their numbers, and as many names as fit on a screen."""
     sites = list(available)
     counts = Counter(type(site.module).__name__ for site in sites)
     types = ", ".join(f"{count} {name}" for name, count in counts.most_common())

@@ -1,4 +1,4 @@
-"""Taps in a traced network: call sites are found, and replaced, in its graph."""
+"""Taps in a traced network: call sites are found and replaced in its graph."""
 
 import operator
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from moment_ops.taps.selection import Selection, Site, Sites
 
 
 class Untraceable(Exception):
-    """`torch.fx` cannot trace the network: its forward depends on values, or does what cannot be recorded; or what is
-    chosen lies within a module that it records as one call."""
+    """`torch.fx` cannot trace the network, for example because its forward depends on values; or a selected call is
+    within a module that it records as one call."""
 
 
 class _Root(nn.Module):
-    """Calls a network with its input alone, so that it is a submodule with a name, its other arguments at defaults."""
+    """Calls a network with its input only. The network becomes a submodule with a name."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class _Root(nn.Module):
 
 
 def _path(target: str) -> str:
-    """The path in the network of a module of the root."""
+    """The path within the network of a module of the root."""
     return target.removeprefix("net").removeprefix(".")
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is; `fx` takes it for `x = x + y`, which other names of x would not see."""
+    """Records `x += y` as an in-place operation. `torch.fx` records `x = x + y`, which does not change views of x."""
 
     def _in_place(self, function: Any, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -60,10 +60,10 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Records the call sites of a `_Root`, and what each returns."""
+    """Records the call sites of a `_Root`, and the node that each returns."""
 
     def __init__(self, sites: Sites | None = None) -> None:
-        # Unpickling a graph module traces its code anew, with a tracer made by default.
+        # Unpickling a graph module traces its code again, with a tracer made by default arguments.
         super().__init__(autowrap_functions=functions.ALL)
         self.found: list[tuple[Site, fx.Node]] = []
         self._sites = sites or Sites()
@@ -115,12 +115,12 @@ def _activation(node: fx.Node) -> tuple[str, nn.Module] | None:
 
 
 def _inner_sites(path: str, module: nn.Module, prefix: str) -> Iterator[Site]:
-    """Calls within a module that is recorded as one, as far as they are known: the first of each."""
+    """The calls within a module that is recorded as one call, as far as they are known: the first call of each."""
     for inner, called in module.named_modules():
         at = f"{path}.{inner}" if path and inner else path or inner
         if inner:
             yield Site(f"{prefix}{at}:0", called)
-        # The layers of a transformer may have their activation as a function.
+        # The activation of a transformer layer may be a function.
         if isinstance(called, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             name, stand_in = FUNCTIONS.get(called.activation, (None, None))
             if name and stand_in:
@@ -128,7 +128,7 @@ def _inner_sites(path: str, module: nn.Module, prefix: str) -> Iterator[Site]:
 
 
 def _check_within(root: _Root, graph: fx.Graph, selection: Selection, prefix: str) -> None:
-    """Raise Untraceable where something within a module that is one call may be chosen."""
+    """Raise Untraceable if a call within a module that is recorded as one call may be selected."""
     for node in graph.nodes:
         if node.op == "call_module":
             module, path = root.get_submodule(str(node.target)), _path(str(node.target))
@@ -137,17 +137,17 @@ def _check_within(root: _Root, graph: fx.Graph, selection: Selection, prefix: st
 
 
 def trace(net: nn.Module, selection: Selection, prefix: str) -> tuple[fx.GraphModule, list[str], list[Site]]:
-    """A network as a graph that maps (images, wanted) to the statistics of its taps.
+    """A network as a graph that maps (images, wanted) to what is wanted of its taps.
 
     Args:
-        net: in evaluation mode; its convolutions' parameters may be replaced.
-        prefix: of the sites' names.
+        net: in evaluation mode. The parameters of its convolutions may be replaced.
+        prefix: prefix of the names of its sites.
 
     Returns:
         (graph module, names of the taps, all call sites).
 
     Raises:
-        Untraceable: where `torch.fx` cannot trace the network.
+        Untraceable: `torch.fx` cannot trace the network.
     """
     root = _Root(net)
     tracer = _Tracer(Sites(prefix))
@@ -177,7 +177,7 @@ class _Rewriter:
             self.wanted = graph.placeholder("wanted")
 
     def tap(self, nodes: list[fx.Node]) -> list[fx.Node]:
-        """Tap the values of the nodes; returns the nodes of their statistics."""
+        """Tap the values of the nodes, and return the nodes of what is wanted of them."""
         replaced: dict[fx.Node, fx.Node] = {}
         statistics = []
         for node in nodes:
@@ -197,7 +197,7 @@ class _Rewriter:
     def _tap_relu(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         x = argument(node, 0, "input")
         in_place = aliasing.is_in_place(self.root, node)
-        # What an in-place ReLU leaves in its input is what later uses of the input see.
+        # After an in-place ReLU, later uses of its input read its output.
         later = aliasing.users_after(self.graph, x, node) if in_place else []
         bias = self._move_bias(node, x)
         y, statistic = self._insert(node, functions.relu_tap, (x, bias, self.wanted))
@@ -225,7 +225,7 @@ class _Rewriter:
         return y, statistic
 
     def _move_bias(self, relu: fx.Node, x: fx.Node) -> fx.Node | None:
-        """Move the bias of a convolution that only the ReLU reads into the tap, where that pays."""
+        """Move the bias of a convolution into the tap, if only the ReLU reads the convolution."""
         if x.op != "call_function" or x.target not in CONVOLUTIONS or set(x.users) != {relu}:
             return None
         bias = argument(x, 2, "bias")
@@ -239,7 +239,7 @@ class _Rewriter:
 
 
 def _return(graph: fx.Graph, statistics: list[fx.Node]) -> None:
-    """Make the statistics the result, and drop all that runs after the last of them."""
+    """Return the statistics, and remove what runs after the last of them."""
     nodes = list(graph.nodes)
     last = max(nodes.index(statistic) for statistic in statistics)
     for node in reversed(nodes[last + 1 :]):

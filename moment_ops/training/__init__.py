@@ -1,1 +1,1 @@
-"""A thin training loop around the moment ops: data, networks, GFMN, checkpoints and the command line."""
+"""A training loop on top of the library: data, networks, the methods GFMN and MoLM, checkpoints, the command line."""

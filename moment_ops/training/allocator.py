@@ -1,8 +1,7 @@
-"""Memory that stays with the process.
+"""Settings of glibc's allocator.
 
-glibc returns large blocks to the system at every free and takes them back at the next step, so that a
-training step on the CPU page-faults through all of its activations. With both thresholds raised the pages
-are reused.
+By default glibc returns freed blocks of a few megabytes to the system, so that every training step on the CPU takes
+page faults for all of its activations. With both thresholds raised, pages are reused.
 """
 
 import ctypes
@@ -13,7 +12,7 @@ M_MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> bool:
-    """Make malloc keep freed memory for reuse; False where this is not glibc and nothing was changed."""
+    """Make malloc keep freed memory for reuse. Returns False, and changes nothing, if the C library is not glibc."""
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     try:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: checkpoints and everything else a run writes."""
+"""Checkpoints, and files that are replaced in one step."""
 
 import io
 import os
@@ -15,7 +15,7 @@ FORMAT = "moment_ops checkpoint 1"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` in one step, so that a full disk or a crash leaves the old file as it was."""
+    """Replace ``path`` in one step, so that a full disk or a crash does not damage the old file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,19 +32,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save(path: Path, kind: str, state: dict[str, Any]) -> None:
-    """Write tensors and plain containers; ``kind`` says what they are, so that none is taken for another."""
-    # Serialized in memory first: torch.save on a full disk reports an internal error, not the disk.
+    """Write tensors and plain containers. ``load`` checks ``kind``, which says what they are."""
+    # Serialized in memory first: on a full disk torch.save reports an internal error.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, "state": state}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
 def load(path: Path, kind: str) -> dict[str, Any]:
-    """What ``save`` wrote with the same ``kind``, on the CPU."""
+    """Read what ``save`` wrote with the same ``kind``, with tensors on the CPU."""
     foreign = f"{path} is damaged, or not a {kind} written by moment_ops"
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load does not compare checksums; this reads every byte and does.
+            # torch.load does not compare checksums; `testzip` reads every byte and does.
             if archive.testzip() is not None:
                 raise TrainingError(foreign)
         content = torch.load(path, map_location="cpu", weights_only=True)

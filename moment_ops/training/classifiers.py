@@ -1,4 +1,4 @@
-"""Training of the classifiers: the one that extracts features and the one that judges samples."""
+"""Training of the two classifiers: one extracts features, the other evaluates samples."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from moment_ops.training.errors import import_extra
 
 
 def random_affine(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Rotate, shift and scale each image a little: at strength 1 up to 15 degrees, 3 pixels, 15 %."""
+    """Rotate, shift and scale each image at random: at strength 1 by up to 15 degrees, 3 pixels and 15 %."""
     draw = (torch.rand(4, len(images), generator=generator) * 2 - 1) * strength
     angle, zoom, shift = draw[0] * math.radians(15), 1 + draw[1] * 0.15, draw[2:] * 6 / images.shape[-1]
     cosine, sine = zoom * angle.cos(), zoom * angle.sin()
@@ -22,7 +22,7 @@ def random_affine(images: Tensor, strength: float, generator: torch.Generator) -
 
 
 def rotation_task(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Each image in its four orientations, labelled by them: a task to learn features from without labels."""
+    """Each image in four orientations, which are the labels. Features can be learned from this task without labels."""
     rotated = [images.rot90(turns, (2, 3)) for turns in range(4)]
     return torch.cat(rotated), torch.arange(4, device=images.device).repeat_interleave(len(images))
 
@@ -40,9 +40,9 @@ def train_classifier(
     seed: int = 0,
     description: str = "classifier",
 ) -> None:
-    """Train ``network`` in place on uint8 ``images``, with Adam, a cosine schedule and random affine changes.
+    """Train ``network`` in place on uint8 ``images``, with Adam, a cosine schedule and random affine transforms.
 
-    The schedule ends at ``iterations`` or after ``seconds``, whichever comes first.
+    Training ends after ``iterations`` or after ``seconds``, whichever comes first.
     """
     progress_bar = import_extra("tqdm").tqdm(total=iterations, desc=description, unit="it", leave=False, disable=None)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
@@ -68,7 +68,7 @@ def train_classifier(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of uint8 ``images`` classified as labelled, in evaluation mode."""
+    """The share of uint8 ``images`` that are classified as labelled, in evaluation mode."""
     network.eval()
     right = sum(
         int((network(scale(batch)).argmax(1) == truth).sum())

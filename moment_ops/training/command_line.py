@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+import moment_ops as mo
+from moment_ops.environment import report
+from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, molm, pictures, runs
+from moment_ops.training.allocator import keep_freed_memory
+from moment_ops.training.devices import choose_device
 from moment_ops.training.errors import TrainingError
+from moment_ops.training.interruption import Interrupted
 
 INTERRUPTED = 128 + signal.SIGINT
 METAVARS = {int: "N", float: "X", str: "NAME"}
+DATA_HELP = "mnist, or a folder of png and jpg images"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status. Errors that a user can act on are one line on stderr."""
+    """Run one command and return its exit status. Errors that a user can act on are printed as one line."""
     options = make_parser().parse_args(arguments)
     try:
         return options.command(options) or 0
@@ -38,90 +46,110 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moment-ops", description="Fused moment ops, and training with them.")
+    parser = argparse.ArgumentParser(
+        prog="moment-ops", description="Train generators by matching moments, and show what runs on this machine."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a generator")
+    text = "train a generator by matching moments"
+    train = commands.add_parser("train", help=text, description=sentence(text))
     methods = train.add_subparsers(title="methods", required=True, metavar="METHOD")
-    add_train_gfmn(methods)
-    add_train_molm(methods)
+    train_gfmn = add_train(methods, gfmn, "match the moments of a frozen classifier's features (GFMN)")
+    train_gfmn.add_argument(
+        "--extractor",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="weights of the networks of --features, in their order (default, for the classifier only:"
+        " extractor-DATA.pt next to the folder of the run, which is trained if it does not exist)",
+    )
+    add_train(
+        methods, molm, "match the moments of a network that learns to tell real images from generated ones (MoLM)"
+    )
 
-    moments = add_command(commands, "moments", moments_command, "compute and save the target moments of a data set")
-    moments.add_argument("--data", default="mnist", help="mnist, or a folder of images (default: mnist)")
-    moments.add_argument("--extractor", type=Path, help="extractor file (default: trained in runs/ at first use)")
-    moments.add_argument("--output", type=Path, default=Path("target.npz"), help="file (default: target.npz)")
+    moments = add_command(
+        commands,
+        "moments",
+        moments_command,
+        "compute the moments of a classifier's features over a data set, and save them",
+    )
+    moments.add_argument("--data", default="mnist", help=f"{DATA_HELP} (default: mnist)")
+    moments.add_argument(
+        "--extractor",
+        type=Path,
+        metavar="FILE",
+        help="classifier (default: runs/extractor-DATA.pt, which is trained if it does not exist)",
+    )
+    moments.add_argument(
+        "--output", type=Path, default=Path("target.npz"), metavar="FILE", help="output file (default: target.npz)"
+    )
     add_device(moments)
 
-    sample = add_command(commands, "sample", sample_command, "draw samples from a checkpoint")
+    sample = add_command(commands, "sample", sample_command, "draw samples from the generator of a checkpoint")
     add_run(sample)
-    sample.add_argument("--count", type=int, default=100, help="number of samples (default: 100)")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the latent vectors (default: 0)")
+    sample.add_argument("--count", type=int, default=100, metavar="N", help="number of samples (default: 100)")
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latent vectors (default: 0)")
     sample.add_argument(
         "--output",
         type=Path,
         default=Path("samples.png"),
-        help="a grid if it ends in .png, uint8 images (N, H, W, C) if in .npz (default: samples.png)",
+        metavar="FILE",
+        help="output file: .png for a grid, .npz for a uint8 array (N, H, W, C) (default: samples.png)",
     )
     add_device(sample)
 
-    evaluate = add_command(commands, "evaluate", evaluate_command, "Frechet distance of a checkpoint's samples")
+    evaluate = add_command(
+        commands, "evaluate", evaluate_command, "compute the Frechet distance of a checkpoint's samples"
+    )
     add_run(evaluate)
-    evaluate.add_argument("--data", help="mnist, or a folder of images (default: what the run was trained on)")
+    evaluate.add_argument("--data", help=f"{DATA_HELP} (default: the data of the run)")
     add_device(evaluate)
 
-    add_command(commands, "env", env_command, "what can run here, and why something cannot")
+    add_command(commands, "env", env_command, "show which backends can run here, and why the others cannot")
     return parser
 
 
+def sentence(text: str) -> str:
+    """A help text as a sentence."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def add_command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
+    command = commands.add_parser(name, help=text, description=sentence(text))
     command.set_defaults(command=function, parser=command)
     return command
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+    parser.add_argument(
+        "--device", default="auto", help="torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)"
+    )
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, default=Path("runs/gfmn-mnist"), help="folder (default: runs/gfmn-mnist)")
-
-
-def add_train_gfmn(methods: Any) -> None:
-    gfmn = add_command(
-        methods, "gfmn", train_gfmn_command, "match the moments of a frozen classifier's features (GFMN)"
-    )
-    gfmn.add_argument("--run", type=Path, help="folder of the run (default: runs/gfmn-DATA)")
-    gfmn.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-    gfmn.add_argument(
-        "--extractor",
+    parser.add_argument(
+        "--run",
         type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="weights of the networks of --features (default: a classifier beside the run, trained at first use)",
+        default=Path("runs/gfmn-mnist"),
+        metavar="FOLDER",
+        help="folder of the run (default: runs/gfmn-mnist)",
     )
-    add_device(gfmn)
-
-    from moment_ops.training.gfmn import Settings
-
-    add_settings(gfmn, Settings)
 
 
-def add_train_molm(methods: Any) -> None:
-    molm = add_command(
-        methods, "molm", train_molm_command, "match the moments of a network that learns to see differences (MoLM)"
-    )
-    molm.add_argument("--run", type=Path, help="folder of the run (default: runs/molm-DATA)")
-    molm.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-    add_device(molm)
-
-    from moment_ops.training.molm import Settings
-
-    add_settings(molm, Settings)
+def add_train(methods: Any, method: Any, text: str) -> argparse.ArgumentParser:
+    """The command that trains with the module of a method."""
+    name = method.Settings.method
+    parser = add_command(methods, name, train_command, text)
+    parser.set_defaults(method=method)
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{name}-DATA)")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    add_device(parser)
+    add_settings(parser, method.Settings)
+    return parser
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
-    """One option for every field with a help text; only those that are given appear in the result."""
+    """One option for every field with a help text. Only options that are given appear in the result."""
     for field in dataclasses.fields(settings):
         if not field.metadata:
             continue
@@ -130,14 +158,14 @@ def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
             keywords["action"] = "store_true"
         else:
             keywords["type"] = type(field.default)
-            keywords["help"] += f" (default: {field.default})"
+            keywords["help"] += f" (default: {field.default if field.default != '' else 'none'})"
             if "choices" not in keywords:
-                keywords["metavar"] = METAVARS[type(field.default)]
+                keywords.setdefault("metavar", METAVARS[type(field.default)])
         parser.add_argument("--" + field.name.replace("_", "-"), **keywords)
 
 
 def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The settings given on the command line. Steps that were asked for are made, however long it takes."""
+    """The settings given on the command line. If `--steps` is given, `--seconds` has no default."""
     names = {field.name for field in dataclasses.fields(settings)}
     given = {name: value for name, value in vars(options).items() if name in names}
     if "steps" in given:
@@ -149,24 +177,8 @@ def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]
     return given
 
 
-def train_gfmn_command(options: argparse.Namespace) -> int:
-    from moment_ops.training import gfmn
-
-    return train_command(options, gfmn, extractor_files=options.extractor)
-
-
-def train_molm_command(options: argparse.Namespace) -> int:
-    from moment_ops.training import molm
-
-    return train_command(options, molm)
-
-
-def train_command(options: argparse.Namespace, method: Any, **keywords: Any) -> int:
-    """Train with the module of a method."""
-    from moment_ops.training.allocator import keep_freed_memory
-    from moment_ops.training.interruption import Interrupted
-    from moment_ops.training.networks import choose_device
-
+def train_command(options: argparse.Namespace) -> int:
+    method = options.method
     given = given_settings(options, method.Settings)
     run = options.run or Path("runs") / f"{method.Settings.method}-{Path(given.get('data', 'mnist')).resolve().name}"
     keep_freed_memory()
@@ -177,7 +189,7 @@ def train_command(options: argparse.Namespace, method: Any, **keywords: Any) -> 
             resume=options.resume,
             device=choose_device(options.device),
             say=functools.partial(print, flush=True),
-            **keywords,
+            **({"extractor_files": options.extractor} if "extractor" in options else {}),
         )
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
@@ -188,13 +200,9 @@ def train_command(options: argparse.Namespace, method: Any, **keywords: Any) -> 
 
 
 def moments_command(options: argparse.Namespace) -> None:
-    import moment_ops as mo
-    from moment_ops.training import data, feature_networks, gfmn
-    from moment_ops.training.networks import choose_device
-
     images = data.load(options.data).to(choose_device(options.device))
     path = options.extractor or Path("runs") / f"extractor-{images.name}.pt"
-    extractor = mo.MomentExtractor(feature_networks.load_or_train_classifier(images, path))
+    extractor = mo.MomentExtractor(extractors.load_or_train_classifier(images, path))
     target = gfmn.target_moments(images, extractor)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     target.save(options.output)
@@ -202,15 +210,10 @@ def moments_command(options: argparse.Namespace) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
-    import torch
-
-    from moment_ops.training import checkpoints, data, evaluator, pictures, runs
-    from moment_ops.training.networks import choose_device
-
     if options.count < 1:
-        options.parser.error(f"--count must be at least 1, got {options.count}")
+        options.parser.error(f"--count: got {options.count}, expected at least 1")
     if options.output.suffix not in (".png", ".npz"):
-        options.parser.error(f"--output must end in .png or .npz, got {options.output}")
+        options.parser.error(f"--output: got {options.output}, expected a file that ends in .png or .npz")
     generator = runs.averaged_generator(runs.load_checkpoint(options.run)).to(choose_device(options.device))
     images = data.unscale(torch.cat(evaluator.sample(generator, options.count, options.seed)))
     if options.output.suffix == ".png":
@@ -223,25 +226,19 @@ def sample_command(options: argparse.Namespace) -> None:
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
-    from moment_ops.training import data, runs
-    from moment_ops.training.evaluator import Evaluator
-    from moment_ops.training.networks import choose_device
-
     device = choose_device(options.device)
     state = runs.load_checkpoint(options.run)
-    evaluator = Evaluator(data.load(options.data or state["settings"]["data"]).to(device))
-    print(summary(evaluator(runs.averaged_generator(state).to(device)), evaluator.held_out_distance))
+    evaluate = evaluator.Evaluator(data.load(options.data or state["settings"]["data"]).to(device))
+    print(summary(evaluate(runs.averaged_generator(state).to(device)), evaluate.held_out_distance))
 
 
 def env_command(options: argparse.Namespace) -> None:
-    from moment_ops.environment import report
-
     print(report())
 
 
 def summary(distance: float, held_out: float) -> str:
     ratio = distance / held_out
-    return f"Frechet distance {distance:.2f}; of held-out real images {held_out:.2f}; ratio {ratio:.2f}"
+    return f"Frechet distance {distance:.2f}; that of held-out images is {held_out:.2f}; ratio {ratio:.2f}"
 
 
 if __name__ == "__main__":

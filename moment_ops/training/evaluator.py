@@ -1,4 +1,4 @@
-"""How good samples are: the Frechet distance to real images in the features of an independent classifier."""
+"""The quality of samples: their Frechet distance to real images, in the features of an independent classifier."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ BATCH_SIZE = 250
 
 
 def load_classifier() -> EvaluationClassifier:
-    """The frozen digit classifier that ships with the package (made by ``make_evaluator``)."""
+    """The frozen digit classifier that is part of the package. ``make_evaluator`` trains it."""
     classifier = EvaluationClassifier()
     with np.load(WEIGHTS) as arrays:
         state = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in arrays.files}
@@ -25,17 +25,17 @@ def load_classifier() -> EvaluationClassifier:
 
 
 def save_classifier(classifier: nn.Module, path: Path = WEIGHTS) -> None:
-    """Weights in half precision, which changes no digit's class."""
+    """Write the weights in half precision, which does not change the class of any digit."""
     state = {name: value for name, value in classifier.state_dict().items() if value.is_floating_point()}
     np.savez_compressed(path, **{name: value.cpu().numpy().astype(np.float16) for name, value in state.items()})
 
 
 class Evaluator:
-    """Frechet distances to the training images of ``data``, of as many samples as are held out.
+    """Frechet distances to the training images of ``data``.
 
-    The distance falls with the number of samples; equal numbers make the two distances comparable.
-    ``held_out_distance`` is that of real images never trained on: what a perfect generator would reach.
-    For data other than digits the distances only rank runs on the same data.
+    ``held_out_distance`` is the distance of the held-out real images, which a perfect generator would reach. A distance
+    decreases with the number of samples; therefore as many samples are drawn as images are held out. For data other
+    than digits, distances only compare runs on the same data.
     """
 
     def __init__(self, data: ImageData, seed: int = 1234) -> None:
@@ -56,7 +56,7 @@ class Evaluator:
         return float(mo.frechet_distance(mean, cov, self.train_mean, self.train_cov))
 
     def __call__(self, generator: Generator) -> float:
-        """Frechet distance of ``generator``'s samples, the same latent vectors every time."""
+        """Frechet distance of samples of ``generator``, from the same latent vectors at every call."""
         return self.distance(sample(generator, self.samples, self.seed))
 
 

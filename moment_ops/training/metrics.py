@@ -8,7 +8,7 @@ from moment_ops.training.errors import TrainingError
 
 
 class Metrics:
-    """One JSON object a line, appended. Lines after ``step``, from before a crash, are dropped first."""
+    """A file with one JSON object per line. Lines of steps after ``step``, which a crash left, are removed first."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a metrics file; a crash may have left the last one incomplete."""
+    """All complete lines of a metrics file. After a crash the last one may be incomplete."""
     if not path.exists():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""MoLM: train a generator to match the moments of a network that learns, in between, to tell its images from data."""
+"""MoLM: a generator matches moments of a network that learns, between rounds, to tell its images from real ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from moment_ops.training.errors import TrainingError
 from moment_ops.training.loop import run_method
 from moment_ops.training.moment_networks import ConvMomentNetwork, SmallMomentNetwork
 from moment_ops.training.networks import Generator
-from moment_ops.training.settings import MatchingSettings, option
+from moment_ops.training.settings import (
+    EVALUATE_HELP,
+    SECONDS_HELP,
+    WEIGHT_AVERAGE_HELP,
+    MatchingSettings,
+    option,
+)
 from moment_ops.training.trainer import Trainer
 
 NETWORKS = {"small": SmallMomentNetwork, "conv": ConvMomentNetwork}
@@ -28,48 +34,52 @@ DATA_BATCH_SIZE = 250
 
 @dataclass(frozen=True)
 class Settings(MatchingSettings):
-    """What MoLM can be told besides. Defaults are those that train digits in minutes on two CPU cores.
+    """The settings of MoLM. The defaults train digits in minutes on two CPU cores.
 
-    The published scale is 100 steps of the moment network and 2000 of the generator per round, without an average.
+    The published rounds have 100 steps of the moment network and 2000 of the generator, and use no average.
     """
 
     method: ClassVar[str] = "molm"
 
     steps: int = option(7500, "training steps of the generator")
-    seconds: float = option(320.0, "end after this time, schedule and all; no limit when only --steps is given")
-    weight_average: float = option(0.99, "decay of the averaged generator, the one that is sampled")
-    evaluate_every: int = option(500, "steps between Frechet distances and sample grids")
+    seconds: float = option(320.0, SECONDS_HELP)
+    weight_average: float = option(0.99, WEIGHT_AVERAGE_HELP)
+    evaluate_every: int = option(500, EVALUATE_HELP)
     checkpoint_every: int = option(500, "steps between checkpoints")
 
-    network: str = option("small", "moment network: three convolutions, or the six published", choices=tuple(NETWORKS))
-    width: int = option(32, "channels of its first convolution; published: 128 to 384 for conv")
-    moment_lr: float = option(5e-4, "learning rate of the moment network; it falls with that of the generator")
+    network: str = option(
+        "small", "moment network: small has three convolutions, conv the six published", choices=tuple(NETWORKS)
+    )
+    width: int = option(32, "channels of the moment network's first convolution; 128 to 384 as published, with conv")
+    moment_lr: float = option(5e-4, "learning rate of the moment network, which follows the generator's schedule")
     first_moment_steps: int = option(100, "steps of the moment network before the first round")
-    moment_steps: int = option(20, "steps of the moment network before every other round")
+    moment_steps: int = option(20, "steps of the moment network before each later round")
     generator_steps: int = option(80, "steps of the generator per round")
-    real_images: int = option(2000, "images, drawn for every round, whose moments are matched")
-    penalty: str = option("alternating", "batches with a penalty on the gradient's norm", choices=PENALTIES)
-    penalty_weight: float = option(3e-3, "weight of that penalty; with too much the moment network learns nothing")
-    squared_norm: float = option(1.0, "squared norm that the penalty and the initial rescaling aim at")
-    hidden_weight: float = option(0.1, "weight of the means of hidden units in the matching loss")
+    real_images: int = option(2000, "real images per round, drawn anew, whose moments are the target")
+    penalty: str = option(
+        "alternating", "batches on which the norm of the moment network's gradient is penalised", choices=PENALTIES
+    )
+    penalty_weight: float = option(3e-3, "weight of the penalty; if it is too large, the moment network does not learn")
+    squared_norm: float = option(1.0, "squared norm of the gradient that has no penalty, and that f is rescaled to")
+    hidden_weight: float = option(0.1, "weight of the hidden units in the matching loss")
     gradient_weight: float = option(1.0, "weight of the parameter gradients in the matching loss")
-    input_weight: float = option(0.1, "weight of the mean image in the matching loss")
-    average_lr: float = option(5e-3, "learning rate of the Adam moving average")
-    decay: float = option(0.9, "weight of the past in the plain moving average")
+    input_weight: float = option(0.1, "weight of the images themselves in the matching loss")
+    average_lr: float = option(5e-3, "learning rate of the average 'adam'")
+    decay: float = option(0.9, "decay of the average 'moving', the weight of its previous value")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("width", "first_moment_steps", "moment_steps", "generator_steps", "real_images"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("moment_lr", "squared_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
         for name in ("penalty_weight", "hidden_weight", "gradient_weight", "input_weight"):
             weight_number(getattr(self, name), name)
         for name, choices in (("network", tuple(NETWORKS)), ("penalty", PENALTIES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {', '.join(choices)}, got {getattr(self, name)}")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
 
     def make_network(self, channels: int) -> mo.MomentNetwork:
         weights = {"hidden": self.hidden_weight, "gradient": self.gradient_weight, "input": self.input_weight}
@@ -77,16 +87,16 @@ class Settings(MatchingSettings):
 
 
 class Matching(nn.Module):
-    """The matching loss of generated images, whose moment network is trained before every round.
+    """The matching loss of generated images. Its moment network is trained before every round.
 
-    A round is ``generator_steps`` calls. Before its first call the moment network learns to tell the generator's
-    images from data, the data's moments are taken anew, and the running average starts anew.
+    A round is ``generator_steps`` calls. Before the first call of a round, the moment network is trained to tell the
+    generator's images from real ones, the target moments are computed again, and the running average restarts.
     """
 
     def __init__(self, net: mo.MomentNetwork, generator: Generator, images: Tensor, settings: Settings) -> None:
         super().__init__()
         self.net, self.settings = net, settings
-        # In a tuple: its weights are the trainer's, not this module's.
+        # In a tuple, so that its weights do not become parameters of this module.
         self.generator, self.images = (generator,), images
         self.optimizer = torch.optim.Adam(net.parameters(), lr=settings.moment_lr, betas=settings.betas)
         self.batches = Batches(len(images), settings.batch_size, settings.seed)
@@ -95,7 +105,7 @@ class Matching(nn.Module):
         self.lr = settings.moment_lr
         self.steps, self.rounds = 0, 0
         self.parts: dict[str, Tensor] = {}
-        # Of a few images: replaced before the first round, or by a loaded state.
+        # A target of a few images, which is replaced before the first round or by a loaded state.
         target = net.moments(scale(images[:2]))
         self.moment_loss = mo.MomentLoss(
             target, settings.make_average(), mean_weight=net.mean_weight(target), reduction="sum"
@@ -114,7 +124,7 @@ class Matching(nn.Module):
             self.moment_loss.reset(self.data_moments())
         except ValueError as error:
             raise TrainingError(
-                f"the moments of the data are not finite at step {self.steps}; try a lower --moment-lr"
+                f"the moments of the data are non-finite at step {self.steps}; try a lower --moment-lr"
             ) from error
         self.rounds += 1
 
@@ -141,7 +151,7 @@ class Matching(nn.Module):
         self.parts = {name: value for name, value in parts._asdict().items() if name != "loss"}
 
     def data_moments(self) -> mo.Moments:
-        """Moments of images drawn from the data."""
+        """The moments of real images, which are drawn from the data."""
         images = self.images[next(self.chosen)]
         return mo.dataset_moments(self.net.moments, map(scale, images.split(DATA_BATCH_SIZE)))
 
@@ -175,7 +185,7 @@ class MolmTrainer(Trainer):
         return super().advance()
 
     def metrics(self) -> dict[str, float]:
-        """How many rounds there were, and how the moment network did in its last step."""
+        """The number of rounds, and the objective of the moment network in its last step."""
         parts = {f"moment_{name}": value.item() for name, value in self.matching.parts.items()}
         return {"round": self.matching.rounds, **parts}
 
@@ -207,7 +217,7 @@ def train(
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
 ) -> tuple[float, float]:
-    """Train into the folder ``run``; arguments and results as of ``run_method``."""
+    """Train in the folder ``run``. Arguments and results are those of ``run_method``."""
     return run_method(
         run, Settings, given, resume=resume, device=device, say=say, new=new_trainer, resumed=resumed_trainer
     )

@@ -1,4 +1,4 @@
-"""Moment networks for MoLM: convolutions that give one value per image."""
+"""Networks with one value per image, whose moments MoLM matches."""
 
 from torch import Tensor, nn
 
@@ -6,19 +6,20 @@ SLOPE = 0.2
 
 
 class ConvMomentNetwork(nn.Module):
-    """Six convolutions of 3 x 3 that halve the size three times, LeakyReLU after each, one linear layer; no BatchNorm.
+    """Six convolutions with LeakyReLU, of which every second halves the size, and a linear layer. No BatchNorm.
 
-    Images ``(N, channels, image_size, image_size)`` -> values ``(N,)``. The channels are width, 2 width and 4 width,
-    two convolutions each. With hidden units, parameters and input that makes 4.87 million moments for width 128 and
+    Images ``(N, channels, image_size, image_size)`` -> values ``(N,)``. The convolutions have ``width``, ``2 width``
+    and ``4 width`` channels, two of each. Hidden units, parameters and input are 4.87 million moments for width 128 and
     images of 32 x 32, and 42 million for width 384.
 
     Args:
-        channels, image_size: of the images; the size is a multiple of 8.
+        channels: channels of the images.
+        image_size: height and width of the images, a multiple of 8.
         width: channels of the first two convolutions.
-        last_bias: a bias in the linear layer. Its gradient is 1 for all images: it teaches a generator nothing, and
-            the squared norm of the gradient cannot fall below 1.
+        last_bias: whether the linear layer has a bias. Its gradient is 1 for all images, so that a generator learns
+            nothing from it, and the squared norm of the gradient is at least 1.
 
-    Source: the discriminator of Miyato et al. 2018 without normalisation, as in the published MoLM codes.
+    Source: the discriminator of Miyato et al. 2018 without normalisation, as in published code for MoLM.
     """
 
     def __init__(self, channels: int = 3, image_size: int = 32, width: int = 128, *, last_bias: bool = False) -> None:
@@ -39,14 +40,15 @@ class ConvMomentNetwork(nn.Module):
 
 
 class SmallMomentNetwork(nn.Module):
-    """Three convolutions of 4 x 4 with stride 2, LeakyReLU after each, one linear layer without bias; no BatchNorm.
+    """Three convolutions of 4 x 4 with stride 2, each with LeakyReLU, and a linear layer without bias. No BatchNorm.
 
-    Images ``(N, channels, image_size, image_size)`` -> values ``(N,)``. With hidden units, parameters and input that
-    makes 181,984 moments for width 32 and grey images of 32 x 32.
+    Images ``(N, channels, image_size, image_size)`` -> values ``(N,)``. Hidden units, parameters and input are 181,984
+    moments for width 32 and grey images of 32 x 32.
 
     Args:
-        channels, image_size: of the images; the size is a multiple of 8.
-        width: channels of the first convolution; the others have twice and four times as many.
+        channels: channels of the images.
+        image_size: height and width of the images, a multiple of 8.
+        width: channels of the first convolution. The others have twice and four times as many.
     """
 
     def __init__(self, channels: int = 1, image_size: int = 32, width: int = 32) -> None:

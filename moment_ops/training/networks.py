@@ -1,17 +1,14 @@
-"""The small networks of the demo, all for 32 x 32 images in [-1, 1]."""
+"""The generator and the two classifiers, all for images of 32 x 32 in [-1, 1]."""
 
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-
-from moment_ops.training.errors import TrainingError
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class Generator(nn.Module):
-    """DCGAN-like: latent vectors ``(N, latent_size)`` -> images ``(N, channels, 32, 32)`` in [-1, 1]."""
+    """A generator like DCGAN's: latent vectors ``(N, latent_size)`` -> images ``(N, channels, 32, 32)`` in [-1, 1]."""
 
     def __init__(self, channels: int = 1, latent_size: int = 64, width: int = 32) -> None:
         super().__init__()
@@ -45,7 +42,7 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Classifier(nn.Module):
-    """The feature extractor of the demo: six convolutions, the features are their outputs after the ReLU."""
+    """A classifier whose features are matched: the outputs of six convolutions, each with BatchNorm and ReLU."""
 
     def __init__(self, channels: int = 1, classes: int = 10) -> None:
         super().__init__()
@@ -62,7 +59,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, classes)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Six maps, from ``(N, 16, 32, 32)`` to ``(N, 128, 4, 4)``; 43,008 features an image."""
+        """Six feature maps, from ``(N, 16, 32, 32)`` to ``(N, 128, 4, 4)``: 43,008 features per image."""
         maps = []
         for block in self.blocks:
             images = block(images)
@@ -75,7 +72,7 @@ class Classifier(nn.Module):
 
 
 class EvaluationClassifier(nn.Module):
-    """A digit classifier unlike the extractor; its 64 penultimate features judge samples."""
+    """A digit classifier of another architecture. The 64 features of its last hidden layer evaluate samples."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -95,7 +92,7 @@ class EvaluationClassifier(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """``(N, C, 32, 32)``, colour as the mean of its channels -> ``(N, 64)``."""
+        """Images ``(N, C, 32, 32)``, of which the channels are averaged -> ``(N, 64)``."""
         return self.layers(images.mean(1, keepdim=True))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -104,17 +101,6 @@ class EvaluationClassifier(nn.Module):
 
 
 def freeze(network: Network) -> Network:
-    """Evaluation mode, no gradients of the parameters; gradients still reach the input."""
+    """Put a network into evaluation mode, with parameters that do not require grad."""
     network.eval().requires_grad_(False)
     return network
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error

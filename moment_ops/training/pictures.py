@@ -1,4 +1,4 @@
-"""What a run looks like: grids of samples, their progress over training, curves."""
+"""The pictures of a run: a grid of samples, samples over the steps, curves."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ ENLARGEMENT = 3
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
-    """uint8 images ``(N, C, H, W)`` side by side, a black pixel between them -> ``(height, width, 3)``."""
+    """Tile uint8 images ``(N, C, H, W)``, one black pixel apart -> ``(height, width, 3)``."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
     canvas = np.zeros((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), np.uint8)
@@ -26,7 +26,7 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
 
 
 def save_grid(path: Path, images: Tensor, columns: int = 10) -> None:
-    """A PNG of uint8 images ``(N, C, H, W)``, enlarged without smoothing."""
+    """Write a PNG of uint8 images ``(N, C, H, W)``, enlarged without smoothing."""
     canvas = tile(images, columns).repeat(ENLARGEMENT, 0).repeat(ENLARGEMENT, 1)
     buffer = io.BytesIO()
     import_extra("PIL.Image").fromarray(canvas).save(buffer, format="png")
@@ -34,7 +34,7 @@ def save_grid(path: Path, images: Tensor, columns: int = 10) -> None:
 
 
 def save_progress(path: Path, snapshots: dict[int, Tensor]) -> None:
-    """One row a training step, one column a latent vector."""
+    """Write samples of several steps: one row per step, one column per latent vector."""
     if not snapshots:
         return
     steps = sorted(snapshots)
@@ -50,7 +50,7 @@ def save_progress(path: Path, snapshots: dict[int, Tensor]) -> None:
 
 
 def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
-    """The loss and the Frechet distance over the steps, and what a moment network did."""
+    """Write the curves of the loss, of the Frechet distance and, if there is one, of the moment network."""
     evaluations = [line for line in metrics if "frechet_distance" in line]
     network = [line for line in metrics if "moment_accuracy" in line]
     figure, axes = new_figure(1, 3 if network else 2, size=(15 if network else 10, 3.8))
@@ -58,7 +58,7 @@ def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
     steps, losses = (np.array([line[name] for line in metrics]) for name in ("step", "loss"))
     left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="one batch")
     left.plot(steps, running_median(losses), color="tab:blue", label="running median")
-    # The ADAM moving average's loss can be negative, so the scale is linear near zero.
+    # The loss of an ADAM moving average can be negative, so that the scale is linear near zero.
     left.set_yscale("symlog", linthresh=max(float(np.quantile(np.abs(losses), 0.1)), 1e-12))
     left.set(xlabel="step", ylabel="matching loss", title="Matching loss (not a measure of quality)")
     left.legend()
@@ -67,7 +67,7 @@ def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
     right.plot([line["step"] for line in evaluations], distances, "o-", color="tab:blue", label="samples")
     if evaluations:
         held_out = evaluations[-1]["held_out_frechet_distance"]
-        right.axhline(held_out, color="black", linestyle="--", label=f"held-out real images ({held_out:.2f})")
+        right.axhline(held_out, color="black", linestyle="--", label=f"held-out images ({held_out:.2f})")
         right.annotate(
             f"{distances[-1]:.2f}",
             (evaluations[-1]["step"], distances[-1]),
@@ -93,7 +93,7 @@ def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
 
 
 def draw_moment_network(axis: Any, metrics: list[dict[str, float]]) -> None:
-    """How well the moment network tells samples from data, and the squared norm of the gradient that is matched."""
+    """The accuracy and the loss of the moment network, and the squared norm of its gradient."""
     steps = [line["step"] for line in metrics]
     for name, label, colour in (
         ("moment_accuracy", "accuracy", "tab:green"),
@@ -103,7 +103,7 @@ def draw_moment_network(axis: Any, metrics: list[dict[str, float]]) -> None:
         values = np.array([line[name] for line in metrics])
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axis.plot(steps, running_median(values), color=colour, label=label)
-    axis.axhline(2 * np.log(2), color="tab:orange", linestyle="--", label="logistic loss of a guess")
+    axis.axhline(2 * np.log(2), color="tab:orange", linestyle="--", label="logistic loss by chance")
     axis.set_yscale("log")
     axis.set(xlabel="step", title="Moment network")
     axis.legend()
@@ -115,7 +115,7 @@ def running_median(values: np.ndarray, width: int = 15) -> np.ndarray:
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure without pyplot: no global state, no display."""
+    """A figure without pyplot, which has global state and may need a display."""
     figure = import_extra("matplotlib.figure").Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes.flat

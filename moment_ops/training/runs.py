@@ -1,4 +1,4 @@
-"""The folder of a run and what is in it."""
+"""The folder of a run: its checkpoint, settings and pictures."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ GRID_SEED = 1
 
 
 def save_checkpoint(run: Path, trainer: Trainer) -> None:
-    """Write ``checkpoint.pt``, unless the weights are no longer finite: the last good state is worth more."""
+    """Write ``checkpoint.pt``. If weights are non-finite it raises, and keeps the last checkpoint."""
     if not all(bool(value.isfinite().all()) for value in trainer.generator.parameters()):
-        raise TrainingError(f"the weights are not finite at step {trainer.step}; try a lower --lr")
+        raise TrainingError(f"the weights are non-finite at step {trainer.step}; try a lower --lr")
     settings = trainer.settings
     state = {
         "method": settings.method,
@@ -42,7 +42,7 @@ def save_checkpoint(run: Path, trainer: Trainer) -> None:
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote: method, settings, channels, and the trainer's state."""
+    """Read what ``save_checkpoint`` wrote: method, settings, channels and the state of the trainer."""
     if not (run / CHECKPOINT).exists():
         raise TrainingError(f"{run} holds no {CHECKPOINT}")
     return checkpoints.load(run / CHECKPOINT, "checkpoint")
@@ -56,12 +56,12 @@ def averaged_generator(state: dict[str, Any]) -> Generator:
 
 
 def start_run(run: Path, settings: LoopSettings) -> Path | None:
-    """Make the folder of a new run; an earlier run in its place is moved aside, to the returned folder."""
+    """Make the folder of a new run. An earlier run there is moved to another folder, which is returned."""
     earlier = None
     if run.exists() and not run.is_dir():
         raise TrainingError(f"{run} is not a folder; choose another --run")
     if run.exists() and any(run.iterdir()) and not (run / SETTINGS).is_file():
-        raise TrainingError(f"{run} is in use for something else; choose another --run")
+        raise TrainingError(f"{run} holds files that are not of a run; choose another --run")
     if (run / CHECKPOINT).exists():
         free = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
         earlier = run.rename(next(path for path in free if not path.exists()))
@@ -71,18 +71,18 @@ def start_run(run: Path, settings: LoopSettings) -> Path | None:
 
 
 def continued_settings(state: dict[str, Any], method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a loaded checkpoint, with those ``given`` that may change when a run is continued."""
+    """The settings of a loaded checkpoint, updated by those ``given``, if they may change in a continued run."""
     if state["method"] != method:
         raise TrainingError(f"this is a run of {state['method']}, not of {method}")
     saved = state["settings"]
     fixed = sorted(name for name, value in given.items() if name not in CHANGEABLE and value != saved[name])
     if fixed:
-        raise TrainingError(f"a run that is continued keeps its {', '.join(fixed)}")
+        raise TrainingError(f"--resume: a continued run keeps its {', '.join(fixed)}")
     return {**saved, **given}
 
 
 def draw(run: Path, trainer: Trainer, *, curves: bool) -> None:
-    """The pictures of a run: samples, their progress and, only if asked, the curves (they take a second)."""
+    """Write the pictures of a run: samples, their progress and, on request, the curves, which take a second."""
     samples = torch.cat(sample(trainer.averaged, GRID_IMAGES, GRID_SEED))
     pictures.save_grid(run / "samples.png", unscale(samples))
     pictures.save_progress(run / "progress.png", trainer.snapshots)

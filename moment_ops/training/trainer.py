@@ -1,4 +1,4 @@
-"""The state of a training and its one step, whatever the method."""
+"""The state of a training, and one step of it, for all methods."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ SNAPSHOT_SEED = 0
 class Trainer:
     """Everything that changes during training.
 
-    ``matching`` maps generated images to a scalar loss and is called once a step; it may train networks of
-    its own meanwhile. All of its state must be in its ``state_dict``.
+    Args:
+        matching: maps generated images to a scalar loss, and is called once per step. It may train networks of its own.
+            All of its state must be in its ``state_dict``.
     """
 
     def __init__(self, generator: Generator, matching: nn.Module, settings: LoopSettings) -> None:
@@ -38,16 +39,16 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done; 1 at the end."""
+        """The share of the training that is done, from 0 to 1."""
         return min(1.0, max(self.step / self.settings.steps, self.elapsed / self.settings.seconds))
 
     @property
     def lr(self) -> float:
-        """Constant for the first half, then linear to 2 %."""
+        """The learning rate: constant for the first half of the training, then linear to 2 % of its value."""
         return self.settings.lr * min(1.0, 1 - 0.98 * (2 * self.progress - 1))
 
     def advance(self) -> Tensor:
-        """One step; the loss, detached, still on the device."""
+        """Take one step, and return the loss, detached and on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.generator.train()
@@ -62,11 +63,11 @@ class Trainer:
         return loss.detach()
 
     def metrics(self) -> dict[str, float]:
-        """What a method has to report beside the loss."""
+        """What a method reports in addition to the loss."""
         return {}
 
     def take_snapshot(self) -> None:
-        """Keep a few samples, of the same latent vectors every time, to show how they developed."""
+        """Keep a few samples, from the same latent vectors at every step, to show how they change."""
         images = torch.cat(sample(self.averaged, SNAPSHOT_IMAGES, SNAPSHOT_SEED))
         self.snapshots[self.step] = unscale(images)
 
@@ -96,7 +97,7 @@ class Trainer:
 
 @torch.no_grad()
 def average_weights(averaged: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Move ``averaged`` towards ``network``, buffers too; faster in the first steps, to forget the start."""
+    """Move ``averaged`` towards ``network``, buffers included. It moves faster in the first steps."""
     share = 1 - min(decay, step / (step + 10))
     state = network.state_dict()
     old = [value for value in averaged.state_dict().values() if value.is_floating_point()]

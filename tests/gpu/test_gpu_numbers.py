@@ -155,7 +155,7 @@ def gpu_case(*arguments, **keywords):
 
 
 def move(case):
-    case.layers = [moved(x) for x in case.layers]
+    case.features = [moved(x) for x in case.features]
     case.mean, case.var = case.mean.cuda(), None if case.var is None else case.var.cuda()
     case.weights = [None if w is None else w.cuda() for w in case.weights]
     case.state = [s.cuda() for s in case.state]
@@ -173,7 +173,7 @@ def test_match(average, update, var, weighted, dtype, source):
     shapes = ((5,), (16, 4, 4), (3, 2, 2), (1500,))
     case = gpu_case(average, dtype=dtype, var=var, weighted=weighted, shapes=shapes)
     expected, grads, state = case.expected(update)
-    case.layers[1] = case.layers[1].to(memory_format=torch.channels_last)
+    case.features[1] = case.features[1].to(memory_format=torch.channels_last)
     move(case)
     loss, *_, grad_mean, grad_var = getattr(case, f"from_{source}")(update)
     rows = 1 if source == "moments" else 11
@@ -191,8 +191,8 @@ def test_match(average, update, var, weighted, dtype, source):
 def test_match_of_chunked_and_wide_features(average, rows, columns):
     shapes = ((columns,), (8,))
     case = gpu_case(average, shapes=shapes, weighted=True)
-    case.layers = make_features(rows, shapes, torch.float64)
-    case.mean, case.var = exact_moments(case.layers)
+    case.features = make_features(rows, shapes, torch.float64)
+    case.mean, case.var = exact_moments(case.features)
     expected, grads, state = case.expected()
     move(case)
     loss, _, grad_mean, grad_var = case.from_features()
@@ -208,9 +208,9 @@ def test_match_of_chunked_and_wide_features(average, rows, columns):
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
 def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source):
     case = gpu_case(average)
-    case.layers[0][4, 2] = float("nan")
+    case.features[0][4, 2] = float("nan")
     with mo.backend("reference"):
-        case.mean, case.var, _ = moments(case.layers)
+        case.mean, case.var, _ = moments(case.features)
     before = [s.clone() for s in case.state]
     move(case)
     loss, *_ = getattr(case, source)()

@@ -43,7 +43,7 @@ def test_training_ends_with_both_frechet_distances_and_their_ratio(capfd, pictur
     output = capfd.readouterr()
     last = output.out.splitlines()[-1]
     assert last.startswith("Frechet distance ")
-    assert "held-out real images" in last
+    assert "held-out images" in last
     assert "ratio" in last
 
 

@@ -57,7 +57,7 @@ def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
 
 
 def test_an_empty_folder_is_an_error_that_says_what_is_needed(tmp_path):
-    with pytest.raises(TrainingError, match="holds 0 png or jpg images, 20 are the least"):
+    with pytest.raises(TrainingError, match="holds 0 png or jpg images, expected at least 20"):
         data.load(str(tmp_path))
 
 

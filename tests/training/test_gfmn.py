@@ -10,7 +10,7 @@ import torch
 from comparison import assert_same
 
 import moment_ops as mo
-from moment_ops.training import data, feature_networks, gfmn, runs
+from moment_ops.training import data, extractors, gfmn, runs
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.interruption import Interrupted
 
@@ -54,7 +54,7 @@ def test_metrics_have_one_object_a_line_and_the_frechet_distance_at_evaluations(
 def test_targets_are_the_moments_of_the_features_of_all_training_images(train, pictures, extractor_path):
     saved = mo.Moments.load(train("run") / "target.npz")
     images = data.load(str(pictures))
-    extractor = feature_networks.load_or_train_classifier(images, extractor_path, iterations=2)
+    extractor = extractors.load_or_train_classifier(images, extractor_path, iterations=2)
     features = torch.cat([part.flatten(1) for part in extractor.features(data.scale(images.train))], 1).double()
     torch.testing.assert_close(saved.mean.double(), features.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(saved.var.double(), features.var(0), rtol=1e-4, atol=1e-9)
@@ -113,7 +113,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_finite_checkpoint(train, monkey
         "forward",
         lambda self, images: forward(self, images) * (1.0 if next(calls) < 14 else float("nan")),
     )
-    with pytest.raises(TrainingError, match="the loss is not finite at step 15"):
+    with pytest.raises(TrainingError, match="the loss is non-finite at step 15"):
         train("run")
     assert trained_state(tmp_path / "run")["step"] == 10
 
@@ -134,7 +134,7 @@ def test_a_new_run_keeps_the_earlier_one_beside_it(train):
 def test_a_folder_with_other_files_is_not_taken_for_a_run(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("text")
-    with pytest.raises(TrainingError, match="in use for something else"):
+    with pytest.raises(TrainingError, match="holds files that are not of a run"):
         train("run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
@@ -153,19 +153,19 @@ def test_a_finished_run_continues_with_more_steps(train):
 def test_the_extractor_is_reused_for_the_same_data_and_trained_anew_for_other_data(pictures, tmp_path):
     path, said = tmp_path / "extractor.pt", []
     images = data.load(str(pictures))
-    first = feature_networks.load_or_train_classifier(images, path, iterations=2, say=said.append)
-    again = feature_networks.load_or_train_classifier(images, path, iterations=2, say=said.append)
+    first = extractors.load_or_train_classifier(images, path, iterations=2, say=said.append)
+    again = extractors.load_or_train_classifier(images, path, iterations=2, say=said.append)
     assert_same(dict(first.state_dict()), dict(again.state_dict()))
     assert len(said) == 1
     other = data.ImageData(images.name, images.held_out, images.train, images.held_out_labels, images.train_labels)
-    feature_networks.load_or_train_classifier(other, path, iterations=2, say=said.append)
+    extractors.load_or_train_classifier(other, path, iterations=2, say=said.append)
     assert "other data" in said[1]
 
 
 def test_images_without_labels_train_an_extractor_by_their_orientation(pictures, tmp_path):
     images = data.load(str(pictures))
     unlabelled = data.ImageData(images.name, images.train, images.held_out)
-    extractor = feature_networks.load_or_train_classifier(unlabelled, tmp_path / "extractor.pt", iterations=2)
+    extractor = extractors.load_or_train_classifier(unlabelled, tmp_path / "extractor.pt", iterations=2)
     assert extractor.head.out_features == 4
 
 

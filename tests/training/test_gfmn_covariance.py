@@ -9,14 +9,14 @@ from test_gfmn import send_signal_after, trained_state
 from torch.nn import functional
 
 import moment_ops as mo
-from moment_ops.training import data, feature_networks, gfmn
+from moment_ops.training import data, extractors, gfmn
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.interruption import Interrupted
 
 
 @pytest.fixture
 def extractor(pictures, extractor_path):
-    classifier = feature_networks.load_or_train_classifier(data.load(str(pictures)), extractor_path, iterations=2)
+    classifier = extractors.load_or_train_classifier(data.load(str(pictures)), extractor_path, iterations=2)
     return mo.MomentExtractor(classifier)
 
 
@@ -60,9 +60,9 @@ def test_a_stopped_and_continued_run_equals_an_uninterrupted_one(train, average)
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("7", "--covariance 7: expected 1 to 6 layers"),
-        ("0", "--covariance 0: expected 1 to 6 layers"),
-        ("nothing", "--covariance: there is no layer 'nothing'; the layers are blocks"),
+        ("7", "--covariance: got 7, expected 1 to 6 layers"),
+        ("0", "--covariance: got 0, expected 1 to 6 layers"),
+        ("nothing", "--covariance: got 'nothing', expected names of blocks"),
     ],
 )
 def test_layers_that_there_are_not_are_errors(train, choice, message):

@@ -185,7 +185,7 @@ def test_a_run_of_another_method_is_not_continued(train, monkeypatch):
 
 
 def test_a_moment_network_that_diverges_is_a_one_line_error(train):
-    with pytest.raises(TrainingError, match="not finite at step 0; try a lower --moment-lr"):
+    with pytest.raises(TrainingError, match="non-finite at step 0; try a lower --moment-lr"):
         train("run", moment_lr=1e30)
 
 

@@ -130,7 +130,7 @@ def test_more_layers_than_a_launch_takes(layers):
 def test_a_loss_over_several_launches_is_one_loss(average):
     """Aligned layers and others are launched apart; the last program of the last launch adds the loss up."""
     case = Case(average, shapes=[(8,)] * (MAX_LAYERS + 1) + [(3, 3)], weighted=True)
-    assert len(_column_plan.groups("reduce", case.layers)) == 3
+    assert len(_column_plan.groups("reduce", case.features)) == 3
     expected, grads, state = case.expected()
     loss, mean, grad_mean, grad_var = case.from_features()
     assert_close(mean, case.mean)
@@ -146,8 +146,8 @@ def test_wide_and_chunked_features_are_matched(average, rows, shapes, request):
     if rows < 512:
         request.getfixturevalue("wide")
     case = Case(average, shapes=shapes, weighted=True)
-    case.layers = make_features(rows, shapes, torch.float64)
-    case.mean, case.var, _ = moments(case.layers)
+    case.features = make_features(rows, shapes, torch.float64)
+    case.mean, case.var, _ = moments(case.features)
     expected, grads, state = case.expected()
     loss, _, grad_mean, grad_var = case.from_features()
     assert_close(loss, expected, rows=case.columns)
