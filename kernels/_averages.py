@@ -106,11 +106,20 @@ def square_root(x):
 
 
 @triton.jit
+def loss_terms(terms, size):
+    """Infinite where a size is, and a term is infinity less infinity, or nothing times infinity: it does not fit.
+
+    By column: threads that have a column twice may see it before and after its step, and must not go different ways.
+    """
+    return tl.where((terms != terms) & (tl.abs(size) == float("inf")), float("inf"), terms)
+
+
+@triton.jit
 def match_none(value, target, weight, reduction):
     """(column's share of the loss, derivative)."""
     difference = value - target
     scaled = reduction * weight * difference
-    return scaled * difference, 2.0 * scaled
+    return loss_terms(scaled * difference, tl.abs(value) + tl.abs(target)), 2.0 * scaled
 
 
 @triton.jit
@@ -226,6 +235,5 @@ def match_average(value, target, weight, latest, vectors, entries, average, numb
             tl.store(vectors.averages[2] + packed, tl.where(finite, next_second, second), mask=mask)
         weighted = weight * estimate
         terms, slope = weighted * difference, -weighted
-        # Nothing times infinity does not fit.
-        terms = tl.where((weighted == 0) & (tl.abs(difference) == float("inf")), float("inf"), terms)
+        terms = loss_terms(terms, difference)
     return terms, slope

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moment_ops.kernels import _column_plan, _launch
 from moment_ops.kernels._averages import (
-    ADAM,
     OPTIONS,
     Entries,
     Vectors,
@@ -66,12 +65,7 @@ def match_loaded(value, target, weight, latest, scale, vectors, entries, average
     terms, slope = match_average(value, target, weight, latest, vectors, entries, average, numbers)
     if vectors.grad is not None:
         tl.store(vectors.grad + entries.packed, slope, mask=entries.mask)
-    share = tl.sum(tl.where(entries.mask, terms.to(tl.float64), 0.0))
-    if average.KIND != ADAM and share != share:
-        # Infinity less infinity, and nothing times infinity, do not fit; NaN stays.
-        size = tl.sum(tl.where(entries.mask, tl.abs(value) + tl.abs(target), 0.0).to(tl.float64))
-        share = tl.where(size == float("inf"), size, share)
-    return share
+    return tl.sum(tl.where(entries.mask, terms.to(tl.float64), 0.0))
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Basic blocks, and which registers may be read before they are written."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -118,6 +119,19 @@ def doubtful(kernel: Kernel, graph: list[Block]) -> set[str]:
                 for name in results(ins):
                     defined |= bit.get(name, 0)
     return found
+
+
+def packed(kernel: Kernel) -> dict[str, list[str]]:
+    """The registers that others are made of: of those that are written once, from such as are written once at most."""
+    writes = Counter(name for ins in kernel.instructions for name in results(ins))
+    return {
+        results(ins)[0]: sources(ins)
+        for ins in kernel.instructions
+        if ins.opcode == "mov"
+        and isinstance(ins.operands[1], Vector)
+        and len(sources(ins)) == len(ins.operands[1].items)
+        and all(writes[name] <= 1 for name in (*results(ins), *sources(ins)))
+    }
 
 
 def spread(kernel: Kernel, names: set[str]) -> set[str]:

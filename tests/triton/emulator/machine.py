@@ -7,7 +7,7 @@ import numpy as np
 
 from emulator import accesses, arithmetic, conversions, matrices, moves, warpgroups, warps  # noqa: F401
 from emulator.faults import Divergence, Fault
-from emulator.flow import blocks, doubtful, fusible, results, seen_as_bits, spread
+from emulator.flow import blocks, doubtful, fusible, packed, results, seen_as_bits, spread
 from emulator.instructions import build
 from emulator.memory import GlobalMemory, SharedMemory
 from emulator.parsing import Instruction, Kernel
@@ -89,6 +89,7 @@ class Machine:
             threads=threads,
             seen_as_bits=seen_as_bits(kernel),
             written={name: np.zeros(lanes, bool) for name in watched},
+            packed=packed(kernel),
             random=np.random.default_rng(seed),
             inexact=inexact,
             fused=fusible(self._graph) if inexact else {},

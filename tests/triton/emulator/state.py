@@ -50,6 +50,7 @@ class State:
     threads: int
     seen_as_bits: set[str]
     written: dict[str, np.ndarray]
+    packed: dict[str, list[str]]
     random: np.random.Generator
     inexact: bool
     fused: dict[int, tuple[Instruction, int]]  # sums and the products that they are fused with

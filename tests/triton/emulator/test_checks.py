@@ -81,6 +81,19 @@ def test_a_register_that_was_not_written_must_not_be_looked_at(use):
         run(body, [zeros(1)])
 
 
+@pytest.mark.parametrize(("unpacked", "fault"), [("{_, %r2}", False), ("{%r2, _}", True)])
+def test_the_half_of_a_pair_that_was_not_written_must_not_be_looked_at(unpacked, fault):
+    """Compilers pack what nobody has written, and take the other half out again."""
+    body = f"mov.b32 %r3, 5; mov.b64 %d9, {{%r4, %r3}}; mov.b64 {unpacked}, %d9; st.global.b32 [%d0], %r2;"
+    a = zeros(1)
+    if fault:
+        with pytest.raises(UndefinedRegister):
+            run(body, [a])
+    else:
+        run(body, [a])
+        assert a.tolist() == [5]
+
+
 def test_a_register_that_was_not_written_may_be_computed_with_where_nobody_looks():
     body = f"""
       {AT} setp.lt.s32 %p2, %r0, 16;

@@ -10,7 +10,7 @@ import numpy as np
 
 from emulator.faults import UndefinedRegister
 from emulator.flow import results, sources
-from emulator.parsing import Instruction
+from emulator.parsing import Instruction, Vector
 from emulator.registers import Active
 from emulator.state import State
 
@@ -33,15 +33,26 @@ def watched(state: State, ins: Instruction, run: Callable[[Active], None]) -> Ca
     if not reads and not writes:
         return run
 
+    parts = _parts(state, ins)
+
     def tracked(active: Active) -> None:
         if ins.opcode in _OBSERVERS:
             observed(state, ins, reads, active)
         run(active)
         known = _known(state, ins, reads)
         for name in writes:
-            np.copyto(state.written[name], known, where=active.mask)
+            of_name = state.written.get(parts[name], True) if name in parts else known
+            np.copyto(state.written[name], of_name, where=active.mask)
 
     return tracked
+
+
+def _parts(state: State, ins: Instruction) -> dict[str, str]:
+    """What is unpacked, and what it was packed from: compilers leave halves that nobody uses unwritten."""
+    if ins.opcode != "mov" or not isinstance(ins.operands[0], Vector):
+        return {}
+    names = [getattr(item, "name", "_") for item in ins.operands[0].items]
+    return dict(zip(names, state.packed.get(getattr(ins.operands[1], "name", ""), ()), strict=False))
 
 
 def _known(state: State, ins: Instruction, reads: Sequence[str]) -> np.ndarray:
