@@ -88,9 +88,8 @@ def covariance(
         (D, D), exactly symmetric, float32 (float64 for float64 features). For a sequence or a mapping, a tuple with one
         matrix per layer, in order. Differentiable, twice in eager mode.
 
-        A non-finite value makes its feature's row and column of the covariance non-finite, and nothing else. With the
-        backends "cpu" and "reference", an entry or a gradient that its dtype can represent does not overflow in an
-        intermediate sum.
+        A non-finite value makes its feature's row and column of the covariance non-finite, and nothing else. An
+        entry or a gradient that its dtype can represent does not overflow in an intermediate sum.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices, ranks, sizes or options; a matrix that does not fit into

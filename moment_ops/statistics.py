@@ -364,7 +364,8 @@ def moments(input: checks.Features, *, dim: int | Sequence[int] = 0, correction:
         var: whether variances are computed.
 
     Returns:
-        Moments in float32 (float64 for float64 features). Differentiable, twice in eager mode.
+        Moments in float32 (float64 for float64 features). Differentiable, twice in eager mode. A mean, a variance or a
+        gradient that its dtype can represent does not overflow in an intermediate sum.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices, ranks or sizes. The message names the argument.

@@ -60,7 +60,8 @@ def moment_loss(
             every process.
 
     Returns:
-        Scalar, float32 (float64 for float64). Differentiable with respect to input and target, twice in eager mode.
+        Scalar, float32 (float64 for float64). Differentiable with respect to input and target, twice in eager mode. A
+        loss that its dtype cannot represent is infinite.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, devices, shapes, names, options or weights. The message names the

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from emulated.columns import Moments, MomentsBackward
-from emulated.mutations import Subject, idle_barriers
+from emulated.mutations import Subject, idle_barriers, idle_guards, unused_accesses
 from emulated.products import Gram
 
 
@@ -41,15 +41,23 @@ def test_a_ticket_needs_its_whole_order(moments, kind):
     assert outcomes == ["noticed"]
 
 
+def moments_read_again():
+    """Every second column is read again, as sums of its squares do not fit."""
+    case = Moments(20, [(516,)], torch.float32, "every second row")
+    case.layers[0][:, ::2] *= 5e18
+    return case
+
+
 TAILS = {
-    "moments": lambda: Moments(20, [(516,)], torch.float32, "every second row"),
+    "moments": moments_read_again,
     "moments_backward": lambda: MomentsBackward(20, [(40,), (8,)], torch.bfloat16, "every second row", added=True),
 }
 
 
 @pytest.mark.parametrize("name", TAILS)
-def test_tails_need_all_of_their_guards(name):
+def test_tails_need_all_of_their_guards_but_for_what_nobody_looks_at(name):
     subject = Subject(TAILS[name], {"_column_plan.IN_FLIGHT": 0}, 0)
-    outcomes = [subject.outcome(mutation) for mutation in subject.mutations("guard")]
-    assert outcomes
-    assert set(outcomes) == {"noticed"}
+    outcomes = {mutation.line: subject.outcome(mutation) for mutation in subject.mutations("guard")}
+    rest = {line for line, outcome in outcomes.items() if outcome != "noticed"} - idle_guards(subject)
+    assert unused_accesses(subject, rest) == rest
+    assert sum(outcome == "noticed" for outcome in outcomes.values()) >= 10
