@@ -8,7 +8,6 @@ A layer whose products have no room in float32 is computed anew in float64.
 """
 
 import math
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -133,7 +132,7 @@ def gram_backward(
     grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool], out: Sequence[Tensor]
 ) -> None:
     """Fill `out`, one tensor per entry of `rows` that requires a gradient."""
-    layers, total = grad.shape[0], grad.shape[1]
+    layers = grad.shape[0]
     written = iter(out)
     destinations = [next(written) if want else None for want in wanted]
     with torch.autocast("cpu", enabled=False), ieee_products():
