@@ -385,3 +385,28 @@ def test_the_rows_of_all_processes_have_to_be_enough(ranks, joint):
         assert all(result.isfinite().all() for result in results)
     for results in ranks(few_rows, 1, joint):
         assert all(result.isnan().all() for result in results)
+
+
+# Of rows: standard deviations whose squares have no sum in float32; a weight that makes up for them.
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("size", "weight"), [(3e18, 1e-37), (1e20, 1e-44)])
+def test_a_distance_that_fits_comes_out_with_its_gradient_where_products_of_rows_do_not_fit(size, weight):
+    x = (torch.randn(6, 2000) * size).requires_grad_()
+    y = torch.randn(6, 2000)
+    loss = mo.covariance_distance(x, y, method="gram", cov_weight=weight / 2000**2)
+    (dx,) = torch.autograd.grad(loss, x)
+    wide = x.detach().double().requires_grad_()
+    exact = (torch.cov(wide.mT) - torch.cov(y.double().mT)).square().mean() * weight
+    assert_close(loss, exact.detach(), rows=2000)
+    assert_close(dx, torch.autograd.grad(exact, wide)[0], rows=2000)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("size", [3e18, 1e20, 1e37])
+def test_losses_through_products_of_rows_that_do_not_fit_are_infinite(size):
+    x, y = torch.randn(6, 2000) * size, torch.randn(6, 2000)
+    for loss in (mo.coral_loss(x, y), mo.vicreg_covariance(x), mo.covariance_distance(x, y, method="gram")):
+        assert loss.item() == float("inf")
+    x[3, 5] = float("nan")
+    for loss in (mo.coral_loss(x, y), mo.vicreg_covariance(x), mo.covariance_distance(x, y, method="gram")):
+        assert loss.isnan()

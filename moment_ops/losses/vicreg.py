@@ -70,7 +70,8 @@ def vicreg_covariance(x: Tensor, *, process_group: ProcessGroup = False) -> Tens
         # In the wider dtype, so that the two gradients are added before they are rounded to 16 bits.
         wide = x.to(statistics_dtype(x.dtype))
         squares = gram_squared_norm(wide, process_group) - _variance(wide, process_group).double().square().sum()
-        value = squares / columns
+        # A variance that does not fit leaves a loss that does not.
+        value = torch.where(squares == -torch.inf, torch.inf, squares) / columns
     else:
         # Flattened, without its last entry and in rows of D + 1, the matrix has its diagonal in the first column.
         shifted = merged_covariance(x, process_group).flatten()[:-1].view(columns - 1, columns + 1)

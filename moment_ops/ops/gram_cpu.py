@@ -3,8 +3,11 @@
 Every panel is a batch of at least two products, over pieces of the columns that depend on the shapes alone: BLAS then
 computes each product in one thread. A single product may be cut along the summed dimension, differently for every
 number of threads, and a batch that is written in place with strides may be cut at other columns.
+
+A layer whose products have no room in float32 is computed anew in float64.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -91,46 +94,76 @@ def _new_buffer(counts: int, shift: Sequence[Tensor]) -> Tensor:
 
 def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor) -> None:
     """Fill `out`, (L, R, R) float64. Products are in the dtype of the shift, in sums of at most 1,024 columns."""
-    total = out.shape[1]
-    buffer = _new_buffer(total, shift)
-    out.zero_()
+    buffer = _new_buffer(out.shape[1], shift)
     with torch.autocast("cpu", enabled=False), ieee_products():
         for layer in range(layers):
-            for panel in _panels(total, shift[layer].shape[0]):
-                filled = _fill(panel, buffer, rows[layer::layers], shift[layer::layers])
-                for i in range(0, total, _BLOCK):
-                    products = torch.bmm(filled[:, i : i + _BLOCK], filled[:, i:].mT)
-                    out[layer, i : i + _BLOCK, i:] += products.sum(0, dtype=torch.float64)
-            upper = out[layer].triu()
-            torch.add(upper, upper.triu(1).mT, out=out[layer])
+            group, less = rows[layer::layers], shift[layer::layers]
+            _multiply(group, less, buffer, out[layer])
+            # No sum is larger than those of the diagonal.
+            if buffer.dtype != torch.float64 and not math.isfinite(float(out[layer].trace())):
+                less = [s.double() for s in less]
+                _multiply(group, less, _new_buffer(out.shape[1], less), out[layer])
+
+
+def _multiply(rows: Sequence[Tensor], shift: Sequence[Tensor], buffer: Tensor, out: Tensor) -> None:
+    """Fill `out`, (R, R), with the products of the rows of one layer."""
+    total = len(out)
+    out.zero_()
+    for panel in _panels(total, shift[0].shape[0]):
+        filled = _fill(panel, buffer, rows, shift)
+        for i in range(0, total, _BLOCK):
+            products = torch.bmm(filled[:, i : i + _BLOCK], filled[:, i:].mT)
+            out[i : i + _BLOCK, i:] += products.sum(0, dtype=torch.float64)
+    upper = out.triu()
+    torch.add(upper, upper.triu(1).mT, out=out)
+
+
+# Factors of this size, times rows whose products have room, have room as well, and keep their digits.
+_LEAST, _MOST = 2.0**-100, 2.0**50
+
+
+def _has_digits(factors: Tensor) -> bool:
+    """Whether float64 factors keep their digits, and their products with rows fit, in float32."""
+    largest = float(factors.abs().max()) if factors.numel() else 0.0
+    return largest == 0 or _LEAST <= largest <= _MOST
 
 
 def gram_backward(
     grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool], out: Sequence[Tensor]
 ) -> None:
     """Fill `out`, one tensor per entry of `rows` that requires a gradient."""
-    layers, total = grad.shape[0], grad.shape[1]
-    buffer = _new_buffer(total, shift)
-    result = torch.empty_like(buffer)
+    layers = grad.shape[0]
     written = iter(out)
     destinations = [next(written) if want else None for want in wanted]
     with torch.autocast("cpu", enabled=False), ieee_products():
         for layer in range(layers):
-            group = rows[layer::layers]
-            counts = [x.shape[0] for x in group]
-            factors = (grad[layer] + grad[layer].mT).to(shift[layer].dtype).split(counts)
-            for panel in _panels(total, shift[layer].shape[0]):
-                filled = _fill(panel, buffer, group, shift[layer::layers])
-                pieces = (panel.batch, panel.width)
-                for factor, destination in zip(factors, destinations[layer::layers], strict=True):
-                    if destination is None:
-                        continue
-                    n = factor.shape[0]
-                    product = result[: panel.batch * n * panel.width].view(panel.batch, n, panel.width)
-                    torch.bmm(factor.expand(panel.batch, -1, -1), filled, out=product)
-                    columns = destination[:, panel.start : panel.stop]
-                    in_order = product.transpose(0, 1)
-                    if panel.padding:
-                        columns.copy_(in_order.flatten(1)[:, : panel.stop - panel.start])
-                    else:
-                        columns.unflatten(1, pieces).copy_(in_order)
+            less = shift[layer::layers]
+            factors = grad[layer] + grad[layer].mT
+            if not _has_digits(factors):
+                less = [s.double() for s in less]
+            _multiply_factors(factors.to(less[0].dtype), rows[layer::layers], less, destinations[layer::layers])
+
+
+def _multiply_factors(
+    factors: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], out: Sequence[Tensor | None]
+) -> None:
+    """Fill the outputs of one layer."""
+    total = len(factors)
+    buffer = _new_buffer(total, shift)
+    result = torch.empty_like(buffer)
+    parts = factors.split([x.shape[0] for x in rows])
+    for panel in _panels(total, shift[0].shape[0]):
+        filled = _fill(panel, buffer, rows, shift)
+        pieces = (panel.batch, panel.width)
+        for factor, destination in zip(parts, out, strict=True):
+            if destination is None:
+                continue
+            n = factor.shape[0]
+            product = result[: panel.batch * n * panel.width].view(panel.batch, n, panel.width)
+            torch.bmm(factor.expand(panel.batch, -1, -1), filled, out=product)
+            columns = destination[:, panel.start : panel.stop]
+            in_order = product.transpose(0, 1)
+            if panel.padding:
+                columns.copy_(in_order.flatten(1)[:, : panel.stop - panel.start])
+            else:
+                columns.unflatten(1, pieces).copy_(in_order)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def _shifted(rows: Sequence[Tensor], shift: Sequence[Tensor]) -> Tensor:
-    """The rows of one layer less their shifts, (R, D), in the dtype of the statistics."""
-    return torch.cat([x.to(less.dtype) - less for x, less in zip(rows, shift, strict=True)])
+    """The rows of one layer less their shifts, (R, D), float64."""
+    return torch.cat([x.double() - less.double() for x, less in zip(rows, shift, strict=True)])
 
 
 def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int) -> Tensor:
@@ -18,7 +18,7 @@ def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int) -> Tensor
         rows: group after group, each with one (n, D_l) per layer.
         shift: (D_l,) for each of them, in the dtype of the statistics.
     """
-    shifted = (_shifted(rows[layer::layers], shift[layer::layers]).double() for layer in range(layers))
+    shifted = (_shifted(rows[layer::layers], shift[layer::layers]) for layer in range(layers))
     upper = torch.stack([z @ z.mT for z in shifted]).triu()
     # Exactly symmetric, which a product is not.
     return upper + upper.triu(1).mT
@@ -33,7 +33,7 @@ def gram_backward(
     for layer in range(layers):
         counts = [x.shape[0] for x in rows[layer::layers]]
         shifted = _shifted(rows[layer::layers], shift[layer::layers])
-        products = (grad[layer] + grad[layer].mT) @ shifted.double()
+        products = (grad[layer] + grad[layer].mT) @ shifted
         for i, product in zip(range(layer, len(rows), layers), products.split(counts), strict=True):
             outputs[i] = product.to(rows[i].dtype)
     return [product for product, want in zip(outputs, wanted, strict=True) if want and product is not None]
