@@ -133,26 +133,33 @@ def gram_backward(
 ) -> None:
     """Fill `out`, one tensor per entry of `rows` that requires a gradient."""
     layers = grad.shape[0]
+    buffer = _new_buffer(grad.shape[1], shift)
+    result = torch.empty_like(buffer)
     written = iter(out)
     destinations = [next(written) if want else None for want in wanted]
     with torch.autocast("cpu", enabled=False), ieee_products():
         for layer in range(layers):
-            less = shift[layer::layers]
+            group, less, written_to = rows[layer::layers], shift[layer::layers], destinations[layer::layers]
             factors = grad[layer] + grad[layer].mT
-            if not _has_digits(factors):
+            if buffer.dtype == torch.float64 or _has_digits(factors):
+                _multiply_factors(factors.to(buffer.dtype), group, less, buffer, result, written_to)
+            else:
                 less = [s.double() for s in less]
-            _multiply_factors(factors.to(less[0].dtype), rows[layer::layers], less, destinations[layer::layers])
+                wide = _new_buffer(len(factors), less)
+                _multiply_factors(factors, group, less, wide, torch.empty_like(wide), written_to)
 
 
 def _multiply_factors(
-    factors: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], out: Sequence[Tensor | None]
+    factors: Tensor,
+    rows: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    buffer: Tensor,
+    result: Tensor,
+    out: Sequence[Tensor | None],
 ) -> None:
-    """Fill the outputs of one layer."""
-    total = len(factors)
-    buffer = _new_buffer(total, shift)
-    result = torch.empty_like(buffer)
+    """Fill the outputs of one layer, panel by panel through two buffers."""
     parts = factors.split([x.shape[0] for x in rows])
-    for panel in _panels(total, shift[0].shape[0]):
+    for panel in _panels(len(factors), shift[0].shape[0]):
         filled = _fill(panel, buffer, rows, shift)
         pieces = (panel.batch, panel.width)
         for factor, destination in zip(parts, out, strict=True):
