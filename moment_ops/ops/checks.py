@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moment_ops.ops import plans
@@ -91,14 +92,14 @@ class Batch(NamedTuple):
 _BATCHES: plans.Plans[tuple[tuple[tuple[int, ...], ...], bool]] = plans.Plans()
 
 
-def batch_of(input: Any, name: str = "input", *, empty: bool = False) -> Batch:
+def batch_of(input: Any, name: str = "input", *, empty: bool | None = False) -> Batch:
     """Features with the batch on dimension 0. They are checked once per signature, to which names do not belong."""
     layers, names = _layers(input)
     signature = plans.signature(layers) if isinstance(layers, (list, tuple)) else None
     return Batch(layers, signature, *_BATCHES.find(signature, empty, _check_batch, input, name, empty), names)
 
 
-def _check_batch(input: Any, name: str, empty: bool) -> tuple[tuple[tuple[int, ...], ...], bool]:
+def _check_batch(input: Any, name: str, empty: bool | None) -> tuple[tuple[tuple[int, ...], ...], bool]:
     layers = features(input, name)
     batch(layers, 0, name, names_of(input), empty=empty)
     return tuple(tuple(x.shape[1:]) for x in layers), any(x.requires_grad for x in layers)
@@ -110,10 +111,16 @@ def batch(
     name: str = "input",
     names: Sequence[str] | None = None,
     *,
-    empty: bool = False,
+    empty: bool | None = False,
 ) -> None:
-    """Check that all layers have the same number of rows, and at least one row (unless `empty`) and one column."""
+    """Check that all layers have the same number of rows, at least one row, and at least one column.
+
+    Args:
+        empty: whether there may be no rows. None permits it if there are several processes.
+    """
     rows = layers[0].shape[dim]
+    if empty is None:
+        empty = rows == 0 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     for i, x in enumerate(layers):
         called = label_of(name, i, layers, names)
         if x.shape[dim] == 0 and not empty:
