@@ -70,8 +70,8 @@ def packed_moments(
         return reference.moments(input, dim, correction, var)
     mean = input[0].new_empty(plan.columns, dtype=plan.dtype)
     variance = mean.new_empty(plan.columns) if var else None
-    layers = input if plan.dense else [with_dense_columns(x, dim) for x in input]
-    plan.fill(layers, dim, correction, mean, variance)
+    native = input if plan.dense else [with_dense_columns(x, dim) for x in input]
+    plan.fill(native, dim, correction, mean, variance)
     return mean, variance
 
 
@@ -203,7 +203,6 @@ def _moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tens
     grad, grad_mean, grad_var, input, mean, count, ctx.dim, ctx.correction, scale = inputs
     if scale is not None and scale.requires_grad:
         raise NotImplementedError("moments_backward: scale has no derivative; multiply the gradients by it instead")
-    ctx.layers = len(input)
     ctx.added = len(grad)
     ctx.has_mean, ctx.has_var, ctx.has_scale = grad_mean is not None, grad_var is not None, scale is not None
     optional = [t for t in (grad_mean, grad_var, scale) if t is not None]
