@@ -74,9 +74,9 @@ def with_gradients(outputs, inputs):
 
 
 def run_moments(seed):
-    layers = make_layers(seed)
-    m = mo.moments(layers)
-    return with_gradients([m.mean, m.var], layers)
+    features = make_layers(seed)
+    m = mo.moments(features)
+    return with_gradients([m.mean, m.var], features)
 
 
 def run_tap(seed):
@@ -85,13 +85,13 @@ def run_tap(seed):
     return with_gradients([y, mean, var], [x])
 
 
-def run_loss(average, of_features):
-    loss_fn = mo.MomentLoss(make_target([shape[1:] for shape in SHAPES]), average)
+def run_loss(average_kind, of_features):
+    loss_fn = mo.MomentLoss(make_target([shape[1:] for shape in SHAPES]), average_kind)
 
     def run(seed):
-        layers = make_layers(seed)
-        loss = loss_fn(layers if of_features else mo.moments(layers))
-        return with_gradients([loss], layers) + [value.clone() for value in loss_fn.state_dict().values()]
+        features = make_layers(seed)
+        loss = loss_fn(features if of_features else mo.moments(features))
+        return with_gradients([loss], features) + [value.clone() for value in loss_fn.state_dict().values()]
 
     return run
 
@@ -101,10 +101,10 @@ def run_covariance(seed):
     return with_gradients([mo.covariance(x)], [x])
 
 
-def run_covariance_loss(average):
+def run_covariance_loss(average_kind):
     target = make_target([(70,), (1,)])
     target = mo.Moments(target.mean, cov=(torch.eye(70), torch.ones(1, 1)), shapes=target.shapes)
-    loss_fn = mo.CovarianceLoss(target, average=average)
+    loss_fn = mo.CovarianceLoss(target, average_kind=average_kind)
 
     def run(seed):
         _, x, narrow = make_layers(seed)
@@ -115,7 +115,7 @@ def run_covariance_loss(average):
 
 def run_gram(seed):
     groups = [[x[:20, :1].reshape(20, -1) for x in make_layers(seed + i)] for i in (0, 7)]
-    shift = [[x[0].detach() for x in layers] for layers in groups]
+    shift = [[x[0].detach() for x in features] for features in groups]
     return with_gradients([gram(groups, shift)], groups[0])
 
 
@@ -185,10 +185,10 @@ def test_nothing_of_a_call_is_kept(calls):
     import gc
     import weakref
 
-    layers = make_layers(0)
-    references = [weakref.ref(x) for x in layers]
-    mo.moments([x.detach() for x in layers])
-    del layers
+    features = make_layers(0)
+    references = [weakref.ref(x) for x in features]
+    mo.moments([x.detach() for x in features])
+    del features
     gc.collect()
     assert all(reference() is None for reference in references)
 
