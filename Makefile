@@ -67,7 +67,7 @@ test: build  ## run every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-emulated: build  ## run all compiled Triton kernels in an emulator, an hour; continues a stopped run
-	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full tests/triton/emulated/test_range.py $(ARGS)
+	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full tests/triton/emulated/test_range.py tests/triton/test_older_triton.py $(ARGS)
 
 test-gpu: build  ## compare every operator on every GPU backend with float64 on the CPU
 	@$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
