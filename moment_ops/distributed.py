@@ -59,13 +59,9 @@ def moments_of_rank(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(mean, var, count) of this process, as `merge_ranks` takes them.
 
-    The correction is 0, since a variance over N - 1 is NaN for a single row. A process without rows has means and
-    variances of zero, through which the features get a gradient of zero.
+    The correction is 0, since a variance over N - 1 is NaN for a single row.
     """
-    if features[0].shape[0]:
-        return moments(features, 0, 0, var, signature=signature)
-    mean = torch.cat([x.sum(0, dtype=statistics_dtype(x.dtype)).flatten() for x in features])
-    return mean, mean if var else None, mean.new_zeros(len(features), dtype=torch.int64)
+    return moments(features, 0, 0, var, signature=signature)
 
 
 def covariance_of_rank(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -90,7 +86,8 @@ def merge_ranks(
     """Mean, variance and count over the rows of all processes, from the moments of each process.
 
     Args:
-        mean, var, count, correction: packed moments of this process, (F,), (F,), (L,) and a number.
+        mean, var, count, correction: packed moments of this process, (F,), (F,), (L,) and a number. Those of a layer
+            without rows do not count and may be NaN.
         sizes: columns of every layer.
         pivot: (F,), the same on every process. It is subtracted from the means before they are summed in float64.
         new_correction: correction of the merged variance.
@@ -101,10 +98,10 @@ def merge_ranks(
     """
     num_layers, columns = count.shape[0], mean.shape[0]
     rows = per_column(count.double(), sizes)
-    shift = mean.double() - pivot.double()
+    shift = torch.where(rows > 0, mean.double() - pivot.double(), 0.0)
     parts = [count.double(), rows * shift]
     if var is not None:
-        m2 = torch.where(rows == 1, 0.0, var.double()) * (rows - correction).clamp_min(0)
+        m2 = torch.where(rows > 1, var.double(), 0.0) * (rows - correction).clamp_min(0)
         parts.append(m2 + rows * shift.square())
     total = _SumOverRanks.call(torch.cat(parts), process_group)
 

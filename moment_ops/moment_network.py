@@ -111,19 +111,23 @@ class MomentNetwork(nn.Module):
             eager mode, once under the transforms of `torch.func`. Backward does not reach the parameters of f.
 
         Raises:
-            ValueError: f does not return one value per sample, does not use one of its parameters, or has one that does
-                not require grad; a layer is not twice differentiable; nothing matches `hidden`. The message names it.
+            ValueError: no rows, unless there are several processes (see `moment_ops.moments`); f does not return one
+                value per sample, does not use one of its parameters, or has one that does not require grad; a layer is
+                not twice differentiable; nothing matches `hidden`. The message names it.
 
         Cost: a forward and a backward of f. Backward is a double backward through f without the gradients of its
         parameters. No gradients per sample are computed: the gradient of the mean is the mean of the gradients. If x
         does not require grad, no graph is built.
         """
-        checks.batch(checks.features(x, "x"), 0, "x")
+        checks.batch(checks.features(x, "x"), 0, "x", empty=None)
         if torch.is_grad_enabled() and wants_grad(x):
             mean = of_input_alone(self._means, x, list(self.f.parameters()))
             below_transforms(self._check_once, x)
         else:
             mean = self._means(x.detach(), create_graph=False)
+        if not x.shape[0]:
+            # The gradient of the mean over no rows is a sum of nothing.
+            mean = mean + float("nan")
         count = x.new_full((len(self._shapes),), x.shape[0], dtype=torch.int64)
         return Moments(mean, count=count, shapes=self._shapes, names=self._names, validate=False)
 

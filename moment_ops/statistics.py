@@ -136,7 +136,8 @@ class Moments:
 
         Args:
             parts: Moments with known counts and with equal shapes, names and corrections. Either all of them have
-                variances or none has; likewise covariances. The variance of a part with one row is ignored.
+                variances or none has; likewise covariances. The variance of a part with one row is ignored. Parts
+            may have no rows, as those of a process without data.
 
         Returns:
             Moments in the dtype of the first part.
@@ -151,14 +152,14 @@ class Moments:
         first = parts[0]
         counts = [part.count for part in parts if part.count is not None]
         count, rows = counts[0], per_column(counts[0].double(), first.sizes)
-        mean = first.mean.double()
+        mean = _mean_or_zero(first.mean, rows)
         m2 = None if first.var is None else _sum_of_squares(first.var, rows, first.correction)
         scatter = _scatter(first)
         for part, part_count in zip(parts[1:], counts[1:], strict=True):
             part_rows = per_column(part_count.double(), first.sizes)
             count, rows = count + part_count, rows + part_rows
             share = part_rows / rows
-            delta = part.mean.double() - mean
+            delta = _mean_or_zero(part.mean, part_rows) - mean
             mean = mean + delta * share
             if m2 is not None and part.var is not None:
                 part_m2 = _sum_of_squares(part.var, part_rows, part.correction)
@@ -172,7 +173,7 @@ class Moments:
             freedom = rows - first.correction
             var = torch.where(freedom > 0, m2 / freedom, float("nan")).to(dtype)
         cov = tuple((c / (n - first.correction)).to(dtype) for c, n in zip(scatter, count, strict=False)) or None
-        mean = mean.to(dtype)
+        mean = torch.where(rows > 0, mean, float("nan")).to(dtype)
         return Moments(mean, var, cov, count, first.correction, first.shapes, names=first.names, validate=False)
 
     def save(self, path: str | os.PathLike[str], *, format: str = "moments") -> None:
@@ -307,9 +308,14 @@ def _check_parts(parts: Sequence[Moments]) -> None:
                 raise ValueError(f"parts[{i}]: got {got}, expected {expected} as in parts[0]")
 
 
+def _mean_or_zero(mean: Tensor, rows: Tensor) -> Tensor:
+    """The mean in float64, and 0 for no rows, of which the mean is NaN."""
+    return torch.where(rows > 0, mean.double(), 0.0)
+
+
 def _sum_of_squares(var: Tensor, rows: Tensor, correction: int) -> Tensor:
-    """Sum of squared deviations in float64. For one row it is 0, although its variance is NaN."""
-    return torch.where(rows == 1, 0.0, var.double() * (rows - correction))
+    """Sum of squared deviations in float64. For fewer than two rows it is 0, although the variance is NaN."""
+    return torch.where(rows <= 1, 0.0, var.double() * (rows - correction))
 
 
 def _scatter(part: Moments) -> list[Tensor]:
@@ -317,7 +323,7 @@ def _scatter(part: Moments) -> list[Tensor]:
     if part.cov is None or part.count is None:
         return []
     return [
-        torch.where(n == 1, 0.0, matrix.double() * (n - part.correction))
+        torch.where(n <= 1, 0.0, matrix.double() * (n - part.correction))
         for matrix, n in zip(part.cov, part.count, strict=True)
     ]
 
@@ -368,7 +374,9 @@ def moments(input: checks.Features, *, dim: int | Sequence[int] = 0, correction:
         gradient that its dtype can represent does not overflow in an intermediate sum.
 
     Raises:
-        TypeError, ValueError: wrong types, dtypes, devices, ranks or sizes. The message names the argument.
+        TypeError, ValueError: wrong types, dtypes, devices, ranks or sizes; no rows, unless there are several
+            processes: there one without rows has means and variances of NaN and a count of 0, and a loss that merges
+            the moments of all processes takes them. The message names the argument.
 
     Cost: one launch and one read of the features. Backward takes one launch, one read and one write. It needs the
     features, which the next layer of a network often saves as well, and the (F,) means.
@@ -377,7 +385,7 @@ def moments(input: checks.Features, *, dim: int | Sequence[int] = 0, correction:
     """
     correction = checks.correction(correction)
     if dim == 0 and type(dim) is int:
-        features, signature, shapes, _, names = checks.batch_of(input)
+        features, signature, shapes, _, names = checks.batch_of(input, empty=None)
         mean, variance, count = moments_op(features, 0, correction, var, signature=signature)
         return Moments(mean, variance, None, count, correction, shapes, names, validate=False)
     features, names = checks.features(input), checks.names_of(input)
@@ -385,7 +393,7 @@ def moments(input: checks.Features, *, dim: int | Sequence[int] = 0, correction:
     first = [d[0] for d in dims]
     if any(d != first[0] for d in first):
         features, first = [x.movedim(d, 0) for x, d in zip(features, first, strict=True)], [0] * len(features)
-    checks.batch(features, first[0], names=names)
+    checks.batch(features, first[0], names=names, empty=None)
     if all(len(d) == 1 for d in dims):
         mean, variance, count = moments_op(features, first[0], correction, var)
         shapes = tuple((*x.shape[: first[0]], *x.shape[first[0] + 1 :]) for x in features)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moment_ops.ops import plans
@@ -17,7 +18,7 @@ Features: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Of one layer, of several, or of several with names, in order."""
 
 
-def _layers(input: Any) -> tuple[Any, tuple[str, ...] | None]:
+def _tensors(input: Any) -> tuple[Any, tuple[str, ...] | None]:
     """Features as a list, and the names of a mapping."""
     if isinstance(input, Tensor):
         return [input], None
@@ -28,7 +29,7 @@ def _layers(input: Any) -> tuple[Any, tuple[str, ...] | None]:
 
 def names_of(input: Any) -> tuple[str, ...] | None:
     """The names of features that are a mapping."""
-    return _layers(input)[1]
+    return _tensors(input)[1]
 
 
 def label(name: str, i: int, names: Sequence[str] | None) -> str:
@@ -36,9 +37,9 @@ def label(name: str, i: int, names: Sequence[str] | None) -> str:
     return f"{name}[{i if names is None else repr(names[i])}]"
 
 
-def label_of(name: str, i: int, layers: Sequence[Any], names: Sequence[str] | None) -> str:
+def label_of(name: str, i: int, tensors: Sequence[Any], names: Sequence[str] | None) -> str:
     """What an error calls a layer. A single layer without a name has the name of the argument."""
-    return name if len(layers) == 1 and names is None else label(name, i, names)
+    return name if len(tensors) == 1 and names is None else label(name, i, names)
 
 
 def not_nested(x: Tensor, name: str) -> None:
@@ -48,16 +49,16 @@ def not_nested(x: Tensor, name: str) -> None:
 
 
 def features(input: Any, name: str = "input") -> list[Tensor]:
-    """The layers of a Tensor, or of a sequence or mapping of Tensors, as a list. Checks types, dtypes, devices and
+    """A Tensor, or a sequence or mapping of Tensors, as a list of features. Checks types, dtypes, devices and
     ranks.
     """
-    layers, names = _layers(input)
-    if not isinstance(layers, (list, tuple)):
+    tensors, names = _tensors(input)
+    if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name}: got {type(input).__name__}, expected a Tensor, or a sequence or mapping of Tensors")
-    if len(layers) == 0:
+    if len(tensors) == 0:
         kind = "sequence" if names is None else "mapping"
         raise ValueError(f"{name}: got an empty {kind}, expected at least one Tensor")
-    for i, x in enumerate(layers):
+    for i, x in enumerate(tensors):
         called = name if isinstance(input, Tensor) else label(name, i, names)
         if not isinstance(x, Tensor):
             raise TypeError(f"{called}: got {type(x).__name__}, expected a Tensor")
@@ -68,20 +69,20 @@ def features(input: Any, name: str = "input") -> list[Tensor]:
             raise TypeError(f"{called}: got layout {x.layout}, expected a strided Tensor")
         if x.dim() == 0:
             raise ValueError(f"{called}: got a scalar Tensor, expected the batch on dimension 0")
-        if x.dtype != layers[0].dtype:
+        if x.dtype != tensors[0].dtype:
             first = label(name, 0, names)
-            raise TypeError(f"{called}: got dtype {x.dtype}, expected {layers[0].dtype} as in {first}")
-        if x.device != layers[0].device:
+            raise TypeError(f"{called}: got dtype {x.dtype}, expected {tensors[0].dtype} as in {first}")
+        if x.device != tensors[0].device:
             first = label(name, 0, names)
-            raise ValueError(f"{called}: got device {x.device}, expected {layers[0].device} as in {first}")
-    check_tangents(layers, name)
-    return list(layers)
+            raise ValueError(f"{called}: got device {x.device}, expected {tensors[0].device} as in {first}")
+    check_tangents(tensors, name)
+    return list(tensors)
 
 
 class Batch(NamedTuple):
     """Features with the batch on dimension 0 that have passed the checks."""
 
-    layers: Sequence[Tensor]
+    features: Sequence[Tensor]
     signature: plans.Signature | None
     shapes: tuple[tuple[int, ...], ...]  # of a row of every layer
     requires_grad: bool  # of any layer
@@ -91,31 +92,37 @@ class Batch(NamedTuple):
 _BATCHES: plans.Plans[tuple[tuple[tuple[int, ...], ...], bool]] = plans.Plans()
 
 
-def batch_of(input: Any, name: str = "input", *, empty: bool = False) -> Batch:
+def batch_of(input: Any, name: str = "input", *, empty: bool | None = False) -> Batch:
     """Features with the batch on dimension 0. They are checked once per signature, to which names do not belong."""
-    layers, names = _layers(input)
-    signature = plans.signature(layers) if isinstance(layers, (list, tuple)) else None
-    return Batch(layers, signature, *_BATCHES.find(signature, empty, _check_batch, input, name, empty), names)
+    tensors, names = _tensors(input)
+    signature = plans.signature(tensors) if isinstance(tensors, (list, tuple)) else None
+    return Batch(tensors, signature, *_BATCHES.find(signature, empty, _check_batch, input, name, empty), names)
 
 
-def _check_batch(input: Any, name: str, empty: bool) -> tuple[tuple[tuple[int, ...], ...], bool]:
-    layers = features(input, name)
-    batch(layers, 0, name, names_of(input), empty=empty)
-    return tuple(tuple(x.shape[1:]) for x in layers), any(x.requires_grad for x in layers)
+def _check_batch(input: Any, name: str, empty: bool | None) -> tuple[tuple[tuple[int, ...], ...], bool]:
+    tensors = features(input, name)
+    batch(tensors, 0, name, names_of(input), empty=empty)
+    return tuple(tuple(x.shape[1:]) for x in tensors), any(x.requires_grad for x in tensors)
 
 
 def batch(
-    layers: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     dim: int,
     name: str = "input",
     names: Sequence[str] | None = None,
     *,
-    empty: bool = False,
+    empty: bool | None = False,
 ) -> None:
-    """Check that all layers have the same number of rows, and at least one row (unless `empty`) and one column."""
-    rows = layers[0].shape[dim]
-    for i, x in enumerate(layers):
-        called = label_of(name, i, layers, names)
+    """Check that all layers have the same number of rows, at least one row, and at least one column.
+
+    Args:
+        empty: whether there may be no rows. None permits it if there are several processes.
+    """
+    rows = tensors[0].shape[dim]
+    if empty is None:
+        empty = rows == 0 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    for i, x in enumerate(tensors):
+        called = label_of(name, i, tensors, names)
         if x.shape[dim] == 0 and not empty:
             raise ValueError(f"{called}: got an empty batch of shape {tuple(x.shape)}, expected at least one row")
         if x.shape[dim] != rows:
@@ -125,7 +132,7 @@ def batch(
             raise ValueError(f"{called}: got shape {tuple(x.shape)} without elements")
 
 
-def dimensions(dim: Any, layers: Sequence[Tensor]) -> list[tuple[int, ...]]:
+def dimensions(dim: Any, tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """The reduced dimensions of every layer, ascending and non-negative."""
     dims = (dim,) if isinstance(dim, int) else dim
     if isinstance(dim, bool) or not isinstance(dims, (list, tuple)) or not all(isinstance(d, int) for d in dims):
@@ -133,7 +140,7 @@ def dimensions(dim: Any, layers: Sequence[Tensor]) -> list[tuple[int, ...]]:
     if len(dims) == 0:
         raise ValueError("dim: got an empty sequence, expected at least one dimension")
     result = []
-    for x in layers:
+    for x in tensors:
         for d in dims:
             if not -x.dim() <= d < x.dim():
                 raise ValueError(f"dim: got {d}, out of range for a layer of shape {tuple(x.shape)}")

@@ -12,24 +12,24 @@ from moment_ops.ops.library import define
 from moment_ops.ops.nodes import register_derivative
 
 
-def _count(rows: Sequence[Tensor], layers: int) -> int:
+def _count(rows: Sequence[Tensor], num_layers: int) -> int:
     """The number of rows of one layer, over all groups."""
-    return sum(x.shape[0] for x in rows[::layers])
+    return sum(x.shape[0] for x in rows[::num_layers])
 
 
-def _gram(rows: list[Tensor], shift: list[Tensor], layers: int) -> Tensor:
+def _gram(rows: list[Tensor], shift: list[Tensor], num_layers: int) -> Tensor:
     name = backends.select("gram", rows[0])
     if name == "reference":
         with torch.autocast(rows[0].device.type, enabled=False):
-            return reference_gram.gram(rows, shift, layers)
-    out = _gram_fake(rows, shift, layers)
-    backends.implementation(name, "gram")(rows, shift, layers, out)
+            return reference_gram.gram(rows, shift, num_layers)
+    out = _gram_fake(rows, shift, num_layers)
+    backends.implementation(name, "gram")(rows, shift, num_layers, out)
     return out
 
 
-def _gram_fake(rows: list[Tensor], shift: list[Tensor], layers: int) -> Tensor:
-    total = _count(rows, layers)
-    return rows[0].new_empty((layers, total, total), dtype=torch.float64)
+def _gram_fake(rows: list[Tensor], shift: list[Tensor], num_layers: int) -> Tensor:
+    total = _count(rows, num_layers)
+    return rows[0].new_empty((num_layers, total, total), dtype=torch.float64)
 
 
 def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -68,32 +68,32 @@ def _gram_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]
 def _gram_backward_derivative(ctx: Any, tangents: list[Tensor]) -> tuple[Tensor, list[Tensor | None], list[None], None]:
     """Derivative of `(grad + grad') Z`, Z = rows - shift, by operators of PyTorch, and thus differentiable."""
     grad, *saved = ctx.saved_tensors
-    count, layers = len(saved) // 2, len(grad)
+    count, num_layers = len(saved) // 2, len(grad)
     rows, shift = saved[:count], saved[count:]
     given = iter(tangents)
     full = [next(given) if want else None for want in ctx.wanted]
     d_grad: list[Tensor] = []
     d_rows: list[Tensor | None] = [None] * len(rows)
     with torch.autocast(grad.device.type, enabled=False):
-        for layer in range(layers):
+        for layer in range(num_layers):
             dtype = shift[layer].dtype
-            group = rows[layer::layers]
-            z = torch.cat([x.to(dtype) - less for x, less in zip(group, shift[layer::layers], strict=True)])
+            group = rows[layer::num_layers]
+            z = torch.cat([x.to(dtype) - less for x, less in zip(group, shift[layer::num_layers], strict=True)])
             v = torch.cat(
                 [
                     torch.zeros_like(x, dtype=dtype) if h is None else h.to(dtype)
-                    for x, h in zip(group, full[layer::layers], strict=True)
+                    for x, h in zip(group, full[layer::num_layers], strict=True)
                 ]
             )
             product = (v @ z.mT).to(grad.dtype)
             d_grad.append(product + product.mT)
             d_z = (grad[layer] + grad[layer].mT).to(dtype) @ v
-            for i, part in zip(range(layer, len(rows), layers), d_z.split([len(x) for x in group]), strict=True):
+            for i, part in zip(range(layer, len(rows), num_layers), d_z.split([len(x) for x in group]), strict=True):
                 d_rows[i] = part.to(rows[i].dtype) if ctx.needs_input_grad[1][i] else None
     return torch.stack(d_grad), d_rows, [None] * count, None
 
 
-define("gram(Tensor[] rows, Tensor[] shift, int layers) -> Tensor", _gram, _gram_fake)
+define("gram(Tensor[] rows, Tensor[] shift, int num_layers) -> Tensor", _gram, _gram_fake)
 define(
     "gram_backward(Tensor grad, Tensor[] rows, Tensor[] shift, bool[] wanted) -> Tensor[]",
     _gram_backward,
@@ -107,9 +107,9 @@ def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Sequence[Tensor]]) 
     """Gram matrices of all rows of each layer: `Z Z'`, where Z is the rows of all groups less their shifts.
 
     Args:
-        groups: lists of L layers, (n, D_l), with the same D_l in every group. n may differ between groups. Float32,
-            bfloat16, float16 or float64, with any strides. Groups are separate tensors, so that they need not be
-            concatenated.
+        groups: features of L layers each, (n, D_l), with the same D_l in every group. n may differ between groups.
+            Float32, bfloat16, float16 or float64, with any strides. Groups are separate tensors, so that they need not
+            be concatenated.
         shift: (D_l,) for every group and layer, a constant close to the mean of the rows. Groups that are centred
             together have the same shift. It gets no gradient: the result of the caller must not depend on it, as after
             centring.
@@ -122,7 +122,7 @@ def gram(groups: Sequence[Sequence[Tensor]], shift: Sequence[Sequence[Tensor]]) 
     Cost: one read of the rows and L R^2 sum(D) products. Backward takes one read and one write. On the CPU it needs two
     buffers of a few megabytes besides inputs, outputs and gradients. A second derivative makes copies.
     """
-    rows = [x for layers in groups for x in layers]
+    rows = [x for features in groups for x in features]
     dtype = statistics_dtype(rows[0].dtype)
-    less = [s.detach().to(dtype) for layers in shift for s in layers]
+    less = [s.detach().to(dtype) for vectors in shift for s in vectors]
     return torch.ops.moment_ops.gram.default(rows, less, len(groups[0]))

@@ -92,12 +92,12 @@ def _new_buffer(counts: int, shift: Sequence[Tensor]) -> Tensor:
     return shift[0].new_empty(size)
 
 
-def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], layers: int, out: Tensor) -> None:
+def gram(rows: Sequence[Tensor], shift: Sequence[Tensor], num_layers: int, out: Tensor) -> None:
     """Fill `out`, (L, R, R) float64. Products are in the dtype of the shift, in sums of at most 1,024 columns."""
     buffer = _new_buffer(out.shape[1], shift)
     with torch.autocast("cpu", enabled=False), ieee_products():
-        for layer in range(layers):
-            group, less = rows[layer::layers], shift[layer::layers]
+        for layer in range(num_layers):
+            group, less = rows[layer::num_layers], shift[layer::num_layers]
             _multiply(group, less, buffer, out[layer])
             # No sum is larger than those of the diagonal.
             if buffer.dtype != torch.float64 and not math.isfinite(float(out[layer].trace())):
@@ -132,14 +132,14 @@ def gram_backward(
     grad: Tensor, rows: Sequence[Tensor], shift: Sequence[Tensor], wanted: Sequence[bool], out: Sequence[Tensor]
 ) -> None:
     """Fill `out`, one tensor per entry of `rows` that requires a gradient."""
-    layers = grad.shape[0]
+    num_layers = grad.shape[0]
     buffer = _new_buffer(grad.shape[1], shift)
     result = torch.empty_like(buffer)
     written = iter(out)
     destinations = [next(written) if want else None for want in wanted]
     with torch.autocast("cpu", enabled=False), ieee_products():
-        for layer in range(layers):
-            group, less, written_to = rows[layer::layers], shift[layer::layers], destinations[layer::layers]
+        for layer in range(num_layers):
+            group, less, written_to = rows[layer::num_layers], shift[layer::num_layers], destinations[layer::num_layers]
             factors = grad[layer] + grad[layer].mT
             if buffer.dtype == torch.float64 or _has_digits(factors):
                 _multiply_factors(factors.to(buffer.dtype), group, less, buffer, result, written_to)

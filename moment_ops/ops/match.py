@@ -120,8 +120,8 @@ def _match_features(
         loss, grad_mean, grad_var = reference.match_(mean, var, match)
     else:
         mean = match.target_mean.new_empty(match.target_mean.shape)
-        layers = input if dense else [with_dense_columns(x, 0) for x in input]
-        loss, grad_mean, grad_var = _fill(fill, None, None, layers, correction, match, mean)
+        native = input if dense else [with_dense_columns(x, 0) for x in input]
+        loss, grad_mean, grad_var = _fill(fill, None, None, native, correction, match, mean)
     return loss, mean, grad_mean, mean.new_empty(0) if grad_var is None else grad_var
 
 

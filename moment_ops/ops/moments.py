@@ -1,5 +1,6 @@
 """`moments` and `moments_backward`: schemas, kernels, shape functions and derivatives."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import backends, plans, reference
-from moment_ops.ops.layout import feature_shape, has_same_columns, statistics_dtype, with_dense_columns
+from moment_ops.ops.layout import as_rows, feature_shape, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import define, define_native
 from moment_ops.ops.nodes import register_derivative
 
@@ -26,7 +27,7 @@ def new_count(rows: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _columns(input: Sequence[Tensor], dim: int) -> int:
-    return sum(torch.Size(feature_shape(x, dim)).numel() for x in input)
+    return sum(math.prod(feature_shape(x, dim)) for x in input)
 
 
 class Plan(NamedTuple):
@@ -51,7 +52,8 @@ def plan_moments(input: Sequence[Tensor], dim: int, signature: plans.Signature |
 def _plan(input: Sequence[Tensor], dim: int) -> Plan:
     x = input[0]
     return Plan(
-        backends.fill("moments", x),
+        # Without rows, the reference gives NaN.
+        backends.fill("moments", x) if all(layer.shape[dim] for layer in input) else None,
         all(with_dense_columns(layer, dim) is layer for layer in input),
         tuple(layer.shape[dim] for layer in input),
         _columns(input, dim),
@@ -68,8 +70,8 @@ def packed_moments(
         return reference.moments(input, dim, correction, var)
     mean = input[0].new_empty(plan.columns, dtype=plan.dtype)
     variance = mean.new_empty(plan.columns) if var else None
-    layers = input if plan.dense else [with_dense_columns(x, dim) for x in input]
-    plan.fill(layers, dim, correction, mean, variance)
+    native = input if plan.dense else [with_dense_columns(x, dim) for x in input]
+    plan.fill(native, dim, correction, mean, variance)
     return mean, variance
 
 
@@ -169,7 +171,8 @@ _BACKWARD_PLANS: plans.Plans[_BackwardPlan] = plans.Plans()
 def _backward_plan(grad: list[Tensor], input: list[Tensor], out: list[Tensor], dim: int) -> _BackwardPlan:
     native, written, added = _in_one_order(grad, input, out, dim)
     pairs = (*zip(native, input, strict=True), *zip(written, out, strict=True), *zip(added, grad, strict=True))
-    return _BackwardPlan(backends.fill("moments_backward", input[0]), all(a is b for a, b in pairs))
+    fill = backends.fill("moments_backward", input[0]) if input[0].numel() else None
+    return _BackwardPlan(fill, all(a is b for a, b in pairs))
 
 
 def _in_one_order(
@@ -200,7 +203,6 @@ def _moments_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tens
     grad, grad_mean, grad_var, input, mean, count, ctx.dim, ctx.correction, scale = inputs
     if scale is not None and scale.requires_grad:
         raise NotImplementedError("moments_backward: scale has no derivative; multiply the gradients by it instead")
-    ctx.layers = len(input)
     ctx.added = len(grad)
     ctx.has_mean, ctx.has_var, ctx.has_scale = grad_mean is not None, grad_var is not None, scale is not None
     optional = [t for t in (grad_mean, grad_var, scale) if t is not None]
@@ -218,12 +220,12 @@ def _moments_backward_derivative(ctx: Any, grad_out: list[Tensor]) -> tuple[Any,
     d_mean, d_grad_mean, d_grad_var, d_input = [], [], [], []
     offset = 0
     for i, (x, h) in enumerate(zip(rest, grad_out, strict=True)):
-        columns = x.numel() // x.shape[dim]
+        columns = math.prod(feature_shape(x, dim))
         packed = slice(offset, offset + columns)
         offset += columns
         dtype = mean.dtype
-        h_rows = h.movedim(dim, 0).reshape(h.shape[dim], -1).to(dtype)
-        x_rows = x.movedim(dim, 0).reshape(x.shape[dim], -1).to(dtype)
+        h_rows = as_rows(h.movedim(dim, 0)).to(dtype)
+        x_rows = as_rows(x.movedim(dim, 0)).to(dtype)
         h_sum = h_rows.sum(0)
         factor = torch.ones((), dtype=dtype, device=x.device) if scale is None else scale
         if ctx.has_mean:

@@ -1,19 +1,20 @@
 """Every operator in plain PyTorch: any dtype, device and layout. The definition that kernels are tested against."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moment_ops.ops.averages import AVERAGES, Past, Quantity
-from moment_ops.ops.layout import statistics_dtype
+from moment_ops.ops.layout import as_rows, feature_shape, statistics_dtype
 from moment_ops.ops.records import Match
 from moment_ops.ops.room import column_scale
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
     """(N, D) in the dtype of the statistics, with columns in logical order."""
-    return x.movedim(dim, 0).reshape(x.shape[dim], -1).to(statistics_dtype(x.dtype))
+    return as_rows(x.movedim(dim, 0)).to(statistics_dtype(x.dtype))
 
 
 def moments(input: Sequence[Tensor], dim: int, correction: int, var: bool) -> tuple[Tensor, Tensor | None]:
@@ -21,11 +22,15 @@ def moments(input: Sequence[Tensor], dim: int, correction: int, var: bool) -> tu
 
     The first row is subtracted before sums are taken in float64. A constant column then has a variance of exactly 0,
     and neither a mean far from zero nor an outlier costs digits. A result that its dtype can represent does not
-    overflow in an intermediate sum.
+    overflow in an intermediate sum. Without rows, both are NaN.
     """
     means, variances = [], []
     for x in input:
         rows = _rows(x, dim)
+        if not len(rows):
+            means.append(rows.mean(0))
+            variances.append(means[-1])
+            continue
         wide, scale = _with_room(rows)
         pivot = wide[0].detach()
         shifted = wide - pivot
@@ -87,7 +92,7 @@ def moments_backward(
     outputs = []
     offset = 0
     for i, x in enumerate(input):
-        columns = x.numel() // x.shape[dim]
+        columns = math.prod(feature_shape(x, dim))
         packed = slice(offset, offset + columns)
         offset += columns
         rows = _rows(x, dim)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moment_ops.ops import backends, checks, plans, reference
-from moment_ops.ops.layout import columns_of, has_same_columns, statistics_dtype, with_dense_columns
+from moment_ops.ops.layout import as_rows, columns_of, has_same_columns, statistics_dtype, with_dense_columns
 from moment_ops.ops.library import define, define_native
 from moment_ops.ops.moments import Plan, moments_backward, new_count, packed_moments, plan_moments
 from moment_ops.ops.nodes import Node, is_transformed, register_derivative
@@ -45,7 +45,7 @@ _BACKWARD_PLANS: plans.Plans[_BackwardPlan] = plans.Plans()
 
 
 def _check(x: Any, bias: Any) -> None:
-    checks.batch(checks.features(x, "x"), 0, "x")
+    checks.batch(checks.features(x, "x"), 0, "x", empty=None)
     if bias is not None:
         checks.channel_bias(bias, x)
 
@@ -58,13 +58,18 @@ def _is_direct(x: Tensor, *others: Tensor | None) -> bool:
 def _plan(x: Tensor, bias: Tensor | None) -> _Plan:
     _check(x, bias)
     y = torch.empty_like(x)
-    fills = backends.fill("relu_moments", x), backends.fill("relu_moments_backward", x)
+    fill = fill_backward = None
+    if len(x):
+        # Without rows, the reference gives NaN.
+        fill, fill_backward = backends.fill("relu_moments", x), backends.fill("relu_moments_backward", x)
     direct = _is_direct(x, y)
-    return _Plan(*fills, backends.requested(), direct, y.stride(), columns_of(x), statistics_dtype(x.dtype))
+    return _Plan(
+        fill, fill_backward, backends.requested(), direct, y.stride(), columns_of(x), statistics_dtype(x.dtype)
+    )
 
 
 def _backward_plan(y: Tensor, out: Tensor, grad: Tensor | None) -> _BackwardPlan:
-    return _BackwardPlan(backends.fill("relu_moments_backward", y), _is_direct(y, out, grad))
+    return _BackwardPlan(backends.fill("relu_moments_backward", y) if len(y) else None, _is_direct(y, out, grad))
 
 
 def _relu_moments(
@@ -182,14 +187,14 @@ def _relu_moments_backward_derivative(ctx: Any, h: Tensor) -> tuple[Tensor | Non
     """Derivative of `dx = (grad + a + b (y - mean)) * mask`, by operators of PyTorch, and thus differentiable."""
     y, mean, grad_var = ctx.saved_tensors
     h = torch.where(y <= 0, 0, h)
-    h_rows = h.reshape(h.shape[0], -1).to(mean.dtype)
+    h_rows = as_rows(h).to(mean.dtype)
     h_sum = h_rows.sum(0)
     d_grad_mean = h_sum / y.shape[0] if ctx.has_mean else None
     d_grad_var = d_y = d_mean = None
     freedom = y.shape[0] - ctx.correction
     if grad_var is not None:
         slope = 2 / freedom if freedom > 0 else 0.0
-        y_rows = y.reshape(y.shape[0], -1).to(mean.dtype)
+        y_rows = as_rows(y).to(mean.dtype)
         d_grad_var = slope * (h_rows * (y_rows - mean)).sum(0)
         b = slope * grad_var
         d_y = (b * h_rows).reshape(y.shape).to(y.dtype)

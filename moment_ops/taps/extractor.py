@@ -83,7 +83,8 @@ class MomentExtractor(nn.Module):
 
         Returns:
             Moments with variances and correction 1, in float32 (float64 for float64 features). Differentiable with
-            respect to the images, twice in eager mode.
+            respect to the images, twice in eager mode. With several processes, images may have no rows, as for
+            `moment_ops.moments`.
         """
         return self._packed(self._run(images, MOMENTS))
 
