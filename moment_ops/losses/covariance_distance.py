@@ -1,6 +1,7 @@
 """The distance between the covariances of two sets of features, from the covariances or from inner products of rows."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from moment_ops.losses.weights import LayerWeight, is_zero, layer_weights, own_w
 from moment_ops.ops import checks
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import as_rows, is_channels_last
-from moment_ops.ops.match import advance
 from moment_ops.ops.nodes import below_transforms
 from moment_ops.ops.records import CovarianceMatch
 from moment_ops.statistics import Moments, moments
@@ -269,7 +269,6 @@ class CovarianceDistance(BufferedLoss):
         self.covariance_loss: CovarianceLoss | None = None
         self.mean_loss: MomentLoss | None = None
         self._other_names: tuple[str, ...] = ()
-        self._queue_names: tuple[str, ...] = ()
         self._set_other(other)
         self.reset()
 
@@ -286,11 +285,10 @@ class CovarianceDistance(BufferedLoss):
             device = queue["queue_0"].device
             queue["queue_rows"] = torch.zeros(self.queue, dtype=torch.int64, device=device)
             queue["queue_step"] = torch.zeros((), dtype=torch.int64, device=device)
-        self._set_buffers("_queue_names", queue)
+        self._restart(queue)
         self._read_queue()
 
-    def forward(self, input: checks.Features) -> Tensor:
-        """The loss of one batch."""
+    def _loss(self, input: checks.Features, commit: bool) -> Tensor:
         alone = group_size(self.process_group) == 1
         features, *_, names = checks.batch_of(input, empty=not alone)
         check_names(names, self.names, "other")
@@ -316,9 +314,9 @@ class CovarianceDistance(BufferedLoss):
             gather_other=False,
         )
         if self.mean_loss is not None:
-            value = value + self.mean_loss(joined([as_rows(x) for x in features], self.joint))
+            value = value + self.mean_loss(joined([as_rows(x) for x in features], self.joint), commit=commit)
         if self.queue and self.training:
-            below_transforms(self._enqueue, *features)
+            below_transforms(partial(self._advance, commit), *features)
         return value
 
     def extra_repr(self) -> str:
@@ -417,15 +415,13 @@ class CovarianceDistance(BufferedLoss):
         ]
 
     def _queues(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._queue_names[:-2]]
+        return [getattr(self, name) for name in self._state_names[:-2]]
 
-    @torch.no_grad()
-    def _enqueue(self, *features: Tensor) -> None:
+    def _update(self, *features: Tensor) -> None:
         """Overwrite the oldest batch by this one. The position is on the device: the host does not wait."""
-        advance([self.queue_step, self.queue_rows], True)
         rows = features[0].shape[0]
         if rows and not self._batch:
-            for name, x in zip(self._queue_names[:-2], features, strict=True):
+            for name, x in zip(self._state_names[:-2], features, strict=True):
                 memory_format = torch.channels_last if is_channels_last(x) and x.dim() == 4 else torch.contiguous_format
                 empty = torch.zeros((self.queue * rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
                 self._set_buffer(name, empty.to(memory_format=memory_format))
@@ -446,7 +442,7 @@ class CovarianceDistance(BufferedLoss):
         if isinstance(saved, Tensor) and self.queue and len(saved) != self.queue:
             errors.append(f"{prefix}queue: got a state of {len(saved)} past batches, expected {self.queue}")
             return
-        for name in self._queue_names[:-2]:
+        for name in self._state_names[:-2]:
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.shape != self._buffers[name].shape:
                 self.register_buffer(name, torch.empty_like(value, device=self._buffers[name].device))
