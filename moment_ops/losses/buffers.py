@@ -118,8 +118,7 @@ class BufferedLoss(nn.Module):
         values = {f"pending_{i}": tensor for i, tensor in enumerate(tensors)}
         self._drop_buffers("_pending_names", values)
         for name, value in values.items():
-            old = self._buffers.get(name)
-            if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
+            if not self._fits(name, value):
                 # A tensor made in inference mode could not change outside of it.
                 with torch.inference_mode(False):
                     self.register_buffer(name, torch.empty_like(value), persistent=False)
@@ -133,13 +132,16 @@ class BufferedLoss(nn.Module):
 
     def _set_buffer(self, name: str, value: Tensor | None, persistent: bool = True) -> None:
         """Register a buffer. If its shape and dtype do not change, it keeps its address."""
-        old = self._buffers.get(name)
-        same = old is not None and value is not None and (old.shape, old.dtype) == (value.shape, value.dtype)
-        if same:
+        if self._fits(name, value):
             with torch.no_grad():
-                old.copy_(value)
+                self._buffers[name].copy_(value)
         else:
             self.register_buffer(name, value, persistent=persistent)
+
+    def _fits(self, name: str, value: Tensor | None) -> bool:
+        """Whether there is a buffer of this name, of the shape and dtype of the value."""
+        old = self._buffers.get(name)
+        return old is not None and value is not None and (old.shape, old.dtype) == (value.shape, value.dtype)
 
     def _set_buffers(self, attribute: str, values: dict[str, Tensor]) -> None:
         """Replace the buffers whose names are kept in `attribute` by these."""
