@@ -106,7 +106,8 @@ class BufferedLoss(nn.Module):
     @torch.no_grad()
     def _advance(self, commit: bool, *tensors: Tensor) -> None:
         """Update the state with these tensors, now or when `commit` is called."""
-        advance((), True)
+        if not torch.compiler.is_compiling():
+            advance((), True)
         if commit:
             self._update(*tensors)
         else:

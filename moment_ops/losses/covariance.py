@@ -172,7 +172,8 @@ class CovarianceLoss(BufferedLoss):
 
     Call it with features, one (N, ...) Tensor per layer, or with a mapping that has the names of the target. The result
     is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients with respect to the
-    features only.
+    features only. If the optimizer may skip the step, pass `commit=False`, and call `commit()` when it was taken.
+    `fill(batches)` starts the average.
 
     Entries of the average do not change where the batch's covariance is non-finite; the loss is then non-finite.
     Buffers keep their dtype under `.to(torch.bfloat16)` and `.half()`. `state_dict()` holds target, average and step; a

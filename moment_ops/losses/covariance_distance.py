@@ -228,10 +228,11 @@ class CovarianceDistance(BufferedLoss):
 
     Call it with features, one (N, ...) Tensor per layer, or with a mapping that has the names of the other features.
     The result is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients with
-    respect to the features only.
+    respect to the features only. If the optimizer may skip the step, pass `commit=False`, and call `commit()` when it
+    was taken. `fill(batches)` adds rows to the queue, and computes no loss.
 
     `state_dict()` holds the other features, or their covariance, and the queue. A loss that loads it continues bit for
-    bit; rows of a queue of another size are an error. `fill` computes no loss.
+    bit; rows of a queue of another size are an error.
 
     Raises:
         TypeError, ValueError: as `covariance_distance`; also non-finite other features.

@@ -99,7 +99,8 @@ class MomentLoss(BufferedLoss):
 
     Call it with features (one (N, ...) Tensor per layer, or a mapping that has the names of the target) or with
     Moments. The result is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients
-    with respect to the input only.
+    with respect to the input only. If the optimizer may skip the step, pass `commit=False`, and call `commit()` when it
+    was taken. `fill(batches)` starts the average.
 
     The average of a column does not change if its batch moments are non-finite; the loss is then non-finite. Buffers
     keep their dtype under `.to(torch.bfloat16)` and `.half()`. `state_dict()` holds target, average and step; a loss
