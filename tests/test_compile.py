@@ -59,6 +59,39 @@ def test_the_loss_compiles_to_one_graph_over_batch_sizes(average_kind, source):
     assert len(set(graphs)) == 1
 
 
+def full_queue():
+    loss = mo.CovarianceDistance(make_features(9, SHAPES, seed=9), queue=12, mean_weight=0.5)
+    loss.fill([make_features(12, SHAPES, seed=8)])
+    return loss
+
+
+def covariance_loss():
+    mean, cov = torch.zeros(17), (torch.eye(5), torch.eye(12))
+    target = mo.Moments(mean, cov=cov, shapes=SHAPES)
+    return mo.CovarianceLoss(target, mo.MovingAverage(0.9), mean_weight=0.5)
+
+
+@pytest.mark.parametrize("where", ["in the graph", "after it"])
+@pytest.mark.parametrize(
+    "make", [lambda: mo.MomentLoss(make_target(SHAPES), mo.AdamMovingAverage(lr=0.1)), covariance_loss, full_queue]
+)
+def test_a_compiled_step_may_be_committed_later(make, where):
+    plain, compiled = make(), make()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(features):
+        value = compiled(features, commit=False)
+        if where == "in the graph":
+            compiled.commit()
+        return value
+
+    for _ in range(3):
+        assert_same_bits(run(step, 7), run(plain, 7))
+        if where == "after it":
+            compiled.commit()
+    assert_same_bits(dict(compiled.state_dict()), dict(plain.state_dict()))
+
+
 def test_moments_compile_and_come_out_as_moments():
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def step(features):

@@ -135,59 +135,78 @@ def test_a_precision_is_honoured_or_refused(precision):
         mo.CovarianceDistance(y, precision=precision, queue=1)
 
 
+def with_past(features, past):
+    """The rows of a batch, and those of earlier ones."""
+    return [torch.cat([x, *[old[i].detach() for old in past]]) for i, x in enumerate(features)]
+
+
 @pytest.mark.parametrize("mean_weight", [0.0, 1.0])
-def test_past_batches_count_among_the_rows(mean_weight):
+@pytest.mark.parametrize("sizes", [(7, 7, 7, 7), (5, 1, 9, 2, 14, 6), (10, 10, 10), (30, 25, 3)])
+def test_the_last_rows_of_past_batches_count_among_the_rows(mean_weight, sizes):
     """For the covariance; the means are those of the batch."""
-    other = others()
-    loss, past = mo.CovarianceDistance(other, queue=2, mean_weight=mean_weight), []
+    other, queue = others(), 10
+    loss, past = mo.CovarianceDistance(other, queue=queue, mean_weight=mean_weight), []
     mean = torch.cat([y.flatten(1).mean(0) for y in other])
-    for seed in range(4):
-        features = inputs(seed=seed)
-        joined = [torch.cat([x, *[old[i] for old in past]]) for i, x in enumerate(features)]
-        theirs = distance(joined, covariances(other)) + mean_weight * mean_distance(features, mean)
+    for seed, rows in enumerate(sizes):
+        features = inputs(rows, seed=seed)
+        theirs = distance(with_past(features, past), covariances(other))
+        theirs = theirs + mean_weight * mean_distance(features, mean)
         assert_loss(loss(features), theirs, features)
-        past = [*past, [x.detach() for x in features]][-2:]
+        kept = with_past([x[:0] for x in features], [*past, features])
+        past = [[x[-queue:] for x in kept]]
     before = state_of(loss)
     loss.eval()(inputs(seed=9))
     assert_same_bits(state_of(loss), before)
 
 
+def test_one_row_is_enough_where_there_are_past_ones():
+    loss = mo.CovarianceDistance(others(), queue=10)
+    with pytest.raises(ValueError, match="input: got a batch of 1, expected more than 1 rows"):
+        loss(inputs(1))
+    loss(inputs(2))
+    features = inputs(1, seed=1)
+    assert_loss(loss(features), distance(with_past(features, [inputs(2)]), covariances(others())), features)
+
+
+def test_a_queue_is_filled_without_a_loss():
+    first, second = (mo.CovarianceDistance(others(), queue=10) for _ in range(2))
+    batches = [inputs(rows, seed=rows) for rows in (4, 9, 1)]
+    first.eval().fill(iter(batches))
+    assert not first.training
+    for batch in batches[:2]:
+        second(batch)
+    second.fill(batches[2:])
+    assert_same_bits(state_of(first), state_of(second))
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_past_batches_resume_bit_for_bit(steps):
-    first, second = (mo.CovarianceDistance(others(), queue=2) for _ in range(2))
+def test_past_rows_resume_bit_for_bit(steps):
+    first, second = (mo.CovarianceDistance(others(), queue=16) for _ in range(2))
     for seed in range(steps):
         first(inputs(seed=seed))
+    second([x.float() for x in inputs()])
     second.load_state_dict(first.state_dict())
     for seed in (7, 8, 9):
         assert_same_bits(first(inputs(seed=seed)), second(inputs(seed=seed)))
     first.reset()
-    assert_same_bits(first(inputs()), mo.CovarianceDistance(others(), queue=2)(inputs()).detach())
+    assert_same_bits(first(inputs()), mo.CovarianceDistance(others(), queue=16)(inputs()).detach())
 
 
-@pytest.mark.parametrize(("saved", "wanted"), [(2, 4), (4, 2), (1, 2)])
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_a_queue_of_another_size_is_refused_and_changes_nothing(saved, wanted, steps):
-    first, second = (mo.CovarianceDistance(others(), queue=batches) for batches in (saved, wanted))
-    for seed in range(steps):
-        first(inputs(seed=seed))
+@pytest.mark.parametrize(("saved", "wanted"), [(16, 32), (32, 16), (1, 2)])
+def test_a_queue_of_another_size_is_refused_and_changes_nothing(saved, wanted):
+    first, second = (mo.CovarianceDistance(others(), queue=rows) for rows in (saved, wanted))
+    first(inputs())
     second(inputs(seed=8))
     before = state_of(second)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    with pytest.raises(RuntimeError, match=f"queue: got a state of {saved} past batches, expected {wanted}"):
+    with pytest.raises(RuntimeError, match=f"queue: got a state of {saved} past rows, expected {wanted}"):
         second.load_state_dict(torch.load(file))
     assert_same_bits(state_of(second), before)
     features = inputs()
-    joined = [torch.cat([x, y.detach()]) for x, y in zip(features, inputs(seed=8), strict=True)]
-    assert_loss(second(features), distance(joined, covariances(others())), features)
-
-
-def test_all_batches_of_a_queue_have_one_size():
-    loss = mo.CovarianceDistance(others(), queue=2)
-    loss(inputs(7))
-    with pytest.raises(ValueError, match=r"input: got a batch of 6 rows, expected 7"):
-        loss(inputs(6))
+    past = [x[-wanted:] for x in inputs(seed=8)]
+    assert_loss(second(features), distance(with_past(features, [past]), covariances(others())), features)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -292,7 +311,7 @@ def test_wrong_queues():
         mo.CovarianceDistance(Y, queue=1.5)
     with pytest.raises(TypeError, match="queue: got True"):
         mo.CovarianceDistance(Y, queue=True)
-    with pytest.raises(ValueError, match="queue: got -1"):
+    with pytest.raises(ValueError, match="queue: got -1, expected a non-negative number of past rows"):
         mo.CovarianceDistance(Y, queue=-1)
     with pytest.raises(ValueError, match="queue: got 2 with method 'covariance'"):
         mo.CovarianceDistance(Y, queue=2, method="covariance")

@@ -77,7 +77,7 @@ def test_a_loss_in_training_does_not_run_under_vmap(make, average_kind):
 
 
 def queue_loss():
-    loss = mo.CovarianceDistance(OTHER, queue=2, method="gram")
+    loss = mo.CovarianceDistance(OTHER, queue=8, method="gram")
     loss(X[1])
     return loss
 

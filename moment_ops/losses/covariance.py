@@ -172,7 +172,8 @@ class CovarianceLoss(BufferedLoss):
 
     Call it with features, one (N, ...) Tensor per layer, or with a mapping that has the names of the target. The result
     is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients with respect to the
-    features only.
+    features only. If the optimizer may skip the step, pass `commit=False`, and call `commit()` when it was taken.
+    `fill(batches)` starts the average.
 
     Entries of the average do not change where the batch's covariance is non-finite; the loss is then non-finite.
     Buffers keep their dtype under `.to(torch.bfloat16)` and `.half()`. `state_dict()` holds target, average and step; a
@@ -209,7 +210,6 @@ class CovarianceLoss(BufferedLoss):
         self._given_correction = correction
         self._weights = {"mean": own_weight(mean_weight), "cov": own_weight(cov_weight)}
         self.mean_loss: MomentLoss | None = None
-        self._state_names: tuple[str, ...] = ()
         self._set_target(target)
         self.reset()
 
@@ -222,10 +222,9 @@ class CovarianceLoss(BufferedLoss):
             self._set_target(target)
         elif self.mean_loss is not None:
             self.mean_loss.reset()
-        self._set_buffers("_state_names", {} if self.average is None else self._new_state(self.average))
+        self._restart({} if self.average is None else self._new_state(self.average))
 
-    def forward(self, input: checks.Features) -> Tensor:
-        """The loss of one batch."""
+    def _loss(self, input: checks.Features, commit: bool) -> Tensor:
         alone = group_size(self.process_group) == 1
         features, *_, names = checks.batch_of(input, empty=not alone)
         check_names(names, self.names)
@@ -234,15 +233,15 @@ class CovarianceLoss(BufferedLoss):
         features = joined(features, self.joint)
         check_widths(features, self.widths, "target", None if self.joint else names)
         check_device(features, [self.target_cov], "target")
-        return self.match(features)
+        return self.match(features, commit)
 
-    def match(self, features: Sequence[Tensor]) -> Tensor:
+    def match(self, features: Sequence[Tensor], commit: bool = True) -> Tensor:
         """The loss of layers that are already checked and joined."""
         match = CovarianceMatch(
             triangle.split(self.target_cov, self.widths),
             self._scales,
             *self._averaging,
-            [getattr(self, name) for name in self._state_names],
+            self._next_state(commit),
             self.training and self.average is not None,
             precision=self.precision,
         )
@@ -250,7 +249,7 @@ class CovarianceLoss(BufferedLoss):
         merge = merge_over(self.process_group, self.widths, pivot, self.correction)
         value, mean = match_covariances(features, match, self.correction, merge)
         if self.mean_loss is not None:
-            value = value + self.mean_loss(means(mean, self.widths))
+            value = value + self.mean_loss(means(mean, self.widths), commit=commit)
         return value
 
     def extra_repr(self) -> str:

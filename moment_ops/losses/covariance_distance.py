@@ -1,6 +1,7 @@
 """The distance between the covariances of two sets of features, from the covariances or from inner products of rows."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from moment_ops.losses.weights import LayerWeight, is_zero, layer_weights, own_w
 from moment_ops.ops import checks
 from moment_ops.ops.covariance import covariance
 from moment_ops.ops.layout import as_rows, is_channels_last
-from moment_ops.ops.match import advance
 from moment_ops.ops.nodes import below_transforms
 from moment_ops.ops.records import CovarianceMatch
 from moment_ops.statistics import Moments, moments
@@ -216,29 +216,30 @@ class CovarianceDistance(BufferedLoss):
             `covariance_distance`. The other features are constants and must be finite. Method "covariance" computes
             their covariance once and keeps it instead of the features. Method "gram" keeps the features. "auto" assumes
             that batches have as many rows as the other features.
-        queue: number of past batches to keep. The covariance is that of the batch and the rows of the past batches,
-            which are constants; the mean is that of the batch alone. A queue requires method "gram", which "auto" then
-            takes. All batches of a process must have the same number of rows. Until the queue is full, the batches that
-            it holds are used. In `train()` mode each call adds its batch to the queue.
+        queue: number of past rows to keep, of batches of any sizes. The covariance is that of the batch and the past
+            rows, which are constants; the mean is that of the batch alone. A queue requires method "gram", which "auto"
+            then takes. Until the queue is full, the rows that it holds are used. In `train()` mode each call adds its
+            rows, which replace the oldest.
         process_group: rows of the batch and of the queue are gathered over this group. None is the default group if
             torch.distributed is initialized, False is this process alone. The loss is the same on every process, and
             parameters under DistributedDataParallel get the gradient of one process on the concatenated batch.
             Processes may have no rows; with too few rows in all, the loss is NaN. The other features must be the same
-            on every process. Each process keeps its own past batches.
+            on every process. Each process keeps `queue` of its own past rows.
 
     Call it with features, one (N, ...) Tensor per layer, or with a mapping that has the names of the other features.
     The result is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients with
-    respect to the features only.
+    respect to the features only. If the optimizer may skip the step, pass `commit=False`, and call `commit()` when it
+    was taken. `fill(batches)` adds rows to the queue, and computes no loss.
 
     `state_dict()` holds the other features, or their covariance, and the queue. A loss that loads it continues bit for
-    bit; a state with a queue of another size is an error.
+    bit; rows of a queue of another size are an error.
 
     Raises:
-        TypeError, ValueError: as `covariance_distance`; also non-finite other features, and batches whose number of
-            rows differs from that in the queue.
+        TypeError, ValueError: as `covariance_distance`; also non-finite other features.
 
     Cost: as `covariance_distance`. With method "covariance", batches do not pay for the covariance of the other
-    features. A queue keeps `queue` batches of features, and takes twice their memory during a step.
+    features. A queue keeps `queue` rows, and takes twice their memory during a step. While it fills, the host knows the
+    number of rows, so that CUDA graphs and compiled steps need a full queue.
     """
 
     def __init__(
@@ -261,7 +262,7 @@ class CovarianceDistance(BufferedLoss):
         if isinstance(queue, bool) or not isinstance(queue, int):
             raise TypeError(f"queue: got {queue!r}, expected an int")
         if queue < 0:
-            raise ValueError(f"queue: got {queue}, expected a non-negative number of past batches")
+            raise ValueError(f"queue: got {queue}, expected a non-negative number of past rows")
         self._given_method = self.method = _check_method(method, precision, estimator, correction, queue)
         self.correction, self.reduction, self.precision = correction, reduction, precision
         self.estimator, self.joint, self.process_group, self.queue = estimator, joint, process_group, queue
@@ -269,7 +270,6 @@ class CovarianceDistance(BufferedLoss):
         self.covariance_loss: CovarianceLoss | None = None
         self.mean_loss: MomentLoss | None = None
         self._other_names: tuple[str, ...] = ()
-        self._queue_names: tuple[str, ...] = ()
         self._set_other(other)
         self.reset()
 
@@ -283,27 +283,21 @@ class CovarianceDistance(BufferedLoss):
         queue: dict[str, Tensor] = {}
         if self.queue:
             queue = {f"queue_{i}": getattr(self, name)[:0].clone() for i, name in enumerate(self._other_names)}
-            device = queue["queue_0"].device
-            queue["queue_rows"] = torch.zeros(self.queue, dtype=torch.int64, device=device)
-            queue["queue_step"] = torch.zeros((), dtype=torch.int64, device=device)
-        self._set_buffers("_queue_names", queue)
+            queue["queue_count"] = torch.zeros((), dtype=torch.int64, device=queue["queue_0"].device)
+        self._restart(queue)
         self._read_queue()
 
-    def forward(self, input: checks.Features) -> Tensor:
-        """The loss of one batch."""
-        alone = group_size(self.process_group) == 1
-        features, *_, names = checks.batch_of(input, empty=not alone)
-        check_names(names, self.names, "other")
-        check_widths(features, self._columns, "other", names)
-        check_device(features, [self._kept()[0]], "other")
-        rows = features[0].shape[0]
-        if alone:
+    def _loss(self, input: checks.Features, commit: bool) -> Tensor:
+        features = self._checked(input)
+        if group_size(self.process_group) == 1:
+            rows = features[0].shape[0] + self._past
             check_rows(rows, self.correction)
-            _check_unbiased(rows + sum(self._slots), self.estimator)
+            _check_unbiased(rows, self.estimator)
         if self.covariance_loss is not None:
             return self.covariance_loss.match(joined(features, self.joint))
-        queue = self._past_rows(rows)
-        x, y, *past = _in_one_dtype(features, self._kept(), *([] if queue is None else [queue]))
+        # Copies, as the queue is overwritten before backward reads them.
+        queue = [past[: self._past].clone() for past in self._queues()]
+        x, y, *past = _in_one_dtype(features, self._kept(), *([queue] if queue else []))
         value = gram_distance(
             x,
             y,
@@ -316,10 +310,22 @@ class CovarianceDistance(BufferedLoss):
             gather_other=False,
         )
         if self.mean_loss is not None:
-            value = value + self.mean_loss(joined([as_rows(x) for x in features], self.joint))
-        if self.queue and self.training:
-            below_transforms(self._enqueue, *features)
+            value = value + self.mean_loss(joined([as_rows(x) for x in features], self.joint), commit=commit)
+        if self.training:
+            self._enqueue(features, commit)
         return value
+
+    def _fill_one(self, batch: checks.Features) -> None:
+        self._pending = False
+        self._enqueue(self._checked(batch), True)
+
+    def _checked(self, input: checks.Features) -> Sequence[Tensor]:
+        """The layers of a batch."""
+        features, *_, names = checks.batch_of(input, empty=group_size(self.process_group) > 1)
+        check_names(names, self.names, "other")
+        check_widths(features, self._columns, "other", names)
+        check_device(features, [self._kept()[0]], "other")
+        return features
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, method={self.method!r}, queue={self.queue}, reduction={self.reduction!r}"
@@ -396,59 +402,49 @@ class CovarianceDistance(BufferedLoss):
         self.covariance_loss = None
         self._set_buffers("_other_names", {f"other_{i}": y.clone() for i, y in enumerate(features)})
 
-    def _read_queue(self) -> None:
-        """Copy to the host: the number of batches so far, the rows of every slot, the rows of a batch."""
-        self._past = int(self.queue_step) if self.queue else 0
-        self._slots = self.queue_rows.tolist() if self.queue else []
-        self._batch = len(self.queue_0) // self.queue if self.queue else 0
-
-    def _past_rows(self, rows: int) -> list[Tensor] | None:
-        """Copies of the rows of past batches: the queue is overwritten before backward reads them."""
-        if not self.queue:
-            return None
-        # All numbers are compared on every process, so that either all processes raise or none does.
-        for rank, (got, expected) in enumerate(row_counts([rows, self._batch], self.queue_0, self.process_group)):
-            if got and expected and got != expected:
-                where = "" if group_size(self.process_group) == 1 else f" on rank {rank}"
-                raise ValueError(f"input: got a batch of {got} rows{where}, expected {expected} as in the queue")
-        return [
-            torch.cat([queue[self._batch * slot :][:count] for slot, count in enumerate(self._slots)])
-            for queue in self._queues()
-        ]
-
     def _queues(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._queue_names[:-2]]
+        return [self._buffers[name] for name in self._state_names[:-1]]
 
-    @torch.no_grad()
-    def _enqueue(self, *features: Tensor) -> None:
-        """Overwrite the oldest batch by this one. The position is on the device: the host does not wait."""
-        advance([self.queue_step, self.queue_rows], True)
-        rows = features[0].shape[0]
-        if rows and not self._batch:
-            for name, x in zip(self._queue_names[:-2], features, strict=True):
-                memory_format = torch.channels_last if is_channels_last(x) and x.dim() == 4 else torch.contiguous_format
-                empty = torch.zeros((self.queue * rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
-                self._set_buffer(name, empty.to(memory_format=memory_format))
-            self._batch = rows
-        slot = self.queue_step % self.queue
-        self.queue_rows.index_fill_(0, slot.reshape(1), rows)
-        index = slot * rows + torch.arange(rows, device=features[0].device)
-        for queue, x in zip(self._queues(), features, strict=True):
+    def _read_queue(self) -> None:
+        """Copy the number of past rows to the host."""
+        self._past = min(int(self.queue_count), self.queue) if self.queue else 0
+
+    def _enqueue(self, features: Sequence[Tensor], commit: bool) -> None:
+        if self.queue:
+            below_transforms(partial(self._advance, commit), *[x[-self.queue :] for x in features])
+
+    def _update(self, *rows: Tensor) -> None:
+        """Overwrite the oldest rows by these. Their position is on the device: the host does not wait."""
+        count = len(rows[0]) if rows else 0
+        if not count:
+            return
+        if not len(self.queue_0):
+            self._allocate(rows)
+        index = (self.queue_count + torch.arange(count, device=rows[0].device)) % self.queue
+        for queue, x in zip(self._queues(), rows, strict=True):
             queue.index_copy_(0, index, x.detach().to(queue.dtype))
-        self.queue_step += 1
-        self._slots[self._past % self.queue] = rows
-        self._past += 1
+        self.queue_count += count
+        self._past = min(self._past + count, self.queue)
+
+    def _allocate(self, rows: Sequence[Tensor]) -> None:
+        """A queue has the dtype and the layout of the first rows."""
+        # A tensor made in inference mode could not change outside of it.
+        with torch.inference_mode(False):
+            for name, x in zip(self._state_names[:-1], rows, strict=True):
+                memory_format = torch.channels_last if is_channels_last(x) and x.dim() == 4 else torch.contiguous_format
+                empty = torch.zeros((self.queue, *x.shape[1:]), dtype=x.dtype, device=x.device)
+                self._set_buffer(name, empty.to(memory_format=memory_format))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """The shapes of kept rows depend on the batches, which a new loss has not seen."""
-        errors = rest[-1]
-        saved = state_dict.get(prefix + "queue_rows")
-        if isinstance(saved, Tensor) and self.queue and len(saved) != self.queue:
-            errors.append(f"{prefix}queue: got a state of {len(saved)} past batches, expected {self.queue}")
-            return
-        for name in self._queue_names[:-2]:
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != self._buffers[name].shape:
+        saved = {name: state_dict.get(prefix + name) for name in self._state_names[:-1]}
+        for value in saved.values():
+            if isinstance(value, Tensor) and value.dim() and len(value) not in (0, self.queue):
+                errors = rest[-1]
+                errors.append(f"{prefix}queue: got a state of {len(value)} past rows, expected {self.queue}")
+                return
+        for name, value in saved.items():
+            if isinstance(value, Tensor) and not self._fits(name, value):
                 self.register_buffer(name, torch.empty_like(value, device=self._buffers[name].device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._read_queue()

@@ -28,8 +28,13 @@ class _MatchMoments(Node):
     def forward(
         ctx: Any, mean: Tensor, var: Tensor | None, target_mean: Tensor, target_var: Tensor | None, match: Match
     ) -> Tensor:
-        match = match._replace(target_mean=target_mean, target_var=target_var)
-        loss, grad_mean, grad_var = match_(mean, var, match)
+        # A narrower state is widened for the step: here, below transforms, where it may be written to.
+        state = [s.to(mean.dtype) if s.is_floating_point() else s for s in match.state]
+        wide = match._replace(target_mean=target_mean, target_var=target_var, state=state)
+        loss, grad_mean, grad_var = match_(mean, var, wide)
+        for narrow, advanced in zip(match.state, state, strict=True):
+            if narrow is not advanced:
+                narrow.copy_(advanced)
         ctx.has_var = target_var is not None
         _save(ctx, match, mean, var, target_mean, target_var, grad_mean, grad_var)
         return loss
@@ -196,11 +201,5 @@ def match_moments(mean: Tensor, var: Tensor | None, match: Match) -> Tensor:
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) else value
 
-    # A narrower state is widened for the step. Within a transform `to` returns another tensor even for an equal dtype.
-    state = [cast(s) if s.is_floating_point() and s.dtype != dtype else s for s in match.state]
-    wide = Match(*map(cast, match))._replace(state=state)
-    loss = _MatchMoments.call(cast(mean), cast(var), wide.target_mean, wide.target_var, wide)
-    for narrow, advanced in zip(match.state, state, strict=True):
-        if narrow is not advanced:
-            narrow.copy_(advanced)
-    return loss
+    wide = Match(*map(cast, match))
+    return _MatchMoments.call(cast(mean), cast(var), wide.target_mean, wide.target_var, wide)

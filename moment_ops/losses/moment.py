@@ -99,7 +99,8 @@ class MomentLoss(BufferedLoss):
 
     Call it with features (one (N, ...) Tensor per layer, or a mapping that has the names of the target) or with
     Moments. The result is a scalar, float32 (float64 for float64), twice differentiable in eager mode. It has gradients
-    with respect to the input only.
+    with respect to the input only. If the optimizer may skip the step, pass `commit=False`, and call `commit()` when it
+    was taken. `fill(batches)` starts the average.
 
     The average of a column does not change if its batch moments are non-finite; the loss is then non-finite. Buffers
     keep their dtype under `.to(torch.bfloat16)` and `.half()`. `state_dict()` holds target, average and step; a loss
@@ -131,7 +132,6 @@ class MomentLoss(BufferedLoss):
         self.reduction = checks.option(reduction, "reduction", ("mean", "sum"))
         self.process_group = process_group
         self._weights = {"mean": own_weight(mean_weight), "var": own_weight(var_weight)}
-        self._state_names: tuple[str, ...] = ()
         self.reset(_check_target(target))
 
     def reset(self, target: Moments | None = None) -> None:
@@ -142,11 +142,9 @@ class MomentLoss(BufferedLoss):
         if target is not None:
             self._set_target(_check_target(target))
         state = {} if self.average is None else self.average.new_state(self.target_mean, self.target_var is not None)
-        self._set_buffers("_state_names", state)
+        self._restart(state)
 
-    def forward(self, input: Moments | checks.Features) -> Tensor:
-        """The loss of one batch."""
-        # Looking up a buffer as an attribute of the module takes ten times as long.
+    def _loss(self, input: Moments | checks.Features, commit: bool) -> Tensor:
         buffers = self._buffers
         match = Match(
             buffers["target_mean"],
@@ -157,7 +155,7 @@ class MomentLoss(BufferedLoss):
             buffers["var_weight"],
             self._factor,
             *self._averaging,
-            [buffers[name] for name in self._state_names],
+            self._next_state(commit),
             self.training and self.average is not None,
         )
         merge = _merge_over(self.process_group, match.target_mean, self._sizes, self.correction)
