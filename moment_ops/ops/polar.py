@@ -376,10 +376,11 @@ class InverseRoot(NamedTuple):
         """`rows G^-1/2`, (m, n), for rows in float64."""
         return product((rows @ self.first).to(self.second.dtype), self.second, "ieee")
 
-    def times_columns(self, columns: Tensor) -> Tensor:
-        """`G^-1/2 columns`, (n, m), for columns in float64. The two matrices are symmetric but for "eigh"."""
+    def times_columns(self, columns: Tensor, first: int | None = None) -> Tensor:
+        """The first rows of `G^-1/2 columns`, (n, m), for columns in float64."""
         inner = (self.first.mT @ columns).to(self.second.dtype)
-        return product(self.second.mT, inner, "ieee")
+        # Symmetric but for "eigh".
+        return product(self.second.mT[:first], inner, "ieee")
 
 
 def inverse_root(gram: Tensor, method: str, wide: bool) -> InverseRoot:
