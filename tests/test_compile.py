@@ -8,6 +8,7 @@ from helpers import assert_close, assert_same_bits, make_features, make_target, 
 from torch import nn
 
 import moment_ops as mo
+from moment_ops.ops.relu_moments import identity_moments, relu_moments
 
 SHAPES = ((5,), (3, 2, 2))
 AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.1)}
@@ -188,3 +189,36 @@ def test_a_second_derivative_under_autocast_is_that_without():
             first = torch.autograd.grad(mo.moment_loss(features, target), features, create_graph=True)
             results.append(torch.autograd.grad(sum(g.square().sum() for g in first), features))
     assert_same_bits(*results)
+
+
+TARGET = make_target(SHAPES)
+OTHER = [x[:4] for x in make_features(8, SHAPES, seed=1)]
+COVARIANCES = mo.Moments(torch.zeros(17), cov=(torch.eye(5), torch.eye(12)), shapes=SHAPES)
+STYLE = mo.gram_matrix(OTHER[1][:1])
+WITHOUT_GRADIENTS = {
+    "moments": lambda x: mo.moments(x).mean.sum(),
+    "moments of channels": lambda x: mo.moments(x[1], dim=(0, 2, 3)).var.sum(),
+    "moment_loss": lambda x: mo.moment_loss(x, TARGET),
+    "moment_loss of moments": lambda x: mo.moment_loss(mo.moments(x), TARGET),
+    "relu_moments": lambda x: sum(y.sum() for y in relu_moments(x[1])),
+    "identity_moments": lambda x: sum(y.sum() for y in identity_moments(x[1])),
+    "covariance": lambda x: mo.covariance(x[0]).sum(),
+    "covariance_loss": lambda x: mo.covariance_loss(x, COVARIANCES, mean_weight=0.5),
+    "covariance_distance": lambda x: mo.covariance_distance(x, OTHER, method="covariance"),
+    "covariance_distance, gram": lambda x: mo.covariance_distance(x, OTHER, method="gram"),
+    "coral_loss": lambda x: mo.coral_loss(x[0], OTHER[0]),
+    "vicreg_variance": lambda x: mo.vicreg_variance(x[0]),
+    "vicreg_covariance": lambda x: mo.vicreg_covariance(x[0]),
+    "style_loss": lambda x: mo.style_loss(x[1], STYLE),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_every_function_compiles_to_one_graph_where_nothing_needs_a_gradient(name, grad):
+    features = [x.requires_grad_(not grad) for x in make_features(6, SHAPES)]
+    function = WITHOUT_GRADIENTS[name]
+    with torch.set_grad_enabled(grad):
+        value = torch.compile(function, fullgraph=True, backend="aot_eager")(features)
+        assert not value.requires_grad
+        assert_same_bits(value, function(features).detach())

@@ -158,7 +158,11 @@ class Node(torch.autograd.Function):
     @classmethod
     def call(cls, *inputs: Any) -> Any:
         """Apply the function."""
-        if torch.compiler.is_compiling() or not is_transformed():
+        if torch.compiler.is_compiling():
+            # Some forwards are not traced within a Function whose inputs need no gradient.
+            needed = torch.is_grad_enabled() and wants_grad(*(x for x in inputs if isinstance(x, Tensor)))
+            return cls.apply(*inputs) if needed else cls.forward(_Record(), *inputs)
+        if not is_transformed():
             return cls.apply(*inputs)
         count, several, _, *tensors = cls._under_transforms.apply(*inputs)
         return tuple(tensors[:count]) if several else tensors[0]
