@@ -10,7 +10,12 @@ from torch import nn
 import moment_ops as mo
 
 SHAPES = ((5,), (3, 2, 2))
-AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.1)}
+AVERAGES = {
+    "none": None,
+    "moving": mo.MovingAverage(0.9),
+    "moving, corrected": mo.MovingAverage(0.9, bias_correction=True),
+    "adam": mo.AdamMovingAverage(lr=0.1),
+}
 
 
 @pytest.fixture(autouse=True)
