@@ -55,7 +55,7 @@ class Numbers(NamedTuple):
 
     reduction: Any
     options: Any
-    bias_corrections: Any
+    of_step: Any  # Adam's corrections of the bias; a moving average's weights of the past and of the batch
 
 
 def option_arguments(average: str, options: Sequence[float]) -> dict[str, int]:
@@ -123,12 +123,12 @@ def match_none(value, target, weight, reduction):
 
 
 @triton.jit
-def match_moving(value, target, weight, reduction, decay, one_minus_decay, started, average):
+def match_moving(value, target, weight, reduction, of_past, of_batch, started, average):
     """(column's share of the loss, derivative, next average): the gradient flows through the current batch only."""
-    estimate = tl.where(started, decay * average + one_minus_decay * value, value)
+    estimate = tl.where(started, of_past * average + of_batch * value, value)
     difference = estimate - target
     scaled = reduction * weight * difference
-    return scaled * difference, one_minus_decay * (2.0 * scaled), estimate
+    return scaled * difference, of_batch * (2.0 * scaled), estimate
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def load_averages(vectors, average, packed, mask):
 
 @triton.jit
 def numbers_of(average, reduction, options):
-    """The scalars of the step that is about to be made, from their bits; Adam's corrections, 1 for other averages.
+    """The scalars of the step that is about to be made, from their bits.
 
     options: as many as there are OPTIONS.
     """
@@ -187,6 +187,13 @@ def numbers_of(average, reduction, options):
         next_step = tl.load(average.step) + 1
         first = complement_of_power(options[1], next_step)
         second = complement_of_power(options[2], next_step)
+    if average.KIND == MOVING:
+        first = options[0]
+        second = 1.0 - options[0]
+        # All threads of all programs go the same way.
+        if options[1] != 0.0:
+            second = second / complement_of_power(options[0], tl.load(average.step) + 1)
+            first = 1.0 - second
     return Numbers(double(reduction), options, (first, second))
 
 
@@ -203,9 +210,9 @@ def match_average(value, target, weight, latest, vectors, entries, average, numb
     if average.KIND == NONE:
         terms, slope = match_none(value, target, weight, numbers.reduction.to(dtype))
     elif average.KIND == MOVING:
-        decay = options[0]
+        of_past, of_batch = numbers.of_step[0].to(dtype), numbers.of_step[1].to(dtype)
         terms, slope, new = match_moving(
-            value, target, weight, numbers.reduction.to(dtype), decay.to(dtype), (1.0 - decay).to(dtype), started, old
+            value, target, weight, numbers.reduction.to(dtype), of_past, of_batch, started, old
         )
         # Selecting values keeps the stores wide; a mask by column would not.
         if average.UPDATE:
@@ -226,8 +233,8 @@ def match_average(value, target, weight, latest, vectors, entries, average, numb
                 (1.0 - beta2).to(dtype),
                 eps.to(dtype),
                 gradient_scale.to(dtype),
-                (lr / numbers.bias_corrections[0]).to(dtype),
-                tl.sqrt(numbers.bias_corrections[1]).to(dtype),
+                (lr / numbers.of_step[0]).to(dtype),
+                tl.sqrt(numbers.of_step[1]).to(dtype),
             )
             estimate = tl.where(finite, next_average, old)
             tl.store(vectors.averages[0] + packed, estimate, mask=mask)

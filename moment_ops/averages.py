@@ -37,28 +37,39 @@ def _zeros(average_kind: str, target_mean: Tensor, has_var: bool) -> dict[str, T
 class MovingAverage:
     """Exponential moving average of the moments of the batches. Gradients flow through the current batch only.
 
-    `average = decay * average + (1 - decay) * batch`; the first batch is the first average.
+    `average = decay * average + (1 - decay) * batch`; the first batch is the first average. With `bias_correction` the
+    weight of the past in step k is `decay * (1 - decay^(k - 1)) / (1 - decay^k)` instead of decay, so that the average
+    is that of all batches with weights decay^age, and the gradient has the batch's share from the first step on.
+
+    A column whose first batches are not finite starts from its first finite batch. Steps are those of the loss, for
+    such a column too.
 
     Args:
         decay: weight of the previous average, in [0, 1).
+        bias_correction: whether the first batch has no more weight than its age gives it.
 
     Raises:
-        TypeError, ValueError: `decay` is not a number in [0, 1).
+        TypeError, ValueError: `decay` is not a number in [0, 1), or `bias_correction` is not a bool.
 
-    Source: the released code of dos Santos et al. 2019, `--useRegularMovAvrg`, with decay = 1 - alpha.
+    Source: the released code of dos Santos et al. 2019, `--useRegularMovAvrg`, with decay = 1 - alpha. The correction
+    is that of Kingma and Ba, ICLR 2015, section 3.
     """
 
     decay: float
+    _: KW_ONLY
+    bias_correction: bool = False
     kind: ClassVar[str] = "moving"
 
     def __post_init__(self) -> None:
         _number(self.decay, "decay")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: got {self.decay}, expected a number in [0, 1)")
+        if not isinstance(self.bias_correction, bool):
+            raise TypeError(f"bias_correction: got {self.bias_correction!r}, expected a bool")
 
     def options(self, columns: int) -> list[float]:
         """The numbers that the operator `match_` wants for `columns` matched columns."""
-        return [self.decay]
+        return [self.decay, float(self.bias_correction)]
 
     def new_state(self, target_mean: Tensor, has_var: bool) -> dict[str, Tensor]:
         """The initial state by name, in the order that the operator expects."""

@@ -12,6 +12,7 @@ from helpers import (
     make_target,
     squared_distance,
 )
+from test_match import share_of_batch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import moment_ops as mo
@@ -24,6 +25,7 @@ ROWS = 5
 AVERAGES = {
     "none": None,
     "moving": mo.MovingAverage(0.7),
+    "moving, corrected": mo.MovingAverage(0.7, bias_correction=True),
     "adam": mo.AdamMovingAverage(lr=0.1),
     "adam, sum": mo.AdamMovingAverage(lr=0.1, reduction="sum"),
 }
@@ -80,7 +82,8 @@ def naive(loss):
                 total = total + (weight * (value - target) ** 2).sum() / target.numel()
             elif average.kind == "moving":
                 old = getattr(state, f"{name}_average")
-                value = average.decay * old + (1 - average.decay) * value
+                share = share_of_batch(average, int(state.step) + 1)
+                value = (1 - share) * old + share * value
                 total = total + (weight * (value - target) ** 2).sum() / target.numel()
             else:
                 total = total + (weight * getattr(advanced, f"{name}_average") * (target - value)).sum()
@@ -162,8 +165,9 @@ def test_the_loss_in_evaluation_is_differentiable_twice(average_kind, weights, s
 
 
 @pytest.mark.parametrize("source", ["features", "moments"])
-def test_the_moving_average_in_training_is_differentiable_twice(source):
-    call = pure(make_loss("moving", "weighted", train=True), source)
+@pytest.mark.parametrize("average_kind", ["moving", "moving, corrected"])
+def test_the_moving_average_in_training_is_differentiable_twice(average_kind, source):
+    call = pure(make_loss(average_kind, "weighted", train=True), source)
     assert gradcheck(call, inputs())
     assert gradgradcheck(call, inputs())
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 AVERAGES = (
     mo.MovingAverage(0.9),
+    mo.MovingAverage(0.9, bias_correction=True),
     mo.AdamMovingAverage(lr=0.01),
     mo.AdamMovingAverage(lr=0.01, init="uniform"),
 )
@@ -203,9 +204,39 @@ def test_the_moving_average_follows_the_released_code(alpha, dtype):
             assert_close(mine, original.double(), rows=50)
 
 
-def test_without_decay_the_moving_average_is_no_average():
+@pytest.mark.parametrize("decay", [0.0, 0.1, 0.9, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("source", ["features", "moments"])
+def test_a_corrected_moving_average_is_that_of_all_batches_with_weights_by_age(decay, dtype, source):
+    target = make_target(dtype=dtype)
+    ours = mo.MomentLoss(target, mo.MovingAverage(decay, bias_correction=True))
+    past, weight = (0.0, 0.0), 0.0
+    for step in range(30):
+        batch = leaves(make_features(16, dtype=dtype, seed=step))
+        # Sums of weights, without a power.
+        past = [decay * old + new for old, new in zip(past, exact_moments(batch), strict=True)]
+        weight = decay * weight + 1
+        averages = [value / weight for value in past]
+        expected = sum(
+            nn.functional.mse_loss(value, wanted.double())
+            for value, wanted in zip(averages, (target.mean, target.var), strict=True)
+        )
+        given = batch if source == "features" else mo.moments(batch)
+        for loss in (ours.eval()(given), ours.train()(given)):
+            assert_close(loss, expected, rows=50)
+            wanted = torch.autograd.grad(expected, batch, retain_graph=True)
+            for mine, original in zip(torch.autograd.grad(loss, batch, retain_graph=True), wanted, strict=True):
+                assert_close(mine, original.double(), rows=50)
+        past = [value.detach() for value in past]
+        assert_close(ours.mean_average, averages[0], rows=50)
+        assert_close(ours.var_average, averages[1], rows=50)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_without_decay_the_moving_average_is_no_average(corrected):
     target = make_target()
-    plain, moving = mo.MomentLoss(target), mo.MomentLoss(target, mo.MovingAverage(0.0))
+    average = mo.MovingAverage(0.0, bias_correction=corrected)
+    plain, moving = mo.MomentLoss(target), mo.MomentLoss(target, average)
     for seed in range(3):
         features = make_features(16, seed=seed)
         assert_close(moving(features), plain(features).double())
@@ -301,6 +332,18 @@ def test_a_moving_average_starts_each_column_from_its_first_finite_batch():
     assert loss.started.sum() == COLUMNS - 1
     loss(second)
     assert_close(loss.mean_average[2], second[0][:, 2].double().mean(), rows=16)
+
+
+def test_a_column_that_starts_late_has_the_weights_of_the_step():
+    loss = mo.MomentLoss(make_target(), mo.MovingAverage(0.5, bias_correction=True))
+    batches = [make_features(16, seed=seed) for seed in range(4)]
+    for batch in batches[:2]:
+        batch[0][:, 2] = float("nan")
+    for batch in batches:
+        loss(batch)
+    third, fourth = (batch[0][:, 2].double().mean() for batch in batches[2:])
+    share = 0.5 / (1 - 0.5**4)
+    assert_close(loss.mean_average[2], (1 - share) * third + share * fourth, rows=16)
 
 
 @pytest.mark.parametrize("average", AVERAGES)

@@ -14,7 +14,7 @@ import moment_ops as mo
 pytestmark = pytest.mark.usefixtures("backend")
 
 SHAPES = ((4,), (3, 2))
-AVERAGES = {"none": None, "moving": mo.MovingAverage(0.7), "adam": mo.AdamMovingAverage(lr=0.1)}
+AVERAGES = {"none": None, "moving": mo.MovingAverage(0.7, bias_correction=True), "adam": mo.AdamMovingAverage(lr=0.1)}
 OTHER = make_features(9, SHAPES, torch.float64, 9)
 
 

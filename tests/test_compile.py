@@ -11,7 +11,12 @@ import moment_ops as mo
 from moment_ops.ops.relu_moments import identity_moments, relu_moments
 
 SHAPES = ((5,), (3, 2, 2))
-AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.1)}
+AVERAGES = {
+    "none": None,
+    "moving": mo.MovingAverage(0.9),
+    "moving, corrected": mo.MovingAverage(0.9, bias_correction=True),
+    "adam": mo.AdamMovingAverage(lr=0.1),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ ENTRIES = 61
 AVERAGES = {
     "none": None,
     "moving": mo.MovingAverage(0.7),
+    "moving, corrected": mo.MovingAverage(0.7, bias_correction=True),
     "adam": mo.AdamMovingAverage(lr=0.1),
     "adam, sum": mo.AdamMovingAverage(lr=0.1, reduction="sum"),
 }
@@ -157,7 +158,7 @@ def test_first_and_second_derivatives(average_kind, mean_weight, train):
     features = inputs(5)
     if not (train and average_kind.startswith("adam")):
         assert gradcheck(pure(loss), features)
-    assert gradgradcheck(pure(loss), features) if average_kind in ("none", "moving") or not train else True
+    assert gradgradcheck(pure(loss), features) if not average_kind.startswith("adam") or not train else True
 
 
 class Adam:
@@ -190,24 +191,27 @@ def test_adam_is_that_of_torch_on_all_entries_of_the_matrices(reduction, width):
 
 
 @pytest.mark.parametrize("width", [5, 140])
-def test_a_moving_average_of_covariances_starts_from_the_first_batch(width):
-    target = [symmetric(width, dtype=torch.float64)]
-    loss, average = mo.CovarianceLoss(target, average=mo.MovingAverage(0.7), reduction="mean"), None
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_moving_average_of_covariances_follows_a_loop(width, corrected):
+    target, configuration = [symmetric(width, dtype=torch.float64)], mo.MovingAverage(0.7, bias_correction=corrected)
+    loss, average = mo.CovarianceLoss(target, average=configuration, reduction="mean"), None
     for seed in range(4):
         features = inputs(9, seed=seed, shapes=[(width,)])
         (cov,) = covariances(features)
-        # The gradient has the batch's share from the first step on.
-        average = 0.7 * (cov.detach() if average is None else average) + 0.3 * cov
+        share = 0.3 / (1 - 0.7 ** (seed + 1)) if corrected else 0.3
+        # It starts from the first batch. The gradient has the batch's share from the first step on.
+        average = (1 - share) * (cov.detach() if average is None else average) + share * cov
         theirs = (average - target[0]).square().mean()
         average = average.detach()
         assert_loss(loss(features), theirs, features)
+        assert_close(loss.cov_average, triangle.pack(average), rows=1000)
 
 
 def state_of(loss):
     return {k: v.clone() for k, v in loss.state_dict().items() if "target" not in k}
 
 
-@pytest.mark.parametrize("average_kind", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "moving, corrected", "adam"])
 def test_the_state_advances_in_training_alone_and_once_a_call(average_kind):
     loss = make_loss(average_kind, mean_weight=1.0)
     before = state_of(loss)

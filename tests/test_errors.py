@@ -215,6 +215,7 @@ def test_parts_that_cannot_be_merged(parts, error, fragments):
         (lambda: mo.MovingAverage(-0.1), ValueError, ("decay", "-0.1")),
         (lambda: mo.MovingAverage(NAN), ValueError, ("decay", "nan")),
         (lambda: mo.MovingAverage("0.9"), TypeError, ("decay", "str|'0.9'")),
+        (lambda: mo.MovingAverage(0.9, bias_correction=1), TypeError, ("bias_correction: got 1", "bool")),
         (lambda: mo.AdamMovingAverage(lr=-1.0), ValueError, ("lr", "-1.0")),
         (lambda: mo.AdamMovingAverage(lr=NAN), ValueError, ("lr", "nan")),
         (lambda: mo.AdamMovingAverage(lr="fast"), TypeError, ("lr", "str|'fast'")),

@@ -14,9 +14,15 @@ COLUMNS = sum(torch.Size(shape).numel() for shape in SHAPES)
 AVERAGES = {
     "none": None,
     "moving": mo.MovingAverage(0.9),
+    "moving, corrected": mo.MovingAverage(0.9, bias_correction=True),
     "adam": mo.AdamMovingAverage(lr=0.01),
     "adam, sum": mo.AdamMovingAverage(lr=0.01, reduction="sum"),
 }
+
+
+def share_of_batch(average, step):
+    """The weight of the batch in a moving average. That of the past is the rest."""
+    return (1 - average.decay) / (1 - average.decay**step if average.bias_correction else 1)
 
 
 class Case:
@@ -85,8 +91,8 @@ class Case:
             slope = 1.0
             estimate = value
             if self.kind == "moving":
-                slope = 1 - self.average.decay
-                estimate = torch.where(state[-2], self.average.decay * state[i] + slope * value, value)
+                slope = share_of_batch(self.average, int(state[-1]) + 1)
+                estimate = torch.where(state[-2], (1 - slope) * state[i] + slope * value, value)
                 if update:
                     state[i].copy_(estimate)
             loss = loss + self.reduction * (w * (estimate - target) ** 2).sum()
@@ -173,7 +179,7 @@ def test_reduction_scales_the_squared_distance(reduction):
     assert_close(grad_mean, grads[0])
 
 
-@pytest.mark.parametrize("average_kind", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
 def test_the_state_advances_in_place_and_says_so(average_kind, source):
     case = Case(average_kind)
@@ -184,7 +190,7 @@ def test_the_state_advances_in_place_and_says_so(average_kind, source):
     assert int(case.state[-1]) == 6
 
 
-@pytest.mark.parametrize("average_kind", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
 def test_without_update_the_state_stays_to_the_last_bit(average_kind, source):
     case = Case(average_kind)
@@ -204,7 +210,7 @@ def test_derivatives_share_no_memory_with_the_state(average_kind):
     assert grad_var.untyped_storage().data_ptr() not in owners
 
 
-@pytest.mark.parametrize("average_kind", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_column_that_is_not_finite_leaves_its_state_untouched(average_kind, source, value):

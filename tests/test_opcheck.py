@@ -12,7 +12,12 @@ pytestmark = pytest.mark.usefixtures("backend")
 SHAPES = ((5,), (3, 2, 2))
 COLUMNS = 17
 OPS = torch.ops.moment_ops
-AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.1)}
+AVERAGES = {
+    "none": None,
+    "moving": mo.MovingAverage(0.9),
+    "moving, corrected": mo.MovingAverage(0.9, bias_correction=True),
+    "adam": mo.AdamMovingAverage(lr=0.1),
+}
 
 
 def channels_last(features):

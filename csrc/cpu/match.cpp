@@ -154,7 +154,7 @@ void match_(const MatchArguments<Tensor>& from) {
     dispatch_average(from.average, [&](auto average) {
       auto matching = make_matching<decltype(average), A>(from);
       if constexpr (average.kCounts) {
-        matching.parameters.set_step(static_cast<double>(*matching.step + (matching.update ? 1 : 0)));
+        matching.parameters.set_step(static_cast<double>(*matching.step + 1));
       }
       const MatchColumns<A> match = [&](int64_t at, int64_t columns, const A* mean, const A* var) {
         return match_columns(matching, at, columns, mean, var);

@@ -5,7 +5,8 @@
 //   kNumber        its number in the schema, as AVERAGES in moment_ops/ops/match.py has it;
 //   kKept          the vectors that it keeps per quantity;
 //   kStarts        whether a column's first finite values start it, which a byte per column remembers;
-//   kCounts        whether its parameters depend on the number of steps: they have a set_step then;
+//   kCounts        whether its parameters depend on the number of steps: they have a set_step then, which gets the
+//                  number of the step that is made, or that would be made where nothing is updated;
 //   Parameters<A>  what is the same for all columns, made of the schema's options;
 //   step           which returns the column's share of the loss, sets its derivative, and advances what is kept where
 //                  the term says so.
@@ -55,24 +56,39 @@ struct MovingAverage {
   static constexpr int kNumber = 1;
   static constexpr int kKept = 1;
   static constexpr bool kStarts = true;
-  static constexpr bool kCounts = false;
+  static constexpr bool kCounts = true;
 
   // Differences such as 1 - decay are formed in double.
   template <class A>
   struct Parameters {
-    A decay, one_minus_decay;
+    double one_minus_decay, log_decay;
+    bool corrected;
+    A past, batch;  // weights
 
     Parameters() = default;
-    explicit Parameters(const double* options) : decay(A(options[0])), one_minus_decay(A(1 - options[0])) {}
+    explicit Parameters(const double* options)
+        : one_minus_decay(1 - options[0]),
+          log_decay(std::log(options[0])),
+          corrected(options[1] != 0),
+          past(A(options[0])),
+          batch(A(1 - options[0])) {}
+
+    // The share of the batch is (1 - decay) / (1 - decay^step), whose denominator pow would take digits from.
+    MOMENT_OPS_HOST_DEVICE void set_step(double step) {
+      if (!corrected) return;
+      const double share = one_minus_decay / -std::expm1(step * log_decay);
+      past = static_cast<A>(1 - share);
+      batch = static_cast<A>(share);
+    }
   };
 
   template <class A>
   MOMENT_OPS_HOST_DEVICE static A step(const MatchTerm<A>& term, A* kept, A& grad, const Parameters<A>& p) {
-    const A estimate = term.started ? p.decay * kept[0] + p.one_minus_decay * term.value : term.value;
+    const A estimate = term.started ? p.past * kept[0] + p.batch * term.value : term.value;
     const A difference = estimate - term.target;
     const A scaled = term.reduction * term.weight * difference;
     kept[0] = term.store ? estimate : kept[0];
-    grad = p.one_minus_decay * (2 * scaled);
+    grad = p.batch * (2 * scaled);
     return scaled * difference;
   }
 };
@@ -104,8 +120,7 @@ struct AdamAverage {
           step_size(0),
           root_bias_correction2(0) {}
 
-    // What the number of steps, this one included, makes of them. 1 - beta^step as pow would have it loses digits, and
-    // is a call on a GPU. Before the first step both may be anything: no average is updated then.
+    // 1 - beta^step as pow would have it loses digits, and is a call on a GPU.
     MOMENT_OPS_HOST_DEVICE void set_step(double step) {
       step_size = static_cast<A>(lr / -std::expm1(step * log_beta1));
       root_bias_correction2 = static_cast<A>(std::sqrt(-std::expm1(step * log_beta2)));

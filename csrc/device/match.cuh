@@ -20,12 +20,12 @@ __device__ __forceinline__ int64_t load_step(const Matching<Average, A>& matchin
   return Average::kCounts ? *matching.step : 0;
 }
 
-// The parameters for the step after `step`, or for `step` where nothing is updated.
+// The parameters for the step after `step`.
 template <class Average, class A>
 __device__ __forceinline__ typename Average::template Parameters<A> with_step(const Matching<Average, A>& matching,
                                                                               int64_t step) {
   auto parameters = matching.parameters;
-  if constexpr (Average::kCounts) parameters.set_step(static_cast<double>(step + (matching.update ? 1 : 0)));
+  if constexpr (Average::kCounts) parameters.set_step(static_cast<double>(step + 1));
   return parameters;
 }
 

@@ -162,6 +162,14 @@ std::pair<double, double> adam_step(double lr, double beta1, double beta2, int64
   return {parameters.step_size, parameters.root_bias_correction2};
 }
 
+// The weights of the past and of the batch in a moving average with bias correction.
+std::pair<double, double> moving_weights(double decay, int64_t step) {
+  const double options[] = {decay, 1};
+  MovingAverage::Parameters<double> parameters(options);
+  parameters.set_step(static_cast<double>(step));
+  return {parameters.past, parameters.batch};
+}
+
 uint16_t to_bits(const std::string& dtype, float value) {
   Half half;
   BFloat16 bfloat16;
@@ -201,6 +209,7 @@ PYBIND11_MODULE(moment_ops_testing, m) {
   m.def("relu_moments_backward", &relu_moments_backward);
   m.def("plan", &plan);
   m.def("adam_step", &adam_step);
+  m.def("moving_weights", &moving_weights);
   m.def("to_bits", &to_bits);
   m.def("from_bits", &from_bits);
   m.def("merge", &merge_pair);

@@ -9,7 +9,7 @@ from torch import Tensor
 from moment_ops.distributed import covariance_of_rank
 from moment_ops.losses.matching import match_moments
 from moment_ops.ops import checks, triangle
-from moment_ops.ops.averages import AVERAGES
+from moment_ops.ops.averages import AVERAGES, step_for_slope
 from moment_ops.ops.covariance import covariance as covariance_op
 from moment_ops.ops.covariance import covariance_match_backward
 from moment_ops.ops.layout import columns_of, statistics_dtype
@@ -27,19 +27,19 @@ class _MatchCovariance(Node):
     def forward(ctx: Any, correction: int, match: CovarianceMatch, *features: Tensor) -> tuple[Tensor, Tensor]:
         loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(list(features), correction, *match)
         ctx.correction, ctx.precision = correction, match.precision
-        second = 2 * AVERAGES[match.average].second_derivative(match.options)
-        ctx.second_derivatives = [second * weight for weight in match.weight]
+        ctx.average, ctx.options, ctx.weight = match.average, match.options, match.weight
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, grad, *features)
+        step = step_for_slope(match.average, match.options, match.state, match.update)
+        ctx.save_for_backward(mean, grad, step, *features)
         return loss, mean
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
-        mean, derivative, *features = ctx.saved_tensors
+        mean, derivative, step, *features = ctx.saved_tensors
         if grad is None:
             grad = mean.new_zeros(())
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            d_features = _differentiable_backward(ctx, features, derivative, grad, grad_mean)
+            d_features = _differentiable_backward(ctx, features, derivative, step, grad, grad_mean)
         else:
             d_features = covariance_match_backward(
                 features,
@@ -54,16 +54,22 @@ class _MatchCovariance(Node):
 
 
 def _differentiable_backward(
-    ctx: Any, features: Sequence[Tensor], derivative: Tensor, grad: Tensor, grad_mean: Tensor | None
+    ctx: Any,
+    features: Sequence[Tensor],
+    derivative: Tensor,
+    step: Tensor | None,
+    grad: Tensor,
+    grad_mean: Tensor | None,
 ) -> list[Tensor]:
     """The backward that is itself differentiated: the saved derivative plus its dependence on the covariance."""
     widths = [x[0].numel() for x in features]
     grad_means = [None] * len(features) if grad_mean is None else list(grad_mean.split(widths))
     saved = triangle.split(derivative, widths)
+    slope = AVERAGES[ctx.average].slope(ctx.options, step)
     results = []
-    for x, width, packed, second, g in zip(features, widths, saved, ctx.second_derivatives, grad_means, strict=True):
+    for x, width, packed, weight, g in zip(features, widths, saved, ctx.weight, grad_means, strict=True):
         cov, mean = covariance_op(x, ctx.correction, True, ctx.precision)
-        full = triangle.unpack(packed, width) + second * (cov - cov.detach())
+        full = triangle.unpack(packed, width) + 2 * weight * slope * slope * (cov - cov.detach())
         results.append(
             torch.ops.moment_ops.covariance_backward.default(
                 grad * full, g, x, mean, ctx.correction, True, ctx.precision

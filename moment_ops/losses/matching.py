@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moment_ops.distributed import moments_of_rank
 from moment_ops.ops import checks, plans
-from moment_ops.ops.averages import AVERAGES
+from moment_ops.ops.averages import AVERAGES, step_for_slope
 from moment_ops.ops.layout import per_column, statistics_dtype
 from moment_ops.ops.match import match_, match_features
 from moment_ops.ops.moments import moments as moments_op
@@ -41,11 +41,12 @@ class _MatchMoments(Node):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mean, var, target_mean, target_var, grad_mean, grad_var, *weights = ctx.saved_tensors
+        mean, var, target_mean, target_var, grad_mean, grad_var, *weights, step = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grad_mean = _rebuilt(grad_mean, mean - target_mean, ctx.second_derivatives[0], weights[0])
+            of_mean, of_var = _second_derivatives(ctx, step)
+            grad_mean = _rebuilt(grad_mean, mean - target_mean, of_mean, weights[0])
             if ctx.has_var:
-                grad_var = _rebuilt(grad_var, var - target_var, ctx.second_derivatives[1], weights[1])
+                grad_var = _rebuilt(grad_var, var - target_var, of_var, weights[1])
         d_mean = grad * grad_mean
         d_var = grad * grad_var if ctx.has_var else None
         wants_target = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
@@ -68,9 +69,9 @@ class _MatchFeatures(Node):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mean, grad_mean, grad_var, *features, mean_weight, var_weight = ctx.saved_tensors
+        mean, grad_mean, grad_var, *features, mean_weight, var_weight, step = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            of_mean, of_var = ctx.second_derivatives
+            of_mean, of_var = _second_derivatives(ctx, step)
             mean, var, count = moments_op(features, 0, ctx.correction, ctx.has_var)
             grad_mean = grad * _rebuilt(grad_mean, mean, of_mean, mean_weight)
             grad_var = grad * _rebuilt(grad_var, var, of_var, var_weight) if ctx.has_var else None
@@ -87,12 +88,19 @@ class _MatchFeatures(Node):
 
 def _save(ctx: Any, match: Match, *tensors: Tensor | None) -> None:
     """Save tensors for backward, and after them what a backward that is itself differentiated needs of the record."""
-    second = 2 * match.reduction * AVERAGES[match.average].second_derivative(match.options)
-    ctx.second_derivatives = second * match.mean_scale, second * match.var_scale
-    ctx.save_for_backward(*tensors, match.mean_weight, match.var_weight)
+    ctx.average, ctx.options = match.average, match.options
+    ctx.scales = 2 * match.reduction * match.mean_scale, 2 * match.reduction * match.var_scale
+    step = step_for_slope(match.average, match.options, match.state, match.update)
+    ctx.save_for_backward(*tensors, match.mean_weight, match.var_weight, step)
 
 
-def _rebuilt(saved: Tensor, moments: Tensor, second_derivative: float, weight: Tensor | None) -> Tensor:
+def _second_derivatives(ctx: Any, step: Tensor | None) -> list[Tensor | float]:
+    """Of the loss by means and by variances, without their weights."""
+    slope = AVERAGES[ctx.average].slope(ctx.options, step)
+    return [scale * slope * slope for scale in ctx.scales]
+
+
+def _rebuilt(saved: Tensor, moments: Tensor, second_derivative: Tensor | float, weight: Tensor | None) -> Tensor:
     """The saved derivative plus its dependence on the moments, for a backward that is itself differentiated.
 
     The value does not change. Without this term d(derivative)/d(moments) would be missing, without an error.

@@ -1,5 +1,6 @@
 """The running averages of `match_`: what each keeps, and its step in plain PyTorch, which defines the kernels'."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ class Past(NamedTuple):
     vectors: Sequence[Tensor]  # (F,) each
     started: Tensor | None  # (F,)
     finite: Tensor  # (F,) whether a column advances
-    step: Tensor | None  # the one that is made; None where no column does
+    step: Tensor | None  # the number of the step that is made, or that would be made without `update`
+    update: bool
     options: Sequence[float]
 
 
@@ -42,11 +44,12 @@ class AverageKind(NamedTuple):
     options: tuple[str, ...]
     has_started: bool  # keeps for every column whether it has had a finite value
     match: Callable[[Quantity, Past], Matched]
-    # Of the loss by the value, over 2 * reduction * weight, from the options.
-    second_derivative: Callable[[Sequence[float]], float]
+    # d(estimate) / d(value), from the options and the number of the step; 0 where the estimate is a constant.
+    slope: Callable[[Sequence[float], Tensor | None], Tensor | float]
+    counts: Callable[[Sequence[float]], bool]  # whether the slope depends on the step
 
 
-def _squared(quantity: Quantity, estimate: Tensor, slope: float, vectors: Sequence[Tensor]) -> Matched:
+def _squared(quantity: Quantity, estimate: Tensor, slope: Tensor | float, vectors: Sequence[Tensor]) -> Matched:
     """The weighted squared distance of an estimate from the target. `slope` is d(estimate) / d(value)."""
     difference = estimate - quantity.target
     # Weighted before it is squared, as the square alone may not fit.
@@ -58,30 +61,49 @@ def _match_none(quantity: Quantity, past: Past) -> Matched:
     return _squared(quantity, quantity.value, 1.0, ())
 
 
+def moving_weights(options: Sequence[float], step: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """The weights of the past average and of the batch: numbers, or float64 scalars if they depend on the step.
+
+    Args:
+        options: of a moving average: decay, and whether its bias is corrected.
+        step: the number of the step, from 1. It is read on its device.
+    """
+    decay, corrected = options
+    if not corrected:
+        return decay, 1 - decay
+    assert step is not None
+    # 1 - decay**step would lose digits.
+    complement = -torch.expm1(step.to(torch.float64) * (math.log(decay) if decay else -math.inf))
+    batch = (1 - decay) / complement
+    return 1 - batch, batch
+
+
 def _match_moving(quantity: Quantity, past: Past) -> Matched:
     """The gradient flows through the current batch only."""
     assert past.started is not None
-    (decay,), (average,) = past.options, past.vectors
-    estimate = torch.where(past.started, decay * average + (1 - decay) * quantity.value, quantity.value)
-    return _squared(quantity, estimate, 1 - decay, _advanced(past, (estimate,)))
+    (average,) = past.vectors
+    of_past, of_batch = moving_weights(past.options, past.step)
+    estimate = torch.where(past.started, of_past * average + of_batch * quantity.value, quantity.value)
+    return _squared(quantity, estimate, of_batch, _advanced(past, (estimate,)))
 
 
 def _match_adam(quantity: Quantity, past: Past) -> Matched:
     """The average is a constant for the gradient."""
     difference = quantity.target - quantity.value
-    vectors = past.vectors if past.step is None else _adam(difference, past, past.step)
+    vectors = _adam(difference, past) if past.update else past.vectors
     weighted = quantity.weight * vectors[0]
     return Matched(weighted * difference, -weighted, vectors)
 
 
-def _adam(difference: Tensor, past: Past, step: Tensor) -> Sequence[Tensor]:
+def _adam(difference: Tensor, past: Past) -> Sequence[Tensor]:
     """One step of torch.optim.Adam on the mean squared error between the average and the difference."""
     lr, beta1, beta2, eps, gradient_scale = past.options
     average, exp_avg, exp_avg_sq = past.vectors
     grad = gradient_scale * (average - difference)
     exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
     exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-    step = step.to(torch.float64)
+    assert past.step is not None
+    step = past.step.to(torch.float64)
     step_size = (lr / (1 - beta1**step)).to(average.dtype)
     root_bias_correction2 = (1 - beta2**step).sqrt().to(average.dtype)
     average = average - step_size * (exp_avg / (exp_avg_sq.sqrt() / root_bias_correction2 + eps))
@@ -93,6 +115,11 @@ def _advanced(past: Past, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [torch.where(past.finite, new, old) for old, new in zip(past.vectors, vectors, strict=True)]
 
 
+def step_for_slope(average: str, options: Sequence[float], state: Sequence[Tensor], update: bool) -> Tensor | None:
+    """A copy of the number of the step whose call has just advanced the state, if the slope depends on it."""
+    return state[-1] + (0 if update else 1) if AVERAGES[average].counts(options) else None
+
+
 AVERAGES = {
     "none": AverageKind(
         number=0,
@@ -100,15 +127,17 @@ AVERAGES = {
         options=(),
         has_started=False,
         match=_match_none,
-        second_derivative=lambda options: 1.0,
+        slope=lambda options, step: 1.0,
+        counts=lambda options: False,
     ),
     "moving": AverageKind(
         number=1,
         vectors=("average",),
-        options=("decay",),
+        options=("decay", "bias_correction"),
         has_started=True,
         match=_match_moving,
-        second_derivative=lambda options: (1 - options[0]) ** 2,
+        slope=lambda options, step: moving_weights(options, step)[1],
+        counts=lambda options: bool(options[1]),
     ),
     "adam": AverageKind(
         number=2,
@@ -116,6 +145,7 @@ AVERAGES = {
         options=("lr", "beta1", "beta2", "eps", "gradient_scale"),
         has_started=False,
         match=_match_adam,
-        second_derivative=lambda options: 0.0,
+        slope=lambda options, step: 0.0,
+        counts=lambda options: False,
     ),
 }

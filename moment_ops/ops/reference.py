@@ -155,7 +155,8 @@ def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tens
     """The loss and its derivatives with respect to mean and var. With `update`, the state advances in place."""
     kind = AVERAGES[match.average]
     started = match.state[-2] if kind.has_started else None
-    step = match.state[-1].add_(1) if match.update and match.state else None
+    update = match.update and bool(match.state)
+    step = (match.state[-1].add_(1) if update else match.state[-1] + 1) if match.state else None
     finite = _finite(mean, None if match.target_var is None else var)
 
     quantities = [(mean, match.target_mean, match.mean_scale, match.mean_weight)]
@@ -167,13 +168,13 @@ def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tens
     for i, (value, target, scale, column_weight) in enumerate(quantities):
         weight = scale if column_weight is None else scale * column_weight
         vectors = match.state[i * len(kind.vectors) : (i + 1) * len(kind.vectors)]
-        past = Past(vectors, started, finite, step, match.options)
+        past = Past(vectors, started, finite, step, update, match.options)
         matched = kind.match(Quantity(value, target, weight, match.reduction), past)
-        if step is not None:
+        if update:
             for old, new in zip(vectors, matched.vectors, strict=True):
                 old.copy_(new)
         loss = loss + _loss_terms(matched.terms, value, target).sum(dtype=torch.float64)
         grads.append(matched.grad.expand_as(value).clone())
-    if step is not None and started is not None:
+    if update and started is not None:
         started.logical_or_(finite)
     return loss.to(mean.dtype), grads[0], grads[1] if len(grads) > 1 else None

@@ -72,7 +72,7 @@ def match_(module, input, mean, var, targets, scales, weights, reduction, averag
         *scales,
         *map(_array, weights),
         reduction,
-        AVERAGES[average],
+        AVERAGES[average.partition(",")[0]],
         list(options),
         list(map(_array, state)),
         update,

@@ -115,13 +115,13 @@ def test_moments_backward(emulated, shapes, dtype, given):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("average", ["none", "moving", "adam"])
+@pytest.mark.parametrize("average", ["none", "moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize("source", ["features", "moments", "means alone", "weighted"])
 def test_match(emulated, dtype, average, source):
     on_host.test_match(emulated, [(70, 12), (70, 37)], dtype, average, source)
 
 
-@pytest.mark.parametrize("average", ["none", "moving", "adam"])
+@pytest.mark.parametrize("average", ["none", "moving", "moving, corrected", "adam"])
 def test_match_over_chunks(any_arithmetic, average):
     on_host.test_match(any_arithmetic, MIXED, torch.float32, average, "features")
 

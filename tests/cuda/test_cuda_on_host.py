@@ -131,13 +131,19 @@ def test_a_variance_without_use_sends_no_gradient_from_a_single_row(module):
 
 
 def options_of(average, columns):
-    return {"none": [], "moving": [0.8], "adam": [1e-2, 0.5, 0.999, 1e-8, 2 / columns]}[average]
+    return {
+        "none": [],
+        "moving": [0.8, 0.0],
+        "moving, corrected": [0.8, 1.0],
+        "adam": [1e-2, 0.5, 0.999, 1e-8, 2 / columns],
+    }[average]
 
 
 def new_state(average, columns, dtype, has_var):
-    per_quantity = {"none": 0, "moving": 1, "adam": 3}[average]
+    kind = average.partition(",")[0]
+    per_quantity = {"none": 0, "moving": 1, "adam": 3}[kind]
     state = [torch.zeros(columns, dtype=dtype) for _ in range(per_quantity * (2 if has_var else 1))]
-    if average == "moving":
+    if kind == "moving":
         state.append(torch.zeros(columns, dtype=torch.bool))
     if average != "none":
         state.append(torch.zeros(1, dtype=torch.int64))
@@ -146,7 +152,7 @@ def new_state(average, columns, dtype, has_var):
 
 @pytest.mark.parametrize("shapes", [SHAPES["mixed"], SHAPES["several chunks"], SHAPES["many layers"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("average", ["none", "moving", "adam"])
+@pytest.mark.parametrize("average", ["none", "moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize("source", ["features", "moments", "means alone", "weighted"])
 def test_match(module, shapes, dtype, average, source):
     """Three steps, the second without an update, against the reference in float64."""
@@ -169,7 +175,7 @@ def test_match(module, shapes, dtype, average, source):
             module, *given, targets, *arguments, state, update, order=step
         )
         target_mean, target_var, *exact_weights = (None if v is None else v.double() for v in (*targets, *weights))
-        averaging = average, options_of(average, columns), exact_state, update
+        averaging = average.partition(",")[0], options_of(average, columns), exact_state, update
         match = Match(target_mean, target_var, *scales, *exact_weights, 0.25, *averaging)
         exact_loss, exact_grad_mean, exact_grad_var = reference.match_(mean, var if has_var else None, match)
         tolerance = 2e-5 if wide == torch.float32 else 1e-12

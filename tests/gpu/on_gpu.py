@@ -11,7 +11,12 @@ import moment_ops as mo
 
 # Aligned and unaligned layers, more than a launch takes, wide and narrow.
 NETWORK = ((64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)) * 9 + ((1000,), (7,))
-AVERAGES = {"none": None, "moving": mo.MovingAverage(0.9), "adam": mo.AdamMovingAverage(lr=0.01)}
+AVERAGES = {
+    "none": None,
+    "moving": mo.MovingAverage(0.9),
+    "moving, corrected": mo.MovingAverage(0.9, bias_correction=True),
+    "adam": mo.AdamMovingAverage(lr=0.01),
+}
 
 
 def moved(x: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ from moment_ops.ops import backends, triangle
 from moment_ops.ops.covariance import covariance_match_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AVERAGES = {"none": [], "moving": [0.9], "adam": [1e-2, 0.5, 0.999, 1e-8, 0.1]}
+# Up to a comma, names are kinds.
+AVERAGES = {
+    "none": [],
+    "moving": [0.9, 0.0],
+    "moving, corrected": [0.9, 1.0],
+    "adam": [1e-2, 0.5, 0.999, 1e-8, 0.1],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +128,7 @@ def new_state(average, widths):
     step = torch.tensor(3)
     if average == "none":
         return []
-    if average == "moving":
+    if average.startswith("moving"):
         return [packed(widths, 5), packed(widths, 6) > 0, step]
     return [packed(widths, 5), packed(widths, 6), packed(widths, 7).abs(), step]
 
@@ -136,7 +142,7 @@ def match(layers, average, dtype, device, keep=True, state=None):
         state = [(s.to(dtype) if s.is_floating_point() else s).to(device) for s in new_state(average, widths)]
     weights = [0.5 + i for i in range(len(layers))]
     results = OPS.covariance_match_(
-        layers, 1, targets, weights, average, AVERAGES[average], state, True, keep, "ieee"
+        layers, 1, targets, weights, average.partition(",")[0], AVERAGES[average], state, True, keep, "ieee"
     )  # fmt: skip
     return [*results, *state]
 
@@ -219,7 +225,7 @@ def test_a_captured_step_replays_as_it_runs(average):
 
     def run(layers, state):
         loss, mean, grad = OPS.covariance_match_(
-            layers, 1, targets, [1.0, 2.0], average, AVERAGES[average], state, True, True, "bf16x3"
+            layers, 1, targets, [1.0, 2.0], average.partition(",")[0], AVERAGES[average], state, True, True, "bf16x3"
         )
         return [loss, *covariance_match_backward(layers, mean, grad, mean, scale=None, correction=1, precision="ieee")]
 

@@ -24,7 +24,13 @@ from moment_ops.ops import records, reference
 from moment_ops.ops.averages import AVERAGES
 
 Shapes = Sequence[Sequence[int]]
-OPTIONS = {"none": [], "moving": [0.9], "adam": [1e-2, 0.5, 0.999, 1e-8, 0.05]}
+# Up to a comma, names are kinds.
+OPTIONS = {
+    "none": [],
+    "moving": [0.9, 1.0],
+    "moving, uncorrected": [0.9, 0.0],
+    "adam": [1e-2, 0.5, 0.999, 1e-8, 0.05],
+}
 
 
 def features(rows: int, shapes: Shapes, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> list[Tensor]:
@@ -207,13 +213,14 @@ class Matching:
         def vector() -> Tensor:
             return torch.rand(columns, generator=generator, dtype=torch.float64).to(dtype) + 0.1
 
+        kind = AVERAGES[average.partition(",")[0]]
         self.average, self.update = average, update
         self.target_mean, self.target_var = vector() - 0.5, vector() if var else None
         self.weights = [vector() if weighted else None, vector() if weighted and var else None]
         self.scales = (0.7, 1.3) if weighted else (1.0, 1.0)
         self.reduction = 1 / columns
-        self.state = [vector() * 1e-2 for _ in range((1 + var) * len(AVERAGES[average].vectors))]
-        if AVERAGES[average].has_started:
+        self.state = [vector() * 1e-2 for _ in range((1 + var) * len(kind.vectors))]
+        if kind.has_started:
             self.state.append(torch.rand(columns, generator=generator) > 0.3)
         if average != "none":
             self.state.append(torch.tensor(5))
@@ -228,7 +235,7 @@ class Matching:
     def _match(self, state: list[Tensor], cast: Callable[[Tensor], Tensor]) -> records.Match:
         vectors = (self.target_mean, self.target_var, *self.weights)
         target_mean, target_var, *weights = (None if v is None else cast(v) for v in vectors)
-        averaging = self.average, OPTIONS[self.average], state, self.update
+        averaging = self.average.partition(",")[0], OPTIONS[self.average], state, self.update
         return records.Match(target_mean, target_var, *self.scales, *weights, self.reduction, *averaging)
 
     def check(self, mean: Tensor, var: Tensor, loss: Tensor, rows: int) -> None:

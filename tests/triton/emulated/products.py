@@ -87,7 +87,7 @@ class CovarianceMatch(Case):
             "none": [],
             "moving": [packed(5), packed(6) > 0, torch.tensor(3)],
             "adam": [packed(5), packed(6), packed(7).abs(), torch.tensor(3)],
-        }[average]
+        }[average.partition(",")[0]]
 
     def launches(self, architecture: int) -> list[Launch]:
         widths = [x.shape[1] for x in self.layers]
@@ -102,7 +102,7 @@ class CovarianceMatch(Case):
     def _match(
         self, targets: list[Tensor], state: list[Tensor], precision: str | None = None
     ) -> records.CovarianceMatch:
-        averaging = self.average, OPTIONS[self.average], state, self.update
+        averaging = self.average.partition(",")[0], OPTIONS[self.average], state, self.update
         return records.CovarianceMatch(targets, self.weights, *averaging, True, precision or self.precision)
 
     def check(self) -> None:

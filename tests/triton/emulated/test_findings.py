@@ -82,7 +82,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 MATCHES = {
     "ADAM fp32": lambda: MatchFeatures(7, [(40,)], F32, "adam"),
     "moving fp32": lambda: MatchFeatures(7, [(40,)], F32, "moving"),
-    "moving bf16": lambda: MatchFeatures(7, [(40,)], BF16, "moving"),
+    "moving bf16": lambda: MatchFeatures(7, [(40,)], BF16, "moving, uncorrected"),
 }
 
 

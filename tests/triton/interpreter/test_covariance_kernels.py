@@ -36,7 +36,13 @@ from moment_ops.ops.covariance import covariance_match_backward
 pytestmark = pytest.mark.usefixtures("backend")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AVERAGES = {"none": [], "moving": [0.9], "adam": [1e-2, 0.5, 0.999, 1e-8, 0.1]}
+# Up to a comma, names are kinds.
+AVERAGES = {
+    "none": [],
+    "moving": [0.9, 0.0],
+    "moving, corrected": [0.9, 1.0],
+    "adam": [1e-2, 0.5, 0.999, 1e-8, 0.1],
+}
 
 
 @pytest.fixture
@@ -219,7 +225,7 @@ def new_state(average, widths, dtype):
         return torch.cat([triangle.pack(function(m)) for m in symmetric_matrices(widths, seed)]).to(dtype)
 
     step = torch.tensor(3)
-    if average == "moving":
+    if average.startswith("moving"):
         return [packed(5), packed(6) > 0, step]
     return [packed(5), packed(6), packed(7, torch.Tensor.abs), step]
 
@@ -231,8 +237,8 @@ def match(layers, average, dtype, update=True, keep=True, precision="ieee", full
     targets = [t if i in full else triangle.pack(t) for i, t in enumerate(targets)]
     state = new_state(average, widths, dtype)
     weights = [0.5 + i for i in range(len(layers))]
-    options = AVERAGES[average]
-    results = OPS.covariance_match_(layers, 1, targets, weights, average, options, state, update, keep, precision)
+    kind, options = average.partition(",")[0], AVERAGES[average]
+    results = OPS.covariance_match_(layers, 1, targets, weights, kind, options, state, update, keep, precision)
     return [*results, *state]
 
 

@@ -140,7 +140,7 @@ def test_a_loss_over_several_launches_is_one_loss(average):
     assert_state(case, state)
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
+@pytest.mark.parametrize("average", ["moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize(("rows", "shapes"), [(11, ((515,), (256,))), (530, ((35,), (3,)))])
 def test_wide_and_chunked_features_are_matched(average, rows, shapes, request):
     if rows < 512:
@@ -181,8 +181,9 @@ def test_biases_are_corrected_to_the_last_digits_at_any_step(beta):
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 999, 10**6])
-def test_adam_corrects_its_bias_at_any_step(step):
-    case = Case("adam")
+@pytest.mark.parametrize("average", ["moving, corrected", "adam"])
+def test_the_bias_is_corrected_at_any_step(average, step):
+    case = Case(average)
     case.state[-1].fill_(step)
     expected, _, state = case.expected()
     loss, *_ = case.from_moments()

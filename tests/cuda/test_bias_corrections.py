@@ -1,4 +1,4 @@
-"""Adam's bias corrections, one function for the CPU kernels and for CUDA: its digits, and no steps at all."""
+"""Corrections of the bias, one function for the CPU kernels and for CUDA: their digits, and no steps at all."""
 
 import math
 from decimal import Decimal, getcontext
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moment_ops as mo
+from moment_ops.ops.averages import moving_weights
 
 COLUMNS = 12
 
@@ -26,6 +27,29 @@ def test_bias_corrections_keep_the_digits_of_a_double(module, beta):
 def test_a_beta_of_zero_needs_no_correction(module):
     for step in (1, 2, 1000):
         assert module.adam_step(0.25, 0.0, 0.0, step) == (0.25, 1.0)
+
+
+def in_python(decay, step):
+    past, batch = moving_weights([decay, 1.0], torch.tensor(step))
+    return past.item(), batch.item()
+
+
+@pytest.mark.parametrize("where", ["csrc", "python"])
+@pytest.mark.parametrize("decay", [1e-3, 0.5, 0.9, 0.999, 1 - 1e-9, 1 - 2.0**-53])
+def test_weights_of_a_moving_average_keep_the_digits_of_a_double(module, decay, where):
+    getcontext().prec = 60
+    weights = module.moving_weights if where == "csrc" else in_python
+    for step in (1, 2, 3, 10, 1000, 10**6):
+        exact = (1 - Decimal(decay)) / (1 - (Decimal(decay).ln() * step).exp())
+        past, batch = weights(decay, step)
+        assert abs(Decimal(batch) / exact - 1) <= 4 * Decimal(2) ** -53
+        assert abs(Decimal(past) - (1 - exact)) <= 4 * Decimal(2) ** -53
+
+
+@pytest.mark.parametrize("where", ["csrc", "python"])
+def test_without_decay_the_past_has_no_weight(module, where):
+    weights = module.moving_weights if where == "csrc" else in_python
+    assert [weights(0.0, step) for step in (1, 2, 1000)] == [(0.0, 1.0)] * 3
 
 
 def match(backend, module, input, target, options, state, update):
