@@ -68,7 +68,7 @@ def frechet_loss(
             and is exact; on a GPU the host waits for it. "qdwh" takes two rational steps with a Cholesky factorisation
             each, the first in float64, and then products in float32. "polynomial" takes products only, in the named
             precision; where a (D, D) covariance of several processes or batches is decomposed, it is "qdwh". The latter
-            two never wait for the device. "auto" takes "eigh" on a CPU if min(N, D) <= 64, and otherwise "qdwh"; on
+            two never wait for the device. "auto" takes "eigh" on a CPU if min(N, D) <= 512, and otherwise "qdwh"; on
             other devices "polynomial".
         precision: of the products of "polynomial", as for `covariance`: "ieee", "bf16x3", "tf32" or "bf16". The
             CPU always uses "ieee".
@@ -176,7 +176,7 @@ class FrechetLoss(BufferedLoss):
 
     Args:
         target, correction, method, precision, weight, pool, normalize, eps, even: as for `frechet_loss`. The target is
-            copied. "auto" takes "qdwh" for averages and long queues on a GPU, and on a CPU for D > 64.
+            copied. "auto" takes "qdwh" for averages and long queues on a GPU, and on a CPU for D > 512.
         average: None or MovingAverage. The loss is that of the moving average of the mixture of all batches: with
             weight b for the past and d the difference of the means, `C' = b C + (1 - b) C_batch + b (1 - b) d d'`,
             which is the average of `C + m m'`. Its gradient goes through the current batch only. In `train()` mode each
@@ -332,7 +332,7 @@ class FrechetLoss(BufferedLoss):
         return Options(self.correction, method, self.precision, process_group, _keep(x))
 
     def _weight_of_past(self, i: int, average: MovingAverage) -> Tensor:
-        return frechet_state.weight_of_past(self._buffers[f"step_{i}"], average.decay, getattr(average, "bias_correction", False))
+        return frechet_state.weight_of_past(self._buffers[f"step_{i}"], average.decay, average.bias_correction)
 
     def _averaged(self, i: int, x: Tensor, average: MovingAverage) -> tuple[Tensor, list[Tensor]]:
         """The distance of the mixture with the average, and the next state."""

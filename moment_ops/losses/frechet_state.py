@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moment_ops.losses.frechet_matching import Gaussian, Rows, Target, rows_of
+from moment_ops.losses.frechet_matching import Gaussian, Rows, Target, rows_of, scatter_of, squares
 
 AVERAGE = ("mean", "cov", "trace", "step")
 QUEUE = ("queue", "queue_count")
@@ -71,8 +71,8 @@ def _leaving_rows(old: Tensor, leaving: Tensor, target: Target) -> Rows:
     count = leaving.sum()
     mean = leaving @ wide / count.clamp_min(1)
     centred = (wide - mean) * leaving[:, None]
-    mapped = centred @ target.root
-    return Rows(count, mean, mapped.mT @ mapped, centred.square().sum(), centred, mapped)
+    scatter, mapped = scatter_of(centred, target.root)
+    return Rows(count, mean, scatter, squares(centred), centred, mapped)
 
 
 def _exchanged(past: Gaussian, held: Tensor, entering: Rows, leaving: Rows, target: Target) -> Gaussian:

@@ -16,7 +16,7 @@ from moment_ops.statistics import Moments
 
 METHODS = ("auto", "polynomial", "qdwh", "eigh")
 # Up to this size of the smaller side, `eigh` is the fastest on a CPU.
-_SMALL = 64
+_SMALL = 512
 
 Pool: TypeAlias = int | None | Sequence[int | None]
 
@@ -24,7 +24,7 @@ Pool: TypeAlias = int | None | Sequence[int | None]
 def auto_method(rows: int, columns: int, device: torch.device, *, mixed: bool) -> str:
     """The method of "auto".
 
-    On a CPU it is "eigh" if N or D is at most 64 (D, with an average), and otherwise "qdwh". On other devices it is
+    On a CPU it is "eigh" if N or D is at most 512 (D, with an average), and otherwise "qdwh". On other devices it is
     "polynomial" for a batch alone, and otherwise "qdwh", since "eigh" makes the host wait.
 
     Args:

@@ -33,7 +33,7 @@ _SMALL = 320
 # Distance to 1 that rational steps in float32 leave to a series of products.
 _HALFWAY = 0.45
 # Singular values down to this share of the norm become 1, and their squares are resolved in float64.
-_LOWEST, _LOWEST_WIDE = 2.5e-7, 1e-8
+_LOWEST, _LOWEST_WIDE = 5e-7, 1e-8
 
 Coefficients = tuple[float, float, float]
 
@@ -248,7 +248,8 @@ def _inverse_root_by_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tolerance = values[-1] * 4 * torch.finfo(gram.dtype).eps
     inverse = torch.where(values > tolerance, values, torch.inf).rsqrt()
     trace = values.clamp_min(0).sqrt().sum()
-    return torch.where(finite, trace, torch.nan), (vectors * inverse).contiguous(), vectors.mT.contiguous()
+    half = (vectors * inverse.sqrt()).contiguous()
+    return torch.where(finite, trace, torch.nan), half, half.mT.contiguous()
 
 
 def _is_exact(gram: Tensor, wide: bool) -> bool:
@@ -366,21 +367,38 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class InverseRoot(NamedTuple):
-    """The trace of G^1/2, a float64 scalar, and G^-1/2 as a product of two matrices."""
+    """The trace of G^1/2, a float64 scalar, and G^-1/2 as a product of two matrices.
+
+    The first is float64. With `half`, each is the transpose of the other; otherwise both are symmetric, and the first
+    must be multiplied first.
+    """
 
     trace: Tensor
     first: Tensor
     second: Tensor
+    half: bool
 
-    def times_rows(self, rows: Tensor) -> Tensor:
-        """`rows G^-1/2`, (m, n), for rows in float64."""
-        return product((rows @ self.first).to(self.second.dtype), self.second, "ieee")
-
-    def times_columns(self, columns: Tensor, first: int | None = None) -> Tensor:
-        """The first rows of `G^-1/2 columns`, (n, m), for columns in float64."""
+    def times_columns(self, columns: Tensor, few: int) -> Tensor:
+        """The first `few` rows of `G^-1/2 columns`, (n, m), for columns in float64."""
         inner = (self.first.mT @ columns).to(self.second.dtype)
-        # Symmetric but for "eigh".
-        return product(self.second.mT[:first], inner, "ieee")
+        return product(self.second.mT[:few], inner, "ieee")
+
+    def between(self, rows: Tensor, image: Tensor | None, root: Tensor) -> Tensor:
+        """`rows root G^-1/2 root`, for float64 rows (m, n) and a symmetric root.
+
+        Args:
+            image: `rows root`, if it is known.
+        """
+        if self.half and len(rows) >= len(root):
+            factor = root @ self.first
+            return rows @ symmetric_product(factor, factor.mT)
+        if image is None and len(rows) < len(root):
+            image = rows @ root
+        inner = image @ self.first if image is not None else rows @ (root @ self.first)
+        inner, root = inner.to(self.second.dtype), root.to(self.second.dtype)
+        if len(rows) < len(root):
+            return product(product(inner, self.second, "ieee"), root, "ieee")
+        return product(inner, product(self.second, root, "ieee"), "ieee")
 
 
 def inverse_root(gram: Tensor, method: str, wide: bool) -> InverseRoot:
@@ -397,4 +415,5 @@ def inverse_root(gram: Tensor, method: str, wide: bool) -> InverseRoot:
     Cost of "qdwh", in (n, n) matrices: in float64 a Cholesky factorisation, an inverse and two products of which one
     triangle is computed; the same in float32 with six products. "eigh" makes the host wait on a GPU.
     """
-    return InverseRoot(*torch.ops.moment_ops.inverse_root.default(gram, method, wide))
+    trace, first, second = torch.ops.moment_ops.inverse_root.default(gram, method, wide)
+    return InverseRoot(trace, first, second, method == "eigh")
