@@ -178,11 +178,11 @@ def batch_mixture(count: Tensor, correction: int) -> Mixture:
 
 
 class _Scaled(Node):
-    """The saved gradient times that of the loss."""
+    """The saved gradient of the rows times that of the loss. The rows are there for the error of a second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, derivative: Tensor, dtype: torch.dtype) -> Tensor:
-        return (derivative * grad.to(derivative.dtype)).to(dtype)
+    def forward(ctx: Any, grad: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
+        return (derivative * grad.to(derivative.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
@@ -190,14 +190,13 @@ class _Scaled(Node):
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-    (derivative,) = ctx.saved_tensors
-    return None if grad is None else _Scaled.call(grad, derivative, ctx.dtype)
+    x, derivative = ctx.saved_tensors
+    return None if grad is None else _Scaled.call(grad, derivative, x)
 
 
 def _save(ctx: Any, x: Tensor, derivative: Tensor | None) -> None:
-    ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(None if derivative is None else derivative.to(statistics_dtype(x.dtype)))
+    ctx.save_for_backward(x, None if derivative is None else derivative.to(statistics_dtype(x.dtype)))
 
 
 class DistanceByColumns(Node):

@@ -35,6 +35,9 @@ _HALFWAY = 0.45
 # Singular values down to this share of the norm become 1, and their squares are resolved in float64.
 _LOWEST, _LOWEST_WIDE = 5e-7, 1e-8
 
+# The shortest interval that a polynomial serves is [_CUSHION, 1] times its upper end.
+_CUSHION = 0.1
+
 Coefficients = tuple[float, float, float]
 
 
@@ -84,19 +87,32 @@ def _equioscillating(low: float, high: float) -> tuple[Coefficients, float]:
     return (a, b, c), abs(error)
 
 
+def _valued(step: Coefficients, x: float) -> float:
+    a, b, c = step
+    return x * (a + x * x * (b + x * x * c))
+
+
 @functools.cache
 def sign_polynomials(lowest: float, margin: float) -> tuple[Coefficients, ...]:
     """Coefficients (a, b, c) of a x + b x^3 + c x^5, one per step, whose composition is close to 1 on [lowest, 1].
 
     Each polynomial is the best one for the interval that the one before leaves, which makes the composition the best of
-    its length (Amsel et al., The Polar Express, 2025). Steps end when the error is about that of the rounding.
+    its length (Amsel et al., The Polar Express, 2025). But the best polynomial for a long interval takes some large
+    singular values to about its lower end, where they drown in the rounding of the others: no interval is therefore
+    longer than 1 / _CUSHION. Steps end when the error is about that of the rounding.
     """
     low, high = lowest, 1.0
     steps: list[Coefficients] = []
-    while len(steps) < 40:
+    while len(steps) < 60:
         # On narrow intervals the equations are singular; this is the limit, up to the square of the width.
-        wide = high - low > 1e-3
-        step, error = _equioscillating(low, high) if wide else ((1.875, -1.25, 0.375), 2.5 * (high - low) ** 3)
+        narrow = high - low < 1e-3
+        cushioned = max(low, _CUSHION * high)
+        step, error = ((1.875, -1.25, 0.375), 2.5 * (high - low) ** 3) if narrow else _equioscillating(cushioned, high)
+        if cushioned > low:
+            # Around 1 between the image of the lower end and the largest value.
+            least = _valued(step, low)
+            scale = 2 / (least + 1 + error)
+            step, error = (scale * step[0], scale * step[1], scale * step[2]), 1 - scale * least
         steps.append(step)
         if error < max(1e-7 if margin > 1e-9 else 1e-14, margin**2):
             break
