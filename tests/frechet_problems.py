@@ -35,7 +35,7 @@ def problem(
 
     values = spectrum(columns, condition, kind)
     of_target = values.clone()
-    of_target[rank:] = 0
+    of_target[columns if rank is None else rank :] = 0
     axes = torch.linalg.qr(normal(columns, columns)).Q
     turned = torch.linalg.qr(axes + turn / math.sqrt(columns) * normal(columns, columns)).Q
     cov = (axes * of_target) @ axes.mT

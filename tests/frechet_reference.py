@@ -53,7 +53,7 @@ class _NuclearNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cov, root):
         values, vectors = torch.linalg.eigh(root @ cov @ root)
-        inverse = torch.where(values > values[-1] * 1e-15, values, torch.inf).rsqrt()
+        inverse = torch.where(values > values[-1] * 1e-14, values, torch.inf).rsqrt()
         ctx.save_for_backward(root @ (vectors * inverse) @ vectors.mT @ root / 2)
         return values.clamp_min(0).sqrt().sum()
 

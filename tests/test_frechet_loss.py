@@ -107,7 +107,9 @@ def test_it_is_the_number_of_the_tools(rows):
 @pytest.mark.parametrize("rows", [4, 9])
 def test_gradients_are_those_of_finite_differences(rows, method):
     target, x = problem(rows, 5, condition=4.0, dtype=torch.float64)
-    assert gradcheck(lambda x: mo.frechet_loss(x, target, method=method), x.requires_grad_(), rtol=1e-4, atol=1e-6)
+    # The root of a vanishing eigenvalue is 1e-8 from rounding, which a short step would magnify.
+    arguments = {"eps": 1e-3, "rtol": 1e-4, "atol": 5e-4}
+    assert gradcheck(lambda x: mo.frechet_loss(x, target, method=method), x.requires_grad_(), **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -175,7 +177,12 @@ def test_a_constant_column_and_equal_rows_have_gradients():
     target, x = problem(12, 20)
     x[:, 3] = 7.0
     x[5] = x[4]
-    check(target, x)
+    x.requires_grad_()
+    wide = x.double()
+    # Rows that are equal leave a direction without gradient, for which singular vectors are arbitrary.
+    exact = frechet_reference.of_covariance(wide.mean(0), torch.cov(wide.mT), target.mean, target.cov[0])
+    value = mo.frechet_loss(x, target)
+    assert_is(value, gradient_of(value, x), exact, gradient_of(exact, x), target.cov[0].trace())
     same = x[:1].expand(6, -1).clone()
     value = mo.frechet_loss(same.requires_grad_(), target)
     shift = (same[0].detach().double() - target.mean).square().sum()

@@ -24,8 +24,8 @@ def matrix(rows, columns, condition=10.0, rank=None, dtype=torch.float32):
         for size in (rows, columns)
     )
     values = condition ** -torch.linspace(0, 1, smaller, dtype=torch.float64)
-    values[rank:] = 0
     rank = smaller if rank is None else rank
+    values[rank:] = 0
     return ((left * values) @ right.mT).to(dtype), left[:, :rank] @ right[:, :rank].mT, values
 
 

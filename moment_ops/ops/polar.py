@@ -32,9 +32,9 @@ _PANEL = 256
 _SMALL = 320
 # Distance to 1 that rational steps in float32 leave to a series of products.
 _HALFWAY = 0.45
-# Singular values down to this share of the norm become 1, and their squares are resolved in float64.
-_LOWEST, _LOWEST_WIDE = 5e-7, 1e-8
-
+# Singular values down to this share of the norm become 1. Their squares, and what rounding leaves of zeros, which may be
+# negative, are multiplied by as much: with 1e-8 they would reach 1, and the matrix would be indefinite.
+_LOWEST, _LOWEST_WIDE = 5e-7, 2e-7
 # The shortest interval that a polynomial serves is [_CUSHION, 1] times its upper end.
 _CUSHION = 0.1
 
@@ -263,7 +263,7 @@ def _inverse_root_by_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Smaller ones are rounding, and so are the rows in their directions.
     tolerance = values[-1] * 4 * torch.finfo(gram.dtype).eps
     inverse = torch.where(values > tolerance, values, torch.inf).rsqrt()
-    trace = values.clamp_min(0).sqrt().sum()
+    trace = (values * inverse).sum()
     half = (vectors * inverse.sqrt()).contiguous()
     return torch.where(finite, trace, torch.nan), half, half.mT.contiguous()
 
@@ -422,8 +422,8 @@ def inverse_root(gram: Tensor, method: str, wide: bool) -> InverseRoot:
 
     Args:
         method: "eigh" or "qdwh".
-        wide: whether all steps of "qdwh" are in float64, and singular values are resolved down to 1e-8 rather than
-            1e-6.
+        wide: whether all steps of "qdwh" are in float64, and singular values are resolved down to 2e-7 rather than
+            5e-7.
 
     Returns:
         NaN as the trace if G is not positive semi-definite but for rounding, or not finite.
