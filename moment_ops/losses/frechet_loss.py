@@ -276,14 +276,15 @@ class FrechetLoss(BufferedLoss):
         self._set_buffers(
             "_target_names",
             {
-                f"target_{name}_{i}": value.detach().clone()
+                f"target_{name}_{i}": value.detach().clone().reshape(value.shape or (1,))
                 for i, layer in enumerate(targets)
                 for name, value in zip(Target._fields, layer, strict=True)
             },
         )
 
     def _target(self, i: int) -> Target:
-        return Target(*[self._buffers[f"target_{name}_{i}"] for name in Target._fields])
+        *tensors, trace = [self._buffers[f"target_{name}_{i}"] for name in Target._fields]
+        return Target(*tensors, trace[0])
 
     def _state(self, i: int, names: Sequence[str]) -> list[Tensor]:
         return [self._buffers[f"{name}_{i}"] for name in names]
@@ -339,7 +340,7 @@ class FrechetLoss(BufferedLoss):
         state = self._state(i, frechet_state.AVERAGE)
         options = self._options(x, len(x), True, self.process_group)
         distance, *now = DistanceByColumns.call(
-            x, self._target(i), Gaussian(*state[:3]), self._weight_of_past(i, average), False, options
+            x, self._target(i), frechet_state.gaussian_of(state[:3]), self._weight_of_past(i, average), False, options
         )
         accept = distance.detach().isfinite()
         return distance, frechet_state.advanced_average(state, Gaussian(*[v.detach() for v in now]), accept)
@@ -352,7 +353,7 @@ class FrechetLoss(BufferedLoss):
         queue, count = self._state(i, frechet_state.QUEUE)
         known = count.clamp_max(self.queue)
         if self._is_long(i):
-            past = Gaussian(*self._state(i, frechet_state.GAUSSIAN))
+            past = frechet_state.gaussian_of(self._state(i, frechet_state.GAUSSIAN))
             options = self._options(every, len(every), True, False)
             distance = DistanceByColumns.call(every, self._target(i), past, known.double(), True, options)[0]
         else:
@@ -374,7 +375,7 @@ class FrechetLoss(BufferedLoss):
             state = self._state(i, frechet_state.AVERAGE)
             rows = rows_of(x, self._target(i), self.process_group)
             weight = self._weight_of_past(i, self.average)
-            now = mixed(rows, Gaussian(*state[:3]), average_mixture(weight, rows.count, self.correction), self._target(i))
+            now = mixed(rows, frechet_state.gaussian_of(state[:3]), average_mixture(weight, rows.count, self.correction), self._target(i))
             new = frechet_state.advanced_average(state, now, (now.trace + now.mean.sum()).isfinite())
             for buffer, value in zip(state, new, strict=True):
                 buffer.copy_(value)

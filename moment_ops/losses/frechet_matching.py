@@ -265,8 +265,10 @@ class DistanceOfRows(Node):
         centred, mean, count = _centred(x.double(), others, known)
         weight = _inverse_freedom(count, options.correction)
         shift = mean - target.mean
-        find = _by_polynomials if options.method == "polynomial" else _by_inverse_root
-        trace, transported = find(centred, weight, len(x), target, x.dtype, options)
+        if options.method == "polynomial":
+            trace, transported = _by_polynomials(centred, weight, known, count, len(x), target, x.dtype, options)
+        else:
+            trace, transported = _by_inverse_root(centred, weight, len(x), target, x.dtype, options)
         distance = shift.square().sum() + weight * squares(centred) + target.trace - 2 * trace
         derivative = None
         if transported is not None:
@@ -313,15 +315,24 @@ def _by_inverse_root(
 
 
 def _by_polynomials(
-    centred: Tensor, weight: Tensor, own: int, target: Target, dtype: torch.dtype, options: Options
+    centred: Tensor,
+    weight: Tensor,
+    known: Tensor | None,
+    count: Tensor,
+    own: int,
+    target: Target,
+    dtype: torch.dtype,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """From the polar factor of M = R T^1/2, in the dtype of the statistics."""
     narrow = statistics_dtype(dtype)
     root = target.root.to(narrow)
     m = product((centred * weight.sqrt()).to(narrow), root, options.precision)
     p = polar(m, options.precision)
-    # The rows of M sum to zero, and so do those of P, but for what the iteration makes of rounding.
-    p = p - p.mean(0)
+    # The rows of M sum to zero, and so do those of P, but for what the iteration makes of rounding. Rows that are not
+    # there are zero in both.
+    change = p.sum(0) / count.to(narrow)
+    p = p - (change if known is None else change * (p != 0).any(1, keepdim=True))
     trace = (p * m).sum(dtype=torch.float64)
     if not options.keep:
         return trace, None

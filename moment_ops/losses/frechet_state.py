@@ -18,8 +18,17 @@ GAUSSIAN = ("mean", "cov", "trace")
 
 
 def new_gaussian(target: Target) -> list[Tensor]:
-    """The buffers of a Gaussian before the first row, in the order of GAUSSIAN."""
-    return [torch.zeros_like(target.mean), torch.zeros_like(target.cov), torch.zeros_like(target.trace)]
+    """The buffers of a Gaussian before the first row, in the order of GAUSSIAN.
+
+    The trace has one entry: dynamo takes a scalar float64 tensor on the CPU for a constant.
+    """
+    return [torch.zeros_like(target.mean), torch.zeros_like(target.cov), torch.zeros_like(target.mean[:1])]
+
+
+def gaussian_of(buffers: Sequence[Tensor]) -> Gaussian:
+    """The Gaussian in buffers, in the order of GAUSSIAN."""
+    mean, cov, trace = buffers
+    return Gaussian(mean, cov, trace[0])
 
 
 def new_count(target: Target) -> Tensor:
@@ -58,7 +67,7 @@ def enqueue(rows: Tensor, count: Tensor, x: Tensor, gaussian: Sequence[Tensor], 
     if gaussian:
         held = count.clamp_max(len(rows)).double()
         leaving = (place < count).double()
-        after = _exchanged(Gaussian(*gaussian), held, rows_of(x, target), _leaving_rows(old, leaving, target), target)
+        after = _exchanged(gaussian_of(gaussian), held, rows_of(x, target), _leaving_rows(old, leaving, target), target)
         for buffer, value in zip(gaussian, after, strict=True):
             buffer.copy_(torch.where(accept, value, buffer))
     rows.index_copy_(0, place, torch.where(accept, x.to(rows.dtype), old))
