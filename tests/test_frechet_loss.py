@@ -95,9 +95,7 @@ def test_it_is_the_number_of_the_tools(rows):
     """torchmetrics takes `sqrt` of the eigenvalues of the same product, with unbiased covariances, too."""
     target, x = problem(rows, 64, kind="power")
     wide = x.double().numpy()
-    theirs = by_scipy_formula(
-        wide.mean(0), np.cov(wide, rowvar=False), target.mean.numpy(), target.cov[0].numpy()
-    )
+    theirs = by_scipy_formula(wide.mean(0), np.cov(wide, rowvar=False), target.mean.numpy(), target.cov[0].numpy())
     assert mo.frechet_loss(x, target).item() == pytest.approx(theirs, rel=1e-4)
     ours = mo.Moments(torch.from_numpy(wide.mean(0)), cov=torch.from_numpy(np.cov(wide, rowvar=False)))
     assert mo.frechet_loss(x, target).item() == pytest.approx(mo.frechet_distance(ours, target).item(), rel=1e-6)
@@ -212,7 +210,7 @@ def test_a_second_derivative_is_an_error():
     x.requires_grad_()
     for loss_fn in (mo.FrechetLoss(target), mo.FrechetLoss(target, mo.MovingAverage(0.5))):
         (gradient,) = torch.autograd.grad(loss_fn(x), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="^frechet_loss: differentiable once, not twice"):
+        with pytest.raises(NotImplementedError, match=r"^frechet_loss: differentiable once, not twice"):
             (gradient.square().sum() + x.sum()).backward()
 
 

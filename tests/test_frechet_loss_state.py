@@ -268,13 +268,13 @@ def test_an_average_under_a_transform_advances_once():
 
 def test_only_one_kind_of_state_is_accepted():
     target = target_of()
-    with pytest.raises(TypeError, match="^average: got AdamMovingAverage, expected MovingAverage or None"):
+    with pytest.raises(TypeError, match=r"^average: got AdamMovingAverage, expected MovingAverage or None"):
         mo.FrechetLoss(target, mo.AdamMovingAverage())
-    with pytest.raises(ValueError, match="^queue: got 5 together with an average, expected only one of them"):
+    with pytest.raises(ValueError, match=r"^queue: got 5 together with an average, expected only one of them"):
         mo.FrechetLoss(target, mo.MovingAverage(0.5), queue=5)
-    with pytest.raises(ValueError, match="^queue: got -1, expected a non-negative number of past rows"):
+    with pytest.raises(ValueError, match=r"^queue: got -1, expected a non-negative number of past rows"):
         mo.FrechetLoss(target, queue=-1)
-    with pytest.raises(TypeError, match="^queue: got 1.5, expected an int"):
+    with pytest.raises(TypeError, match=r"^queue: got 1.5, expected an int"):
         mo.FrechetLoss(target, queue=1.5)
     loss_fn = mo.FrechetLoss(target, queue=5)
     loss_fn.fill(batches(1))

@@ -1,5 +1,6 @@
 """Polar factors and inverse roots, beside singular values in float64."""
 
+import itertools
 import math
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_the_first_polynomial_is_the_best_of_its_degree():
     extrema = [error[0], *error[1:-1][(np.diff(np.sign(np.diff(error))) != 0)], error[-1]]
     assert len(extrema) == 4
     assert np.ptp(np.abs(extrema)) <= 1e-8
-    assert all(first * second < 0 for first, second in zip(extrema, extrema[1:], strict=False))
+    assert all(first * second < 0 for first, second in itertools.pairwise(extrema))
 
 
 def test_no_polynomial_takes_large_values_to_small_ones():

@@ -166,9 +166,7 @@ def distance_of_batch(
         options = Options(correction, method, precision, process_group, _keep(x))
         return DistanceByColumns.call(x, target, None, None, False, options)[0]
     every = _gathered(x, counts, process_group)
-    return DistanceOfRows.call(
-        every, None, None, target, Options(correction, method, precision, False, _keep(every))
-    )
+    return DistanceOfRows.call(every, None, None, target, Options(correction, method, precision, False, _keep(every)))
 
 
 class FrechetLoss(BufferedLoss):
@@ -283,8 +281,8 @@ class FrechetLoss(BufferedLoss):
         )
 
     def _target(self, i: int) -> Target:
-        *tensors, trace = [self._buffers[f"target_{name}_{i}"] for name in Target._fields]
-        return Target(*tensors, trace[0])
+        mean, cov, root, trace = self._state(i, [f"target_{name}" for name in Target._fields])
+        return Target(mean, cov, root, trace[0])
 
     def _state(self, i: int, names: Sequence[str]) -> list[Tensor]:
         return [self._buffers[f"{name}_{i}"] for name in names]
@@ -375,7 +373,8 @@ class FrechetLoss(BufferedLoss):
             state = self._state(i, frechet_state.AVERAGE)
             rows = rows_of(x, self._target(i), self.process_group)
             weight = self._weight_of_past(i, self.average)
-            now = mixed(rows, frechet_state.gaussian_of(state[:3]), average_mixture(weight, rows.count, self.correction), self._target(i))
+            past, mixture = frechet_state.gaussian_of(state[:3]), average_mixture(weight, rows.count, self.correction)
+            now = mixed(rows, past, mixture, self._target(i))
             new = frechet_state.advanced_average(state, now, (now.trace + now.mean.sum()).isfinite())
             for buffer, value in zip(state, new, strict=True):
                 buffer.copy_(value)

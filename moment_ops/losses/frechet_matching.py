@@ -178,7 +178,7 @@ def batch_mixture(count: Tensor, correction: int) -> Mixture:
 
 
 class _Scaled(Node):
-    """The saved gradient of the rows times that of the loss. The rows are there for the error of a second derivative."""
+    """The saved gradient times that of the loss. The rows are there for the error of second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, derivative: Tensor, x: Tensor) -> Tensor:

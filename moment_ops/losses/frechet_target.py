@@ -18,7 +18,7 @@ METHODS = ("auto", "polynomial", "qdwh", "eigh")
 # Up to this size of the smaller side, `eigh` is the fastest on a CPU.
 _SMALL = 512
 
-Pool: TypeAlias = int | None | Sequence[int | None]
+Pool: TypeAlias = int | Sequence[int | None] | None
 
 
 def auto_method(rows: int, columns: int, device: torch.device, *, mixed: bool) -> str:

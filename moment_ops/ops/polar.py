@@ -32,8 +32,8 @@ _PANEL = 256
 _SMALL = 320
 # Distance to 1 that rational steps in float32 leave to a series of products.
 _HALFWAY = 0.45
-# Singular values down to this share of the norm become 1. Their squares, and what rounding leaves of zeros, which may be
-# negative, are multiplied by as much: with 1e-8 they would reach 1, and the matrix would be indefinite.
+# Singular values down to this share of the norm become 1. Their squares are multiplied by as much, and so is what
+# rounding leaves of zeros, which may be negative: with 1e-8 it would reach -1, and the matrix would be indefinite.
 _LOWEST, _LOWEST_WIDE = 5e-7, 2e-7
 # The shortest interval that a polynomial serves is [_CUSHION, 1] times its upper end.
 _CUSHION = 0.1
