@@ -3,7 +3,7 @@
 import pytest
 import torch
 from frechet_problems import problem
-from helpers import assert_close, assert_same_bits
+from helpers import assert_same_bits
 from ranks import RANKS, Generator, rows_of
 from torch import nn
 
@@ -47,6 +47,12 @@ def train(rank, kind, method, sizes, even=False, calls=("now", "later", "fill"))
     return results, list(state.values()), loss_fn.distances
 
 
+def assert_as_one(got, wanted):
+    """The root of an eigenvalue that vanishes is the root of its rounding."""
+    bound = 16 * torch.finfo(torch.float64).eps ** 0.5 * max(1.0, float(wanted.abs().max()))
+    assert float((got - wanted).abs().max()) <= bound
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_two_processes_train_as_one(ranks, kind, batch):
@@ -55,8 +61,7 @@ def test_two_processes_train_as_one(ranks, kind, batch):
     assert_same_bits(results[0], results[1])
     ours, theirs = ([*gradients, *state, distances] for gradients, state, distances in (results[0], expected))
     for got, wanted in zip(ours, theirs, strict=True):
-        # An inverse root loses the digits of the condition.
-        assert_close(got, wanted, rows=10**8)
+        assert_as_one(got, wanted)
 
 
 @pytest.mark.parametrize("method", ["polynomial", "eigh"])
@@ -64,7 +69,7 @@ def test_two_processes_train_as_one(ranks, kind, batch):
 def test_every_method_crosses_processes(ranks, batch, method):
     results = ranks(train, "batch", method, BATCHES[batch])
     for got, wanted in zip(results[0][0], train(None, "batch", method, BATCHES[batch])[0], strict=True):
-        assert_close(got, wanted, rows=10**8)
+        assert_as_one(got, wanted)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -30,8 +30,9 @@ from moment_ops.ops.library import define
 _PANEL = 256
 # Up to this size, float64 factorisations on the CPU take hardly longer than float32.
 _SMALL = 320
-# Distance to 1 that rational steps in float32 leave to a series of products.
-_HALFWAY = 0.45
+# Distance to 1 that rational steps leave to a series of products, in float32 and in float64. No step is taken on an
+# image whose eigenvalues are near 1: rounding has made its zeros large, and maybe so negative that it is indefinite.
+_HALFWAY, _NEAR = 0.45, 1e-2
 # Singular values down to this share of the norm become 1. Their squares are multiplied by as much, and so is what
 # rounding leaves of zeros, which may be negative: with 1e-8 it would reach -1, and the matrix would be indefinite.
 _LOWEST, _LOWEST_WIDE = 5e-7, 2e-7
@@ -277,7 +278,7 @@ def _inverse_root_by_steps(gram: Tensor, wide: bool) -> tuple[Tensor, Tensor, Te
     size = _nonzero(gram.norm())
     scaled = gram / size
     exact = _is_exact(gram, wide)
-    steps, least = rational_steps(_LOWEST_WIDE if wide else _LOWEST, 1e-15 if wide else 1e-9 if exact else _HALFWAY)
+    steps, least = rational_steps(_LOWEST_WIDE if wide else _LOWEST, _NEAR if exact else _HALFWAY)
     inverse, valid = _inverse_of_shifted(scaled, steps[0][2])
     image = _image(scaled, inverse, steps[0])
     # With g the singular values of the scaled matrix, and x those after the first step: x g, by G Z = (1 - Z) / c.
@@ -289,21 +290,17 @@ def _inverse_root_by_steps(gram: Tensor, wide: bool) -> tuple[Tensor, Tensor, Te
     # all directions, into which a float32 product would carry the rounding of the largest factors.
     image = image if exact else image.float()
     second = None
-    for k, step in enumerate(steps[1:], 2):
+    for step in steps[1:]:
         inverse, definite = _inverse_of_shifted(image, step[2])
         valid = valid & definite
-        if k < len(steps) or not exact:
-            image = _image(image, inverse, step)
+        image = _image(image, inverse, step)
         root = _root(inverse, step)
         product = _symmetric_product(product, root.double())
         second = root if second is None else _symmetric_product(second, root)
     assert second is not None
-    if exact:
-        trace = product.diagonal().sum()
-    else:
-        rest = _series_of_inverse_root(image, least)
-        trace = (product * rest).sum()
-        second = _symmetric_product(second, rest)
+    rest = _series_of_inverse_root(image, least)
+    trace = (product * rest).sum()
+    second = _symmetric_product(second, rest)
     scale = size.sqrt()
     return torch.where(valid, trace * scale, torch.nan), first.div_(scale), second
 
@@ -312,6 +309,9 @@ def _inverse_root_by_steps(gram: Tensor, wide: bool) -> tuple[Tensor, Tensor, Te
 def _series(least: float) -> tuple[float, ...]:
     """Coefficients of a polynomial of degree 9 in e, close to (1 - e)^-1/2 for |e| <= (1 - least^2) / (1 + least^2)."""
     half = (1 - least**2) / (1 + least**2)
+    if half < 0.01:
+        # The series at 0. A fit to a short interval is large outside of it, where directions without variance are.
+        return tuple(math.comb(2 * k, k) / 4**k for k in range(10))
     fit = chebyshev.Chebyshev.interpolate(lambda e: (1 - e) ** -0.5, 9, domain=[-half, half])
     return tuple(float(c) for c in fit.convert(kind=Polynomial).coef)
 
