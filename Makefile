@@ -66,7 +66,7 @@ demo-molm: build  ## train MoLM on handwritten digits, six minutes; results in r
 test: build  ## run every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-emulated: build  ## run all compiled Triton kernels in an emulator, half an hour; continues a stopped run
+test-emulated: build  ## run all compiled Triton kernels in an emulator, an hour; continues a stopped run
 	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full tests/triton/emulated/test_range.py $(ARGS)
 
 test-gpu: build  ## compare every operator on every GPU backend with float64 on the CPU

@@ -33,6 +33,10 @@ class Average:
         self.step = 0
 
     def __call__(self, x: Tensor, target_mean: Tensor, target_cov: Tensor) -> Tensor:
+        return of_covariance(*self.advance(x), target_mean, target_cov)
+
+    def advance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, covariance) after a step."""
         wide = x.double().flatten(1)
         mean = wide.mean(0)
         centred = wide - mean
@@ -44,7 +48,7 @@ class Average:
         if self.mean is not None:
             mean, second = b * self.mean + (1 - b) * mean, b * self.second + (1 - b) * second
         self.mean, self.second = mean.detach(), second.detach()
-        return of_covariance(mean, second - torch.outer(mean, mean), target_mean, target_cov)
+        return mean, second - torch.outer(mean, mean)
 
 
 class _NuclearNorm(torch.autograd.Function):

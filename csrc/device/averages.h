@@ -61,21 +61,20 @@ struct MovingAverage {
   // Differences such as 1 - decay are formed in double.
   template <class A>
   struct Parameters {
-    double one_minus_decay, log_decay;
-    bool corrected;
-    A past, batch;  // weights
+    double one_minus_decay;
+    double log_decay;  // minus infinity where the bias is not corrected: every power of the decay is then 0
+    A past, batch;     // weights
 
     Parameters() = default;
     explicit Parameters(const double* options)
         : one_minus_decay(1 - options[0]),
-          log_decay(std::log(options[0])),
-          corrected(options[1] != 0),
-          past(A(options[0])),
-          batch(A(1 - options[0])) {}
+          log_decay(options[1] != 0 ? std::log(options[0]) : -HUGE_VAL),
+          past(0),
+          batch(0) {}
 
-    // The share of the batch is (1 - decay) / (1 - decay^step), whose denominator pow would take digits from.
+    // The share of the batch is (1 - decay) / (1 - decay^step), whose denominator pow would take digits from. No branch
+    // on a GPU: loads would wait for it.
     MOMENT_OPS_HOST_DEVICE void set_step(double step) {
-      if (!corrected) return;
       const double share = one_minus_decay / -std::expm1(step * log_decay);
       past = static_cast<A>(1 - share);
       batch = static_cast<A>(share);

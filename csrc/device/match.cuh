@@ -20,12 +20,12 @@ __device__ __forceinline__ int64_t load_step(const Matching<Average, A>& matchin
   return Average::kCounts ? *matching.step : 0;
 }
 
-// The parameters for the step after `step`.
+// The parameters for the step after `*step`.
 template <class Average, class A>
 __device__ __forceinline__ typename Average::template Parameters<A> with_step(const Matching<Average, A>& matching,
-                                                                              int64_t step) {
+                                                                              const int64_t* step) {
   auto parameters = matching.parameters;
-  if constexpr (Average::kCounts) parameters.set_step(static_cast<double>(step + 1));
+  if constexpr (Average::kCounts) parameters.set_step(static_cast<double>(*step + 1));
   return parameters;
 }
 
@@ -73,8 +73,9 @@ inline constexpr int kMatchColumns = kVectorBytes / sizeof(A);
 
 // Matches `column(first)` and the COUNT - 1 after it: all of their loads are in flight before the first is used. What
 // the step makes of the parameters is worked out meanwhile, by every thread: to hand it around would take a barrier.
+// `step` is read after these loads are on their way, or nvcc waits for it before them.
 template <int COUNT, class Average, class A, class Column>
-__device__ __forceinline__ double match_columns(const Matching<Average, A>& matching, int64_t step, int first,
+__device__ __forceinline__ double match_columns(const Matching<Average, A>& matching, const int64_t* step, int first,
                                                 const Column& column) {
   const bool has_var = matching.var.target != nullptr;
   MatchColumn<A> columns[COUNT];
@@ -149,7 +150,7 @@ __device__ __forceinline__ void match_strip(const ColumnLayer& layer, Workspace 
   constexpr int COUNT = WIDTH < kMatchColumns<A> ? WIDTH : kMatchColumns<A>;
   double loss = 0;
 #pragma unroll
-  for (int i = 0; i < WIDTH; i += COUNT) loss += match_columns<COUNT>(matching, step, i, column);
+  for (int i = 0; i < WIDTH; i += COUNT) loss += match_columns<COUNT>(matching, &step, i, column);
   finish_loss(matching, losses, layer.first_strip + strip.index, loss, shared_losses);
 }
 
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
     if (at >= columns) return {};
     return {true, at, mean[at], var != nullptr ? var[at] : A(0)};
   };
-  const double loss = match_columns<kMatchColumns<A>>(matching, load_step(matching), 0, column);
+  const double loss = match_columns<kMatchColumns<A>>(matching, matching.step, 0, column);
   finish_loss(matching, losses, static_cast<int>(blockIdx.x), loss, shared_losses);
 }
 

@@ -178,7 +178,7 @@ void expect_match(const Match<Average, A>& actual, const ExactMoments& moments, 
   const Matching<Average, double> matching = exact.pointers(has_var);
   double loss = 0;
   for (int64_t at = 0; at < columns; ++at) {
-    loss += match_columns<1>(matching, exact.step, 0, [&](int) {
+    loss += match_columns<1>(matching, &exact.step, 0, [&](int) {
       return MatchColumn<double>{true, at, moments.mean[at], moments.var[at]};
     });
   }

@@ -1,4 +1,4 @@
-"""Collected by `make test-emulated` alone, which goes on where it was stopped: more than an hour of a core."""
+"""Collected by `make test-emulated` alone, which goes on where it was stopped: two hours of a core."""
 
 import hashlib
 import os
