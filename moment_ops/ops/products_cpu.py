@@ -12,8 +12,8 @@ CHUNK = 1 << 22
 # columns and at least 12 rows are the same for one to eight threads, others are not.
 PADDING = 16
 # On Intel processors MKL also cuts long sums among threads, and rounds a factor of the result where a thread begins.
-# Measured with 2024.2, AVX-512, one to three threads: without a factor, sums of up to 384 float32 or 192 float64 products
-# are the same.
+# Measured with 2024.2, AVX-512, one to three threads: without a factor, sums of up to 384 float32 or 192 float64
+# products are the same.
 DEPTH = {torch.float32: 384, torch.float64: 192}
 
 
