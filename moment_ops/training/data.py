@@ -46,8 +46,8 @@ def load(source: str) -> ImageData:
 
 
 def scale(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [-1, 1], the range of the generator."""
-    return images.float() / 127.5 - 1
+    """uint8 images in [-1, 1], the range of the generator, in torch's default dtype."""
+    return images.to(torch.get_default_dtype()) / 127.5 - 1
 
 
 def unscale(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from moment_ops.training import runs
+from moment_ops.training import processes, runs
 from moment_ops.training.data import ImageData, load
 from moment_ops.training.errors import TrainingError, import_extra
 from moment_ops.training.evaluator import Evaluator
 from moment_ops.training.interruption import Interrupted, deferred_signals
+from moment_ops.training.locks import locked
 from moment_ops.training.metrics import Metrics
 from moment_ops.training.settings import LoopSettings
 from moment_ops.training.trainer import Trainer
@@ -22,21 +24,24 @@ from moment_ops.training.trainer import Trainer
 Settings = TypeVar("Settings", bound=LoopSettings)
 
 
-def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[str], None] = print) -> float:
+def train(trainer: Trainer, run: Path, evaluator: Evaluator | None, *, say: Callable[[str], None] = print) -> float:
     """Train to the end, and return the Frechet distance of the last samples. Files are written to the folder ``run``.
+
+    Of several processes, the first has the evaluator and writes; the others take part in the steps, and return NaN.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, when the checkpoint has been written.
-        TrainingError: the loss is non-finite.
+        TrainingError: the loss is non-finite, or another process ended.
     """
     settings = trainer.settings
-    metrics = Metrics(run / runs.METRICS, trainer.step)
+    trainer.distribute()
+    metrics = None if evaluator is None else Metrics(run / runs.METRICS, trainer.step)
     bar = import_extra("tqdm").tqdm(
         total=settings.steps,
         initial=trainer.step,
         desc="generator",
         unit="it",
-        disable=None,
+        disable=None if processes.is_first() else True,
         smoothing=0.05,
         dynamic_ncols=True,
     )
@@ -44,17 +49,21 @@ def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[s
     start = time.monotonic() - trainer.elapsed
     with bar, deferred_signals() as received_signal:
         while trainer.progress < 1:
-            loss = trainer.advance()
-            trainer.elapsed = time.monotonic() - start
+            with processes.lost_processes(lambda: runs.describe_last(run)):
+                loss = trainer.advance()
+                trainer.elapsed, stop_signal = processes.agree(time.monotonic() - start, received_signal())
             bar.total = round(trainer.step / trainer.progress)
             bar.update()
 
-            stop_signal = received_signal()
             last = trainer.progress >= 1
             evaluating = last or trainer.step % settings.evaluate_every == 0
             saving = last or trainer.step % settings.checkpoint_every == 0 or stop_signal is not None
             if last or is_snapshot_step(trainer.step):
                 trainer.take_snapshot()
+            if evaluator is None or metrics is None:
+                if stop_signal is not None and not last:
+                    raise Interrupted(stop_signal, "")
+                continue
             # The loss is read only if it is used, since reading waits for the device.
             if evaluating or saving or trainer.step % settings.log_every == 0:
                 line = {
@@ -86,7 +95,7 @@ def train(trainer: Trainer, run: Path, evaluator: Evaluator, *, say: Callable[[s
             if stop_signal is not None and not last:
                 raise Interrupted(stop_signal, f"stopped and saved at step {trainer.step}; --resume continues the run")
 
-    if math.isnan(distance):
+    if evaluator is not None and math.isnan(distance):
         distance = evaluator(trainer.averaged)
         runs.draw(run, trainer, curves=True)
     return distance
@@ -115,30 +124,49 @@ def run_method(
         resumed: makes the trainer from the content of a checkpoint.
 
     Returns:
-        The Frechet distances of the last samples, and of held-out real images.
+        The Frechet distances of the last samples, and of held-out real images; NaN on all processes but the first.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, when the checkpoint has been written.
-        TrainingError: files or folders that cannot be used, or a run that diverges.
+        TrainingError: files or folders that cannot be used, a folder that another trainer uses, or a run that
+            diverges.
     """
-    if resume:
-        state = runs.load_checkpoint(run)
-        settings = settings_type(**runs.continued_settings(state, settings_type.method, given))
-    else:
-        settings = settings_type(**given)
-    data = load(settings.data).to(torch.device(device))
-    if not resume:
-        earlier = runs.start_run(run, settings)
-        if earlier is not None:
-            say(f"the earlier run is kept in {earlier}")
-    # Before the trainer, which sets the state of the random numbers.
-    evaluator = Evaluator(data)
-    if resume:
-        trainer = resumed(state, data, settings)
-        say(f"continuing {run} at step {trainer.step}")
-    else:
-        trainer = new(data, settings)
-    return train(trainer, run, evaluator, say=say), evaluator.held_out_distance
+    with contextlib.ExitStack() as stack:
+        state: dict[str, Any] = {}
+
+        def last_state() -> dict[str, Any]:
+            stack.enter_context(locked(run))
+            return runs.load_checkpoint(run)
+
+        if resume:
+            state = processes.from_first(last_state)
+            settings = settings_type(**runs.continued_settings(state, settings_type.method, given))
+        else:
+            settings = settings_type(**given)
+        data = processes.first_then_others(lambda: load(settings.data)).to(torch.device(device))
+        trainer: Trainer | None = None
+        evaluator: Evaluator | None = None
+
+        def begin() -> dict[str, Any]:
+            """What the first process does before all of them train."""
+            nonlocal trainer, evaluator
+            if not resume:
+                stack.enter_context(locked(run))
+                earlier = runs.start_run(run, settings)
+                if earlier is not None:
+                    say(f"the earlier run is kept in {earlier}")
+            # Before the trainer, which sets the state of the random numbers.
+            evaluator = Evaluator(data)
+            trainer = resumed(state, data, settings) if resume else new(data, settings)
+            return runs.state_of(trainer)
+
+        state = processes.from_first(begin)
+        if trainer is None:
+            trainer = resumed(state, data, settings)
+        if resume:
+            say(f"continuing {run} at step {trainer.step}")
+        held_out = math.nan if evaluator is None else evaluator.held_out_distance
+        return train(trainer, run, evaluator, say=say), held_out
 
 
 def is_snapshot_step(step: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moment_ops as mo
 from moment_ops.losses.weights import weight_number
 from moment_ops.moment_network import PENALTIES
+from moment_ops.training import processes
 from moment_ops.training.data import Batches, ImageData, scale
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.loop import run_method
@@ -133,27 +134,31 @@ class Matching(nn.Module):
         settings, device = self.settings, self.images.device
         (generator,) = self.generator
         latent = torch.randn(settings.batch_size, settings.latent_size, generator=self.noise)
+        own = processes.own_rows(settings.batch_size)
         with torch.no_grad():
-            generated = generator(latent.to(device))
+            generated = generator(latent[own].to(device))
         parts = self.net.objective_parts(
-            scale(self.images[next(self.batches)]),
+            scale(self.images[next(self.batches)[processes.own_rows(self.batches.batch_size)]]),
             generated,
             penalty=settings.penalty,
             penalty_weight=settings.penalty_weight,
             squared_norm=settings.squared_norm,
+            process_group=None,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad()
         with torch.autocast(device.type, enabled=False):
             parts.loss.backward()
+        processes.average_gradients(self.net.parameters())
         self.optimizer.step()
         self.parts = {name: value for name, value in parts._asdict().items() if name != "loss"}
 
     def data_moments(self) -> mo.Moments:
         """The moments of real images, which are drawn from the data."""
-        images = self.images[next(self.chosen)]
-        return mo.dataset_moments(self.net.moments, map(scale, images.split(DATA_BATCH_SIZE)))
+        chosen = next(self.chosen)
+        images = self.images[chosen[processes.own_rows(len(chosen))]]
+        return processes.merged(mo.dataset_moments(self.net.moments, map(scale, images.split(DATA_BATCH_SIZE))))
 
     def get_extra_state(self) -> dict[str, Any]:
         return {

@@ -31,14 +31,18 @@ def save_checkpoint(run: Path, trainer: Trainer) -> None:
     """Write ``checkpoint.pt``. If weights are non-finite it raises, and keeps the last checkpoint."""
     if not all(bool(value.isfinite().all()) for value in trainer.generator.parameters()):
         raise TrainingError(f"the weights are non-finite at step {trainer.step}; try a lower --lr")
+    checkpoints.save(run / CHECKPOINT, "checkpoint", state_of(trainer))
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """The content of a checkpoint."""
     settings = trainer.settings
-    state = {
+    return {
         "method": settings.method,
         "settings": asdict(settings),
         "channels": trainer.generator.channels,
         "trainer": trainer.state_dict(),
     }
-    checkpoints.save(run / CHECKPOINT, "checkpoint", state)
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
@@ -46,6 +50,14 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     if not (run / CHECKPOINT).exists():
         raise TrainingError(f"{run} holds no {CHECKPOINT}")
     return checkpoints.load(run / CHECKPOINT, "checkpoint")
+
+
+def describe_last(run: Path) -> str:
+    """What can be continued, in words."""
+    if not (run / CHECKPOINT).exists():
+        return "there is no checkpoint yet"
+    step = load_checkpoint(run)["trainer"]["step"]
+    return f"the last checkpoint is of step {step}, which --resume continues"
 
 
 def averaged_generator(state: dict[str, Any]) -> Generator:
@@ -59,9 +71,9 @@ def start_run(run: Path, settings: LoopSettings) -> Path | None:
     """Make the folder of a new run. An earlier run there is moved to another folder, which is returned."""
     earlier = None
     if run.exists() and not run.is_dir():
-        raise TrainingError(f"{run} is not a folder; choose another --run")
+        raise TrainingError(f"{run} is not a folder; choose another --run-dir")
     if run.exists() and any(run.iterdir()) and not (run / SETTINGS).is_file():
-        raise TrainingError(f"{run} holds files that are not of a run; choose another --run")
+        raise TrainingError(f"{run} holds files that are not of a run; choose another --run-dir")
     if (run / CHECKPOINT).exists():
         free = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
         earlier = run.rename(next(path for path in free if not path.exists()))

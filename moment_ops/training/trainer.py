@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moment_ops.training import processes
 from moment_ops.training.data import unscale
 from moment_ops.training.evaluator import sample
 from moment_ops.training.networks import Generator, freeze
@@ -33,9 +34,22 @@ class Trainer:
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.lr, betas=settings.betas)
         self.noise = torch.Generator().manual_seed(settings.seed)
         self.device = next(generator.parameters()).device
+        self.forward: nn.Module = generator
         self.step = 0
         self.elapsed = 0.0
         self.snapshots: dict[int, Tensor] = {}
+
+    def distribute(self) -> None:
+        """Train on the rows of all processes from now on. Without other processes it does nothing."""
+        if processes.size() == 1:
+            return
+        from torch.nn.parallel import DistributedDataParallel
+
+        from moment_ops.training.batch_norm import merge_batch_norm
+
+        devices = None if self.device.type == "cpu" else [self.device]
+        # Running statistics are the same on all processes already.
+        self.forward = DistributedDataParallel(merge_batch_norm(self.generator), devices, broadcast_buffers=False)
 
     @property
     def progress(self) -> float:
@@ -48,13 +62,14 @@ class Trainer:
         return self.settings.lr * min(1.0, 1 - 0.98 * (2 * self.progress - 1))
 
     def advance(self) -> Tensor:
-        """Take one step, and return the loss, detached and on the device."""
+        """Take one step, and return the loss of the whole batch, detached and on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.generator.train()
         latent = torch.randn(self.settings.batch_size, self.settings.latent_size, generator=self.noise)
+        latent = latent[processes.own_rows(len(latent))]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
-            loss = self.matching(self.generator(latent.to(self.device)))
+            loss = self.matching(self.forward(latent.to(self.device)))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -228,9 +228,9 @@ def test_the_command_trains_and_its_run_can_be_sampled_and_evaluated(tmp_path, p
     trained = capfd.readouterr().out.splitlines()
     run = f"runs/molm-{pictures.name}"
     assert f"results in {run}" in trained
-    assert main(["evaluate", "--device=cpu", f"--run={run}"]) == 0
+    assert main(["evaluate", "--device=cpu", f"--run-dir={run}"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == trained[-1]
-    assert main(["sample", f"--run={run}", "--count=3", "--output=samples.npz"]) == 0
+    assert main(["sample", f"--run-dir={run}", "--count=3", "--output=samples.npz"]) == 0
     with np.load("samples.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 32, 32, 1)
 
