@@ -19,15 +19,15 @@ import torch
 
 import moment_ops as mo
 from moment_ops.environment import report
-from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, molm, pictures, processes, runs
+from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, judges, molm, pictures, processes, runs
 from moment_ops.training.allocator import keep_freed_memory
 from moment_ops.training.devices import choose_device
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.interruption import Interrupted
+from moment_ops.training.interruption import Interrupted, signals_raise
+from moment_ops.training.settings import DATA_HELP
 
 INTERRUPTED = 128 + signal.SIGINT
 METAVARS = {int: "N", float: "X", str: "NAME"}
-DATA_HELP = "mnist, or a folder of png and jpg images"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     moments.add_argument("--data", default="mnist", help=f"{DATA_HELP} (default: mnist)")
     moments.add_argument(
+        "--size", type=int, default=32, choices=data.SIZES, help="height and width of the images (default: 32)"
+    )
+    moments.add_argument(
         "--extractor",
         type=Path,
         metavar="FILE",
@@ -105,10 +108,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_device(sample)
 
-    evaluate = add_command(
-        commands, "evaluate", evaluate_command, "compute the Frechet distance of a checkpoint's samples"
-    )
+    evaluate = add_command(commands, "evaluate", evaluate_command, "measure the quality of a checkpoint's samples")
     add_run(evaluate)
+    evaluate.add_argument("--judge", choices=judges.CHOICES, help="network that judges (default: that of the run)")
     evaluate.add_argument("--data", help=f"{DATA_HELP} (default: the data of the run)")
     add_device(evaluate)
 
@@ -192,9 +194,9 @@ def train_command(options: argparse.Namespace) -> int:
     )
     keep_freed_memory()
     try:
-        with processes.joined(options.device) as device:
+        with signals_raise(), processes.joined(options.device) as device:
             first = processes.is_first()
-            distance, held_out = method.train(
+            measured = method.train(
                 run,
                 given,
                 resume=options.resume,
@@ -205,15 +207,15 @@ def train_command(options: argparse.Namespace) -> int:
     except Interrupted as interrupted:
         if not processes.started_as():
             print(interrupted, file=sys.stderr)
-        return 128 + interrupted.signal_number
+        return interrupted.exit_status
     if first:
         print(f"results in {run}")
-        print(summary(distance, held_out))
+        print("\n".join(measured.lines()))
     return 0
 
 
 def moments_command(options: argparse.Namespace) -> None:
-    images = data.load(options.data).to(choose_device(options.device))
+    images = data.load(options.data, options.size).to(choose_device(options.device))
     path = options.extractor or Path("runs") / f"extractor-{images.name}.pt"
     extractor = mo.MomentExtractor(extractors.load_or_train_classifier(images, path))
     target = gfmn.target_moments(images, extractor)
@@ -241,17 +243,16 @@ def sample_command(options: argparse.Namespace) -> None:
 def evaluate_command(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     state = runs.load_checkpoint(options.run_dir)
-    evaluate = evaluator.Evaluator(data.load(options.data or state["settings"]["data"]).to(device))
-    print(summary(evaluate(runs.averaged_generator(state).to(device)), evaluate.held_out_distance))
+    images = data.load(options.data or state["settings"]["data"], state["settings"]["size"])
+    judge = judges.choose(
+        options.judge or state["settings"]["judge"], images.name, state["settings"].get("features", "")
+    )
+    judging = evaluator.Evaluator(images.to(device), judge)
+    print("\n".join(judging.measure(runs.averaged_generator(state).to(device)).lines()))
 
 
 def env_command(options: argparse.Namespace) -> None:
     print(report())
-
-
-def summary(distance: float, held_out: float) -> str:
-    ratio = distance / held_out
-    return f"Frechet distance {distance:.2f}; that of held-out images is {held_out:.2f}; ratio {ratio:.2f}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ TINY = [
     "--log-every=1",
     "--evaluate-every=2",
     "--extractor-iterations=2",
+    "--judge=digits",
 ]
 
 
@@ -75,6 +76,17 @@ def test_moments_writes_the_targets_of_a_data_set(folder, pictures):
     extractor = next((folder / "runs").glob("extractor-*.pt"))
     assert main(["moments", f"--data={pictures}", f"--extractor={extractor}", "--output=target.npz"]) == 0
     assert mo.Moments.load(folder / "target.npz").mean.shape == (43_008,)
+
+
+def test_images_of_64_pixels_are_trained_sampled_and_evaluated(folder, pictures, capfd):
+    options = ["--device=cpu", "--run-dir=runs/large"]
+    assert main(["train", "gfmn", *options, f"--data={pictures}", "--size=64", *TINY]) == 0
+    trained = capfd.readouterr().out.splitlines()[-1]
+    assert main(["train", "gfmn", *options, "--resume", "--steps=5"]) == 0
+    assert main(["sample", *options[1:], "--output=large.npz", "--count=3"]) == 0
+    with np.load(folder / "large.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 64, 64, 1)
+    assert trained.startswith("Frechet distance")
 
 
 def test_a_missing_data_folder_is_a_one_line_error(capfd):

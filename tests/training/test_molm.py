@@ -30,6 +30,7 @@ TINY = {
     "log_every": 1,
     "evaluate_every": 7,
     "checkpoint_every": 7,
+    "judge": "digits",
 }
 
 
@@ -63,10 +64,14 @@ def metrics_of(run):
 
 def test_a_run_leaves_pictures_metrics_settings_and_checkpoint(train):
     assert {path.name for path in train("run").iterdir()} == {
+        "checkpoint-0.pt",
+        "checkpoint-14.pt",
+        "checkpoint-7.pt",
         "checkpoint.pt",
         "curves.png",
         "metrics.jsonl",
         "progress.png",
+        "quality.json",
         "samples.png",
         "settings.json",
     }
@@ -191,6 +196,11 @@ def test_a_moment_network_that_diverges_is_a_one_line_error(train):
 
 def test_in_bfloat16_a_run_goes_through(train):
     assert all(np.isfinite(line["loss"]) for line in metrics_of(train("run", amp=True)))
+
+
+def test_images_of_64_pixels(train):
+    run = train("run", size=64, steps=2)
+    assert runs.load_checkpoint(run)["trainer"]["snapshots"][2].shape[-2:] == (64, 64)
 
 
 def test_the_published_network_and_loss_can_be_chosen(train):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from moment_ops.training import runs
 
