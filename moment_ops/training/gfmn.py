@@ -220,7 +220,7 @@ def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) 
 
 
 def train(
-    run: Path,
+    run: Path | str,
     given: dict[str, Any],
     *,
     data: Any = None,
@@ -234,23 +234,24 @@ def train(
     Args:
         extractor_files: the weights of the networks whose features are matched.
     """
+    folder = Path(run)
 
     def new(data: ImageData, settings: Settings) -> Trainer:
         extractor = extractors.make_extractor(
             data,
             settings.features,
             extractor_files,
-            run.parent,
+            folder.parent,
             iterations=settings.extractor_iterations,
             say=say,
         )
         target = target_moments(data, extractor)
-        target.save(run / TARGET)
+        target.save(folder / TARGET)
         covariances = target_covariances(data.train, extractor, settings, device=data.device)
         if covariances is not None:
-            covariances.save(run / TARGET_COVARIANCES)
+            covariances.save(folder / TARGET_COVARIANCES)
         return new_trainer(data, extractor, target, settings, covariances)
 
     return run_method(
-        run, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer, data=data
+        folder, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer, data=data
     )

@@ -227,7 +227,7 @@ def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) 
 
 
 def train(
-    run: Path,
+    run: Path | str,
     given: dict[str, Any],
     *,
     data: Any = None,
@@ -237,5 +237,13 @@ def train(
 ) -> Quality | None:
     """Train in the folder ``run``. Arguments and results are those of ``run_method``."""
     return run_method(
-        run, Settings, given, resume=resume, device=device, say=say, new=new_trainer, resumed=resumed_trainer, data=data
+        Path(run),
+        Settings,
+        given,
+        resume=resume,
+        device=device,
+        say=say,
+        new=new_trainer,
+        resumed=resumed_trainer,
+        data=data,
     )
