@@ -67,8 +67,8 @@ demo-molm: build  ## train MoLM on handwritten digits, six minutes; results in r
 test: build  ## run every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-emulated: build  ## run all compiled Triton kernels in an emulator, an hour; continues a stopped run
-	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full tests/triton/emulated/test_range.py $(ARGS)
+test-emulated: build  ## run all Triton kernels in an emulator and the interpreter, an hour; continues a stopped run
+	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full tests/triton/emulated/test_range.py tests/triton/test_older_triton.py tests/triton/test_interpreter.py $(ARGS)
 
 test-kill: build  ## kill a training 200 times, and compare its end with an uninterrupted one; KILLS=N
 	@MOMENT_OPS_KILLS=$(KILLS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/training/test_kept_checkpoints.py $(ARGS)

@@ -17,7 +17,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 
 FOLDER = Path(__file__).parent / "results"
 # Of operators in tables; others follow by name.
-ORDER = ("match", "moments", "relu_moments", "covariance", "gram", "moment_network")
+ORDER = ("match", "moments", "relu_moments", "covariance", "gram", "frechet", "frechet_average", "moment_network")
 
 
 def device_folder(environment: dict[str, Any], root: Path = FOLDER) -> Path:

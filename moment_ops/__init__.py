@@ -7,6 +7,7 @@ from moment_ops.losses.coral import coral_loss
 from moment_ops.losses.covariance import CovarianceLoss, covariance_loss
 from moment_ops.losses.covariance_distance import CovarianceDistance, covariance_distance
 from moment_ops.losses.frechet import frechet_distance
+from moment_ops.losses.frechet_loss import FrechetLoss, frechet_loss
 from moment_ops.losses.moment import MomentLoss, moment_loss
 from moment_ops.losses.style import gram_matrix, style_loss
 from moment_ops.losses.vicreg import vicreg_covariance, vicreg_variance
@@ -21,6 +22,7 @@ __all__ = [
     "AdamMovingAverage",
     "CovarianceDistance",
     "CovarianceLoss",
+    "FrechetLoss",
     "MomentExtractor",
     "MomentLoss",
     "MomentNetwork",
@@ -33,6 +35,7 @@ __all__ = [
     "covariance_loss",
     "dataset_moments",
     "frechet_distance",
+    "frechet_loss",
     "gram_matrix",
     "moment_loss",
     "moments",

@@ -304,22 +304,26 @@ def total_rows(rows: int, like: Tensor, process_group: ProcessGroup) -> int:
     return sum(count for (count,) in row_counts([rows], like, process_group))
 
 
-def gather_rows(groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup) -> list[list[Tensor]]:
+def gather_rows(
+    groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup, counts: Sequence[Sequence[int]] | None = None
+) -> list[list[Tensor]]:
     """The rows of all processes, for a loss that every process computes from all rows.
 
     Args:
         groups: lists of layers of this process, (n, D_l) each. n may differ between groups and processes, and may be 0.
+        counts: numbers of rows of every process and group, as `row_counts` returns them, if they are known.
 
     Returns:
         The layers of every group of every process: first those of the first group, in the order of the ranks, then
         those of the second. The result is the same on every process. Gradients follow the convention of `merge_ranks`.
 
-    Cost: one collective per layer, and one for the numbers of rows. The host waits for the latter, since shapes depend
-    on it.
+    Cost: one collective per layer, and one for the numbers of rows unless `counts` has them. The host waits for the
+    latter, since shapes depend on it.
     """
     if group_size(process_group) == 1:
         return [list(features) for features in groups]
-    counts = row_counts([features[0].shape[0] for features in groups], groups[0][0], process_group)
+    if counts is None:
+        counts = row_counts([features[0].shape[0] for features in groups], groups[0][0], process_group)
     gathered: list[list[Tensor]] = []
     for features, *sizes in zip(groups, *counts, strict=True):
         parts = [_GatherRows.call(x, sizes, process_group) for x in features]

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
-from moment_ops.ops.products_cpu import CHUNK, PADDING, PROMOTED, column_sums, leading, padded_size, view_of
+from moment_ops.ops.products_cpu import (
+    CHUNK,
+    PADDING,
+    PROMOTED,
+    add_product,
+    column_sums,
+    leading,
+    padded_size,
+    view_of,
+)
 from moment_ops.ops.room import all_finite, excess, keeps_digits, times_power_of_two
 
 OPERATORS = {
@@ -170,7 +179,7 @@ def _full_product(matrix: Tensor, width: int) -> _Multiply:
                 strip = matrix.new_zeros(height, width)
                 torch.add(below, right.mT, out=strip[: stop - start])
             columns = _columns(product, start, stop, height)
-            torch.mm(rows, strip.mT, out=columns)
+            add_product(columns, rows, strip.mT)
             _store(columns, product, start, stop)
 
     return multiply
@@ -210,12 +219,12 @@ def _symmetric_product(packed: Tensor, width: int) -> _Multiply:
             if height > stop - start:
                 right[stop - start :] = 0
             columns = _columns(product, start, stop, height)
-            torch.mm(rows[:, start:] if start else rows, right.mT, out=columns)
+            add_product(columns, rows[:, start:] if start else rows, right.mT)
             if start:
                 above = view_of(memory, (start, height))
                 triangle.load_above(packed, width, start, above[:, : stop - start])
                 above[:, stop - start :] = 0
-                columns.addmm_(rows[:, :start], above)
+                add_product(columns, rows[:, :start], above, beta=1.0)
             _store(columns, product, start, stop)
 
     return multiply

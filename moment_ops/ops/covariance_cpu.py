@@ -16,7 +16,7 @@ from torch import Tensor
 from moment_ops.ops import triangle
 from moment_ops.ops.layout import statistics_dtype
 from moment_ops.ops.packed_match import match_packed, without_indefinite
-from moment_ops.ops.products_cpu import CHUNK, PROMOTED, column_sums, leading, padded_size, view_of
+from moment_ops.ops.products_cpu import CHUNK, PROMOTED, add_product, column_sums, leading, padded_size, view_of
 from moment_ops.ops.records import CovarianceMatch
 from moment_ops.ops.room import all_finite, column_scale, keeps_digits, times_power_of_two
 
@@ -154,8 +154,8 @@ def _panels(
                 beta = -1.0
             for first, last in source.chunks:
                 rows = source.chunk(first, last, start)
-                left = leading(rows, last - first, shape[0])
-                torch.addmm(padded, left.mT, rows, beta=beta, alpha=slope, out=padded)
+                left = leading(rows, last - first, shape[0]) * slope
+                add_product(padded, left.mT, rows, beta=beta)
                 beta = 1.0
         else:
             total = _promoted_products(source, start, padded, view_of(sums, shape)).mul_(slope)
@@ -178,7 +178,7 @@ def _promoted_products(source: _Centered, start: int, panel: Tensor, total: Tens
             total += panel
             beta, held = 0.0, 0
         rows = source.chunk(first, last, start)
-        torch.addmm(panel, rows[:, : panel.shape[0]].mT, rows, beta=beta, out=panel)
+        add_product(panel, rows[:, : panel.shape[0]].mT, rows, beta=beta)
         beta, held = 1.0, held + last - first
     return total.add_(panel)
 
