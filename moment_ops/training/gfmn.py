@@ -14,9 +14,10 @@ from torch.nn import functional
 
 import moment_ops as mo
 from moment_ops.losses.weights import Weight, weight_number
-from moment_ops.training import extractors
+from moment_ops.training import cache, extractors
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
+from moment_ops.training.evaluator import Quality
 from moment_ops.training.extractors import CLASSIFIER, Say
 from moment_ops.training.loop import run_method
 from moment_ops.training.networks import Generator
@@ -155,16 +156,30 @@ def layer_weights(target: mo.Moments, settings: Settings) -> tuple[Weight, Weigh
 
 
 def target_moments(data: ImageData, extractor: mo.MomentExtractor, *, batch_size: int = 250) -> mo.Moments:
-    """Moments of the extractor's features over all training images."""
+    """Moments of the extractor's features over all training images, which are kept in the cache."""
 
     def moments(images: Tensor) -> mo.Moments:
-        return extractor(scale(images))
+        return extractor(scale(images, data.device))
 
-    return mo.dataset_moments(moments, data.train.split(batch_size), progress=sys.stderr.isatty())
+    def compute() -> mo.Moments:
+        return mo.dataset_moments(moments, data.train.split(batch_size), progress=sys.stderr.isatty())
+
+    return cache.moments([*cache_key(data, extractor), str(batch_size)], compute)
+
+
+def cache_key(data: ImageData, extractor: mo.MomentExtractor) -> list[str]:
+    """What the moments of features depend on."""
+    assert extractor.names is not None
+    return [data.fingerprint, cache.fingerprint(extractor), *extractor.names, str(torch.get_default_dtype())]
 
 
 def target_covariances(
-    images: Tensor, extractor: mo.MomentExtractor, settings: Settings, *, batch_size: int = 250
+    images: Tensor,
+    extractor: mo.MomentExtractor,
+    settings: Settings,
+    *,
+    device: torch.device | None = None,
+    batch_size: int = 250,
 ) -> mo.Moments | None:
     """Covariances of the pooled features over uint8 images; None if they are not matched."""
     if not settings.covariance:
@@ -172,7 +187,7 @@ def target_covariances(
     pooled = PooledFeatures(extractor, settings)
 
     def features(images: Tensor) -> list[Tensor]:
-        return pooled.of_images(scale(images))
+        return pooled.of_images(scale(images, device))
 
     return mo.dataset_moments(features, images.split(batch_size), cov=True, progress=sys.stderr.isatty())
 
@@ -185,54 +200,58 @@ def new_trainer(
     covariance_target: mo.Moments | None = None,
 ) -> Trainer:
     torch.manual_seed(settings.seed)
-    device = data.train.device
-    generator = Generator(data.channels, settings.latent_size).to(device)
+    device = data.device
+    generator = Generator(data.channels, settings.latent_size, image_size=settings.size).to(device)
     return Trainer(generator, Matching(extractor, target, settings, covariance_target).to(device), settings)
 
 
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> Trainer:
     """The trainer of a checkpoint, which holds extractor and targets as well."""
-    extractor = extractors.untrained_extractor(settings.features, data.channels).to(data.train.device)
+    extractor = extractors.untrained_extractor(settings.features, data.channels, data.size).to(data.device)
     with torch.no_grad():
-        shapes = extractor(scale(data.train[:2]))
+        shapes = extractor(scale(data.train[:2], data.device))
     saved = state["trainer"]["matching"]
     target = replace(shapes, mean=saved["moment_loss.target_mean"], var=saved["moment_loss.target_var"])
     # The target of a few images has the right shapes; its values are in the state.
-    covariances = target_covariances(data.train[:2], extractor, settings)
+    covariances = target_covariances(data.train[:2], extractor, settings, device=data.device)
     trainer = new_trainer(data, extractor, target, settings, covariances)
     trainer.load_state_dict(state["trainer"])
     return trainer
 
 
 def train(
-    run: Path,
+    run: Path | str,
     given: dict[str, Any],
     *,
+    data: Any = None,
     resume: bool = False,
     extractor_files: Sequence[Path] | None = None,
     device: torch.device | str = "cpu",
     say: Say = print,
-) -> tuple[float, float]:
+) -> Quality | None:
     """Train in the folder ``run``. Arguments and results are those of ``run_method``.
 
     Args:
         extractor_files: the weights of the networks whose features are matched.
     """
+    folder = Path(run)
 
     def new(data: ImageData, settings: Settings) -> Trainer:
         extractor = extractors.make_extractor(
             data,
             settings.features,
             extractor_files,
-            run.parent,
+            folder.parent,
             iterations=settings.extractor_iterations,
             say=say,
         )
         target = target_moments(data, extractor)
-        target.save(run / TARGET)
-        covariances = target_covariances(data.train, extractor, settings)
+        target.save(folder / TARGET)
+        covariances = target_covariances(data.train, extractor, settings, device=data.device)
         if covariances is not None:
-            covariances.save(run / TARGET_COVARIANCES)
+            covariances.save(folder / TARGET_COVARIANCES)
         return new_trainer(data, extractor, target, settings, covariances)
 
-    return run_method(run, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer)
+    return run_method(
+        folder, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer, data=data
+    )
