@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreter"
 # More than a minute each, of operators whose compiled code every run executes in the emulator: `make test-emulated`.
-LONG = {"test_covariance_kernels.py", "test_kernels_range.py"}
+LONG = {"test_covariance_kernels.py", "test_kernels_range.py", "test_shared.py"}
 SKIPPED = set() if os.environ.get("MOMENT_OPS_TEST") == "emulated" else LONG
 
 
