@@ -17,7 +17,7 @@ from moment_ops.ops.records import Match, parameters
 _AVERAGE = Match._fields.index("average_kind")
 
 define_native(
-    f"match_.native(Tensor? mean, Tensor? var, Tensor[] input, int correction, {parameters(Match, average='int')},"
+    f"match_.native(Tensor? mean, Tensor? var, Tensor[] input, int correction, {parameters(Match, average_kind='int')},"
     " Tensor(b!) loss, Tensor(c!)? batch_mean, Tensor(d!) grad_mean, Tensor(e!)? grad_var) -> ()"
 )
 
