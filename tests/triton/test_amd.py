@@ -89,7 +89,7 @@ def wide_loads(launch):
         return 0
     if "PART" in a:
         return vectors(launch, a["PART"] ** 2, 8)
-    if "features" not in a:
+    if "layers" not in a:
         return vectors(launch, a["COLUMNS"], a["mean"].element_size())
     itemsize = a["layers.inputs"][0].element_size()
     if "strip" in a:

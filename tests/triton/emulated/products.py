@@ -241,7 +241,7 @@ class Gram(Case):
         return gram.gram_launches(self.rows, self.shift, self.num_layers, self.out, architecture)
 
     def check(self) -> None:
-        exact = reference_gram.gram([x.double() for x in self.rows], [s.double() for s in self.shift], self.features)
+        exact = reference_gram.gram([x.double() for x in self.rows], [s.double() for s in self.shift], self.num_layers)
         assert torch.equal(self.out, self.out.mT)
         for got, wanted in zip(self.out, exact, strict=True):
             assert (got - wanted).abs().max() <= 32 * epsilon(torch.float32) * wanted.diagonal().max()
