@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,11 @@ class Settings(MatchingSettings):
         " differ by orders of magnitude",
         choices=("auto", "equal", "variance"),
     )
+    micro_batches: int = option(
+        1,
+        "parts in which the features of a batch are computed, twice each: the same result with the memory of one part."
+        " The generator takes the whole batch, as its BatchNorm needs",
+    )
     extractor_iterations: int = option(
         extractors.CLASSIFIER_ITERATIONS, "training steps of the classifier, if its file does not exist"
     )
@@ -64,6 +70,10 @@ class Settings(MatchingSettings):
         super().__post_init__()
         if self.extractor_iterations < 1:
             raise ValueError(f"extractor_iterations: got {self.extractor_iterations}, expected at least 1")
+        if not 1 <= self.micro_batches <= self.batch_size:
+            raise ValueError(
+                f"micro_batches: got {self.micro_batches}, expected 1 to {self.batch_size}, the images of a batch"
+            )
         if self.covariance_pool < 0:
             raise ValueError(f"covariance_pool: got {self.covariance_pool}, expected a non-negative number")
         for name in ("mean_weight", "var_weight", "covariance_weight"):
@@ -98,6 +108,7 @@ class Matching(nn.Module):
             # With "mean", gradients would be as small as eps of the generator's optimizer.
             reduction="sum",
         )
+        self.micro_batches = settings.micro_batches
         self.covariance_loss = None
         if covariance_target is not None:
             self.pooled = PooledFeatures(extractor, settings)
@@ -106,10 +117,25 @@ class Matching(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.micro_batches == 1:
+            return self.loss(self.statistics(images))
+        own = images.detach().requires_grad_()
+        parts = own.split(max(1, math.ceil(len(own) / self.micro_batches)))
+        loss = mo.backward_in_parts(self.statistics, parts, self.loss)
+        # The value of the loss, with the gradient that is known already.
+        return loss + ((images - own.detach()) * own.grad).sum()
+
+    def statistics(self, images: Tensor) -> tuple[mo.Moments, list[Tensor]]:
+        """What is matched: the moments of the features, and the features whose covariances are matched."""
         if self.covariance_loss is None:
-            return self.moment_loss(self.extractor(images))
+            return self.extractor(images), []
         moments, features = self.extractor.moments_and_features(images)
-        return self.moment_loss(moments) + self.covariance_loss(self.pooled(features))
+        return moments, self.pooled(features)
+
+    def loss(self, statistics: tuple[mo.Moments, list[Tensor]]) -> Tensor:
+        moments, pooled = statistics
+        loss = self.moment_loss(moments)
+        return loss if self.covariance_loss is None else loss + self.covariance_loss(pooled)
 
 
 class PooledFeatures:

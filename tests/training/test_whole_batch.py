@@ -56,10 +56,14 @@ def molm_state(folder, given):
 
 def assert_equal_to_one(workers, size, function, *arguments):
     (expected,) = workers(1, function, *arguments)
-    for rank, state in enumerate(workers(size, function, *arguments)):
-        for name, value in expected.items():
-            scale = max(abs(value).max(), 1e-30)
-            assert abs(state[name] - value).max() <= 1e-9 * scale, f"{name} on process {rank}"
+    for state in workers(size, function, *arguments):
+        assert_equal(state, expected)
+
+
+def assert_equal(state, expected):
+    for name, value in expected.items():
+        scale = max(abs(value).max(), 1e-30)
+        assert abs(state[name] - value).max() <= 1e-9 * scale, name
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,7 @@ def assert_equal_to_one(workers, size, function, *arguments):
         (3, {"average": "none", "batch_size": 8}),
         (2, {"average": "adam", "batch_size": 6, "covariance": "2"}),
         (3, {"average": "moving", "batch_size": 8, "covariance": "2"}),
+        (3, {"average": "adam", "batch_size": 8, "covariance": "2", "micro_batches": 2}),
     ],
 )
 def test_gfmn_on_several_processes_is_gfmn_on_one(workers, pictures, extractor_file, size, given):
@@ -86,6 +91,14 @@ def test_gfmn_on_several_processes_is_gfmn_on_one(workers, pictures, extractor_f
 )
 def test_molm_on_several_processes_is_molm_on_one_with_the_phases_of_its_network(workers, pictures, size, given):
     assert_equal_to_one(workers, size, molm_state, str(pictures), given)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 8])
+def test_a_step_in_micro_batches_is_that_of_the_whole_batch(workers, pictures, extractor_file, micro_batches):
+    given = {"average": "adam", "batch_size": 8, "covariance": "2"}
+    (expected,) = workers(1, gfmn_state, str(pictures), extractor_file, given)
+    (state,) = workers(1, gfmn_state, str(pictures), extractor_file, {**given, "micro_batches": micro_batches})
+    assert_equal(state, expected)
 
 
 def test_a_batch_smaller_than_the_number_of_processes(workers, pictures, extractor_file):
