@@ -52,6 +52,8 @@ def serve(rank, pipe):
         try:
             if size > 1:
                 dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
+                # All are connected before one is done and leaves.
+                dist.barrier()
             pipe.send((False, function(*arguments)))
         except Exception:
             pipe.send((True, traceback.format_exc()))
