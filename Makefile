@@ -10,6 +10,7 @@ TORCH ?= auto
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KILLS ?= 200
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 SOURCES := setup.py $(shell find csrc -type f)
 
@@ -69,6 +70,9 @@ test: build  ## run every test that needs no GPU
 test-emulated: build  ## run all Triton kernels in an emulator and the interpreter, an hour; continues a stopped run
 	@MOMENT_OPS_TEST=emulated OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/triton/emulated/full tests/triton/emulated/test_range.py tests/triton/test_older_triton.py tests/triton/test_interpreter.py $(ARGS)
 
+test-kill: build  ## kill a training 200 times, and compare its end with an uninterrupted one; KILLS=N
+	@MOMENT_OPS_KILLS=$(KILLS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/training/test_kept_checkpoints.py $(ARGS)
+
 test-gpu: build  ## compare every operator on every GPU backend with float64 on the CPU
 	@$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
 
@@ -90,4 +94,4 @@ bench-gpu: build  ## check and time every operator on a GPU, the most important 
 clean:  ## remove the environment and all build outputs
 	@rm -rf $(VENV) build *.egg-info moment_ops/*.so
 
-.PHONY: help build demo demo-molm test test-emulated test-gpu lint format bench bench-gpu clean
+.PHONY: help build demo demo-molm test test-emulated test-kill test-gpu lint format bench bench-gpu clean

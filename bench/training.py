@@ -24,7 +24,7 @@ VARIANTS = ("mean and variance:", "with --covariance 3: --covariance 3")
 def train(method: str, arguments: list[str], seed: int, seconds: float, folder: Path) -> dict[str, Any]:
     """Train in a process of its own; steps and Frechet distances on the way and at the end."""
     run = folder / f"{method}-{'-'.join(arguments) or 'default'}-{seed}".replace(" ", "")
-    command = [sys.executable, "-m", "moment_ops.training.command_line", "train", method, f"--run={run}"]
+    command = [sys.executable, "-m", "moment_ops", "train", method, f"--run-dir={run}"]
     options = [f"--seed={seed}", f"--seconds={seconds}", "--steps=1000000", f"--evaluate-every={CURVE_STEPS}"]
     subprocess.run([*command, *options, *arguments], check=True, capture_output=True, text=True)
     lines = [line for line in read_metrics(run / METRICS) if "frechet_distance" in line]

@@ -36,7 +36,7 @@ def look_ups(features: list[Tensor]) -> dict[str, Callable[[], None]]:
     state = [*_vectors(6, mean), torch.zeros((), dtype=torch.int64)]
     loss, count, out = torch.zeros(()), torch.ones(len(features), dtype=torch.int64), [x.clone() for x in features]
     x, y, tap_mean, tap_var, grad_mean = features[0], out[0], *_vectors(3, features[0][0].flatten())
-    matching = Match(target, target_var, average="adam", options=ADAM, state=state, update=True)
+    matching = Match(target, target_var, average_kind="adam", options=ADAM, state=state, update=True)
     return {
         "moments": _look_up(moments.moments, features, 0, 1, mean, var),
         "moments_backward": _look_up(moments.moments_backward, [], mean, var, features, target, count, 0, 1, None, out),

@@ -24,7 +24,7 @@ struct MatchArguments {
   double mean_scale, var_scale;
   std::optional<Tensor> mean_weight, var_weight;
   double reduction;
-  int64_t average;
+  int64_t average_kind;
   std::vector<double> options;
   std::vector<Tensor> state;  // per quantity what the average keeps; `started` where it starts; the step
   bool update;

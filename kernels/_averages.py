@@ -58,15 +58,15 @@ class Numbers(NamedTuple):
     of_step: Any  # Adam's corrections of the bias; a moving average's weights of the past and of the batch
 
 
-def option_arguments(average: str, options: Sequence[float]) -> dict[str, int]:
+def option_arguments(average_kind: str, options: Sequence[float]) -> dict[str, int]:
     """An average's options, by the names of parameters."""
-    assert len(options) == len(AVERAGES[average].options)
+    assert len(options) == len(AVERAGES[average_kind].options)
     return {name: bits(options[i] if i < len(options) else 0.0) for i, name in enumerate(OPTIONS)}
 
 
-def average_argument(average: str, state: Sequence[Tensor], update: bool) -> Average:
+def average_argument(average_kind: str, state: Sequence[Tensor], update: bool) -> Average:
     """What an average has once for all quantities."""
-    kind = AVERAGES[average]
+    kind = AVERAGES[average_kind]
     return Average(
         # Triton's booleans are single bits; torch's are bytes.
         started=state[-2].view(torch.uint8) if kind.has_started else None,
@@ -76,9 +76,9 @@ def average_argument(average: str, state: Sequence[Tensor], update: bool) -> Ave
     )
 
 
-def vectors_of(average: str, state: Sequence[Tensor], quantity: int) -> tuple[Tensor, ...]:
+def vectors_of(average_kind: str, state: Sequence[Tensor], quantity: int) -> tuple[Tensor, ...]:
     """A quantity's vectors of the state."""
-    count = len(AVERAGES[average].vectors)
+    count = len(AVERAGES[average_kind].vectors)
     return tuple(state[quantity * count : (quantity + 1) * count])
 
 

@@ -169,10 +169,10 @@ def covariance_match_launches(
     groups = triangle_groups(x, tile, architecture)
     shared = {
         **loss_arguments(sum(g.programs for g in groups), sum(g.tiles for g in groups), loss),
-        "vectors": Vectors(None, None, grad, vectors_of(match.average, match.state, 0)),
+        "vectors": Vectors(None, None, grad, vectors_of(match.average_kind, match.state, 0)),
         "reduction": bits(1.0),
-        **option_arguments(match.average, match.options),
-        "average": average_argument(match.average, match.state, match.update),
+        **option_arguments(match.average_kind, match.options),
+        "average": average_argument(match.average_kind, match.state, match.update),
     }
     launches, first = shifts_launches(x, mean, shifts), 0
     for group in groups:

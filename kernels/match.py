@@ -210,8 +210,8 @@ def loss_arguments(entries: int, arrivals: int, loss: Tensor) -> dict[str, Any]:
 
 def match_arguments(match: Match, grad_mean: Tensor, grad_var: Tensor | None) -> dict[str, Any]:
     """What the kernels that match have in common."""
-    mean_averages = vectors_of(match.average, match.state, 0)
-    var_averages = () if match.target_var is None else vectors_of(match.average, match.state, 1)
+    mean_averages = vectors_of(match.average_kind, match.state, 0)
+    var_averages = () if match.target_var is None else vectors_of(match.average_kind, match.state, 1)
     return {
         "vectors": Quantities(
             Vectors(match.target_mean, match.mean_weight, grad_mean, mean_averages),
@@ -220,8 +220,8 @@ def match_arguments(match: Match, grad_mean: Tensor, grad_var: Tensor | None) ->
         "mean_scale": bits(match.mean_scale),
         "var_scale": bits(match.var_scale),
         "reduction": bits(match.reduction),
-        **option_arguments(match.average, match.options),
-        "average": average_argument(match.average, match.state, match.update),
+        **option_arguments(match.average_kind, match.options),
+        "average": average_argument(match.average_kind, match.state, match.update),
     }
 
 

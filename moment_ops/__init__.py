@@ -13,6 +13,7 @@ from moment_ops.losses.style import gram_matrix, style_loss
 from moment_ops.losses.vicreg import vicreg_covariance, vicreg_variance
 from moment_ops.moment_network import MomentNetwork
 from moment_ops.ops.backends import backend
+from moment_ops.parts import backward_in_parts
 from moment_ops.statistics import Moments, moments
 from moment_ops.taps import MomentExtractor
 
@@ -29,6 +30,7 @@ __all__ = [
     "Moments",
     "MovingAverage",
     "backend",
+    "backward_in_parts",
     "coral_loss",
     "covariance",
     "covariance_distance",

@@ -215,6 +215,18 @@ def mean_over_ranks(values: Sequence[Tensor], process_group: ProcessGroup) -> li
     return list((total / count.detach()).unbind())
 
 
+def mean_of_sums(sums: Sequence[Tensor], rows: int, process_group: ProcessGroup) -> list[Tensor]:
+    """Means over the rows of all processes, from the sums over the rows of each process, which may have none.
+
+    Gradients follow the convention of `merge_ranks`.
+    """
+    packed = torch.cat([value.reshape(-1) for value in sums])
+    packed = torch.cat([packed, packed.new_full((1,), rows)])
+    total = _SumOverRanks.call(packed, process_group)
+    means = (total[:-1] / total[-1].detach()).split([value.numel() for value in sums])
+    return [mean.view(value.shape) for mean, value in zip(means, sums, strict=True)]
+
+
 def _packed_outer(vector: Tensor, widths: Sequence[int]) -> Tensor:
     """Packed triangles of the outer product of each layer's part of the vector with itself."""
     return triangle.pack_all([torch.outer(part, part) for part in vector.split(list(widths))])

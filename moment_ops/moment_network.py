@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moment_ops.distributed import ProcessGroup, group_size, mean_of_sums, mean_over_ranks
 from moment_ops.input_gradients import of_input_alone
 from moment_ops.losses.weights import weight_number
 from moment_ops.ops import checks
@@ -160,6 +161,7 @@ class MomentNetwork(nn.Module):
         penalty: str = "alternating",
         penalty_weight: float = 3e-3,
         squared_norm: float = 1.0,
+        process_group: ProcessGroup = False,
     ) -> ObjectiveParts:
         """The logistic loss of real against generated samples, and a penalty on the norm of the mean gradient.
 
@@ -174,6 +176,10 @@ class MomentNetwork(nn.Module):
                 holds whose turn it is.
             penalty_weight: weight of the penalty. If it is too large, f does not learn.
             squared_norm: the value of |g|^2 that has no penalty.
+            process_group: the objective is that of the samples of all processes in this group, some of which may have
+                none. None is the default group if torch.distributed is initialized, False is this process alone. The
+                result is the same on every process. The gradients of the parameters, averaged over the processes, are
+                those of one process with all samples.
 
         Returns:
             ObjectiveParts. `loss` is differentiable with respect to the parameters of f.
@@ -182,27 +188,36 @@ class MomentNetwork(nn.Module):
             ValueError: wrong shapes or options; f as in `moments`.
 
         Cost: two forwards of f and, for each penalised batch, a backward. The backward of the loss is two backwards of
-        f, and a double backward for each penalised batch.
+        f, and a double backward for each penalised batch. Over several processes one collective for every penalised
+        batch, and one more.
 
         Source: Ravuri et al. 2018, Algorithm 1. Published code penalises real samples only.
         """
         checks.option(penalty, "penalty", PENALTIES)
+        world = group_size(process_group)
         for name, x in (("real", real), ("generated", generated)):
-            checks.batch(checks.features(x, name), 0, name)
+            checks.batch(checks.features(x, name), 0, name, empty=False if world == 1 else None)
         real_values = self._values(real.detach(), "real")
         generated_values = self._values(generated.detach(), "generated")
-        self._check_once(real)
+        if len(real):
+            self._check_once(real)
         penalised = [penalty] if penalty in ("real", "generated") else ["real", "generated"]
         if penalty == "alternating":
             penalised = [penalised[self._steps % 2]]
         if self.training:
             self._steps += 1
         values = {"real": real_values, "generated": generated_values}
-        norms = [_squared_norm(self._gradients(values[name], create_graph=True)) for name in penalised]
-        logistic = functional.softplus(-real_values).mean() + functional.softplus(generated_values).mean()
+        norms = [_squared_norm(self._mean_gradients(values[name], process_group)) for name in penalised]
+        losses = functional.softplus(-real_values), functional.softplus(generated_values)
+        right = (real_values > 0).double(), (generated_values < 0).double()
+        if world > 1:
+            logistic = sum(mean_over_ranks(losses, process_group), real_values.new_zeros(()))
+            accuracy = torch.stack(mean_over_ranks(right, process_group)).mean()
+        else:
+            logistic = losses[0].mean() + losses[1].mean()
+            accuracy = (right[0].mean() + right[1].mean()) / 2
         norm = torch.stack(norms)
         weighted = penalty_weight * (norm - squared_norm).square().mean()
-        accuracy = ((real_values > 0).double().mean() + (generated_values < 0).double().mean()) / 2
         return ObjectiveParts(
             logistic + weighted, logistic.detach(), weighted.detach(), norm.detach().mean(), accuracy.detach()
         )
@@ -284,12 +299,19 @@ class MomentNetwork(nn.Module):
         with torch.enable_grad():
             return output.view(rows).to(statistics_dtype(output.dtype))
 
-    def _gradients(self, values: Tensor, create_graph: bool) -> list[Tensor]:
-        """The gradient of the mean of f with respect to every parameter."""
+    def _mean_gradients(self, values: Tensor, process_group: ProcessGroup) -> list[Tensor]:
+        """The gradient of the mean of f over the samples of all processes, with a graph."""
+        if group_size(process_group) == 1:
+            return self._gradients(values, create_graph=True)
+        return mean_of_sums(self._gradients(values, create_graph=True, total=True), len(values), process_group)
+
+    def _gradients(self, values: Tensor, create_graph: bool, total: bool = False) -> list[Tensor]:
+        """The gradient of the mean of f, or of its sum, with respect to every parameter."""
         parameters = self._parameters_by_name()
         with torch.enable_grad(), torch.autocast(values.device.type, enabled=False):
+            value = values.sum() if total else values.mean()
             gradients = torch.autograd.grad(
-                values.mean(), list(parameters.values()), create_graph=create_graph, allow_unused=True
+                value, list(parameters.values()), create_graph=create_graph, allow_unused=True
             )
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:

@@ -8,6 +8,12 @@ import moment_ops as mo
 
 # Every test of an operator runs on all of them.
 BACKENDS = ("cpu", "reference")
+# Files with tests of half a minute: first, so that no process waits for another at the end.
+LONG = {"test_interpreter.py", "test_older_triton.py", "test_launched.py", "test_torchrun.py", "test_mutations.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True)

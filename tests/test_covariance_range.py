@@ -355,7 +355,7 @@ def test_a_difference_is_squared_after_it_is_weighted(average, weighted):
     match = Match(target, None, mean_weight=weight) if weighted else Match(target, None, mean_scale=1e-25)
     if average == "moving":
         state = [torch.zeros(2), torch.zeros(2, dtype=torch.bool), torch.zeros((), dtype=torch.int64)]
-        match = match._replace(average="moving", options=[0.5, 0.0], state=state, update=True)
+        match = match._replace(average_kind="moving", options=[0.5, 0.0], state=state, update=True)
     loss = OPS.match_.default(value, None, *match)[0]
     wanted = (value.double().square() * (weight.double() if weighted else 1e-25)).sum()
     assert abs(loss.double() - wanted) <= 1e-6 * wanted

@@ -78,20 +78,20 @@ class Draw:
         Args:
             grid: multiples of it alone, so that their sums need no rounding.
         """
-        layers = []
+        features = []
         for shape in shapes or self.shapes:
             noise = torch.randn((rows or self.rows, *shape), generator=self.generator, dtype=torch.float64)
             shift = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             x = noise * (0.75 + torch.rand(shape, generator=self.generator, dtype=torch.float64)) + shift
             if grid:
                 x = (x / grid).round() * grid
-            layers.append(self.layout(self._moved(x, self.given_dtype)).detach().requires_grad_())
-        return layers
+            features.append(self.layout(self._moved(x, self.given_dtype)).detach().requires_grad_())
+        return features
 
-    def like(self, layers: Sequence[Tensor]) -> list[Tensor]:
+    def like(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Gradients that arrive from elsewhere."""
         normal = partial(torch.randn, generator=self.generator, dtype=torch.float64)
-        return [self._moved(normal(x.shape), self.given_dtype) for x in layers]
+        return [self._moved(normal(x.shape), self.given_dtype) for x in features]
 
     def vector(self, size: int, low: float = -1.0, high: float = 1.0) -> Tensor:
         """In the dtype of statistics."""
@@ -138,13 +138,13 @@ def _state(loss: nn.Module, terms: int) -> Results:
 
 
 def moments(draw: Draw, correction: int = 1, var: bool = True) -> Call:
-    layers = draw.features()
+    features = draw.features()
     grads = [draw.vector(draw.columns) for _ in range(1 + var)]
 
     def call() -> Results:
-        m = mo.moments(layers, correction=correction, var=var)
+        m = mo.moments(features, correction=correction, var=var)
         outputs = [m.mean, *([m.var] if m.var is not None else [])]
-        return _all_close(draw.rows, outputs=outputs, grad=torch.autograd.grad(outputs, layers, grads))
+        return _all_close(draw.rows, outputs=outputs, grad=torch.autograd.grad(outputs, features, grads))
 
     return call
 
@@ -163,13 +163,13 @@ def moments_over_positions(draw: Draw) -> Call:
 
 def moments_backward_joined(draw: Draw) -> Call:
     """With gradients that arrive from elsewhere, and a scale."""
-    layers = [x.detach() for x in draw.features()]
-    added, grads = draw.like(layers), [draw.vector(draw.columns) for _ in range(2)]
+    features = [x.detach() for x in draw.features()]
+    added, grads = draw.like(features), [draw.vector(draw.columns) for _ in range(2)]
     mean, scale = draw.vector(draw.columns), draw.vector(1).squeeze(0)
-    count = torch.full((len(layers),), draw.rows, dtype=torch.int64, device=mean.device)
+    count = torch.full((len(features),), draw.rows, dtype=torch.int64, device=mean.device)
 
     def call() -> Results:
-        return _all_close(1, out=moments_backward(layers, mean, count, *grads, grad=added, scale=scale))
+        return _all_close(1, out=moments_backward(features, mean, count, *grads, grad=added, scale=scale))
 
     return call
 
@@ -177,28 +177,28 @@ def moments_backward_joined(draw: Draw) -> Call:
 def moment_loss(
     draw: Draw, average_kind: str, source: str = "features", weighted: bool = False, var: bool = True
 ) -> Call:
-    layers, target = draw.features(), draw.target(var)
+    features, target = draw.features(), draw.target(var)
     weights = {"mean_weight": draw.vector(draw.columns, 0.5, 2), "var_weight": 0.7} if weighted else {}
     loss = draw.loss(mo.MomentLoss(target, AVERAGES[average_kind], process_group=False, **weights))
     correction = 0 if source == "moments of another correction" else 1
 
     def call() -> Results:
-        value = loss(layers if source == "features" else mo.moments(layers, correction=correction))
-        grads = torch.autograd.grad(value, layers)
+        value = loss(features if source == "features" else mo.moments(features, correction=correction))
+        grads = torch.autograd.grad(value, features)
         return {"loss": Close(value, draw.columns)} | _all_close(draw.rows, grad=grads) | _state(loss, draw.rows)
 
     return call
 
 
 def tap(draw: Draw, biased: bool) -> Call:
-    layers = draw.features(grid=1 / 8)
-    biases = [(8 * draw.vector(x.shape[1])).round() / 8 if biased else None for x in layers]
+    features = draw.features(grid=1 / 8)
+    biases = [(8 * draw.vector(x.shape[1])).round() / 8 if biased else None for x in features]
     biases = [None if b is None else b.to(draw.dtype) for b in biases]
-    grads = draw.like(layers), [(draw.vector(x[0].numel()), draw.vector(x[0].numel())) for x in layers]
+    grads = draw.like(features), [(draw.vector(x[0].numel()), draw.vector(x[0].numel())) for x in features]
 
     def call() -> Results:
         results: Results = {}
-        for i, (x, bias, grad, vectors) in enumerate(zip(layers, biases, *grads, strict=True)):
+        for i, (x, bias, grad, vectors) in enumerate(zip(features, biases, *grads, strict=True)):
             outputs = relu_moments(x, bias)
             dx = torch.autograd.grad(outputs, x, [grad, *vectors])
             results |= _all_close(draw.rows, **{f"layer {i}, outputs": outputs, f"layer {i}, grad": dx})
@@ -208,12 +208,12 @@ def tap(draw: Draw, biased: bool) -> Call:
 
 
 def identity_tap(draw: Draw) -> Call:
-    layers = draw.features()
-    grads = draw.like(layers), [(draw.vector(x[0].numel()), draw.vector(x[0].numel())) for x in layers]
+    features = draw.features()
+    grads = draw.like(features), [(draw.vector(x[0].numel()), draw.vector(x[0].numel())) for x in features]
 
     def call() -> Results:
         results: Results = {}
-        for i, (x, grad, vectors) in enumerate(zip(layers, *grads, strict=True)):
+        for i, (x, grad, vectors) in enumerate(zip(features, *grads, strict=True)):
             outputs = identity_moments(x)
             dx = torch.autograd.grad(outputs, x, [grad, *vectors])
             results |= _all_close(draw.rows, **{f"layer {i}, outputs": outputs, f"layer {i}, grad": dx})
@@ -258,12 +258,12 @@ def moment_network(draw: Draw) -> Call:
 
 
 def covariance(draw: Draw, precision: str = "ieee", centered: bool = True) -> Call:
-    layers = draw.features()
-    weights = [draw.matrix(x[0].numel()) for x in layers]
+    features = draw.features()
+    weights = [draw.matrix(x[0].numel()) for x in features]
 
     def call() -> Results:
-        matrices = mo.covariance(layers, precision=precision, centered=centered)
-        grads = torch.autograd.grad(matrices, layers, weights)
+        matrices = mo.covariance(features, precision=precision, centered=centered)
+        grads = torch.autograd.grad(matrices, features, weights)
         bound = PRECISIONS[precision]
         results: Results = {f"covariance {i}": Norm(c, bound) for i, c in enumerate(matrices)}
         return results | {f"grad {i}": Norm(dx, 4 * bound) for i, dx in enumerate(grads)}
@@ -272,14 +272,14 @@ def covariance(draw: Draw, precision: str = "ieee", centered: bool = True) -> Ca
 
 
 def covariance_loss(draw: Draw, average_kind: str, precision: str = "ieee") -> Call:
-    layers = draw.features()
-    target = [draw.matrix(x[0].numel(), diagonal=6.0) for x in layers]
+    features = draw.features()
+    target = [draw.matrix(x[0].numel(), diagonal=6.0) for x in features]
     loss = mo.CovarianceLoss(target, average=AVERAGES[average_kind], precision=precision, process_group=False)
     loss = draw.loss(loss)
 
     def call() -> Results:
-        value = loss(layers)
-        grads = torch.autograd.grad(value, layers)
+        value = loss(features)
+        grads = torch.autograd.grad(value, features)
         bound = 4 * PRECISIONS[precision]
         results: Results = {f"grad {i}": Norm(dx, bound) for i, dx in enumerate(grads)}
         state = {name: Norm(v, 10 * bound) for name, v in loss.state_dict().items() if name.endswith("average")}
@@ -289,13 +289,13 @@ def covariance_loss(draw: Draw, average_kind: str, precision: str = "ieee") -> C
 
 
 def distance_of_rows(draw: Draw, joint: bool = False, estimator: str = "biased") -> Call:
-    layers, other = draw.features(), draw.features(rows=draw.rows + 3)
-    weight = [0.5] if joint else [0.5 + i for i in range(len(layers))]
+    features, other = draw.features(), draw.features(rows=draw.rows + 3)
+    weight = [0.5] if joint else [0.5 + i for i in range(len(features))]
     options: dict[str, Any] = {"joint": joint, "estimator": estimator, "weight": weight}
 
     def call() -> Results:
-        value = gram_distance(layers, other, **options)
-        grads = torch.autograd.grad(value, [*layers, *other])
+        value = gram_distance(features, other, **options)
+        grads = torch.autograd.grad(value, [*features, *other])
         results: Results = {f"grad {i}": Norm(dx, 1e-5) for i, dx in enumerate(grads)}
         return results | {"loss": Norm(value, 1e-5)}
 

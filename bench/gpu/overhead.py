@@ -29,18 +29,18 @@ def _loss(device: Device, count: int) -> tuple[list[Tensor], mo.MomentLoss]:
 
 
 def _moments(device: Device, count: int) -> Call:
-    layers = [x.detach() for x in _layers(device, count)]
-    return lambda: mo.moments(layers)
+    features = [x.detach() for x in _layers(device, count)]
+    return lambda: mo.moments(features)
 
 
 def _forward(device: Device, count: int) -> Call:
-    layers, loss = _loss(device, count)
-    return lambda: loss(layers)
+    features, loss = _loss(device, count)
+    return lambda: loss(features)
 
 
 def _both(device: Device, count: int) -> Call:
-    layers, loss = _loss(device, count)
-    return lambda: torch.autograd.grad(loss(layers), layers)
+    features, loss = _loss(device, count)
+    return lambda: torch.autograd.grad(loss(features), features)
 
 
 def _tap(device: Device, count: int) -> Call:
@@ -54,8 +54,8 @@ def _covariance(device: Device, count: int) -> Call:
 
 
 def _eager(device: Device, count: int) -> Call:
-    layers = [x.detach() for x in _layers(device, count)]
-    return lambda: [(x.mean(0), x.var(0)) for x in layers]
+    features = [x.detach() for x in _layers(device, count)]
+    return lambda: [(x.mean(0), x.var(0)) for x in features]
 
 
 CALLED: dict[str, tuple[Callable[[Device, int], Call], int]] = {

@@ -151,7 +151,7 @@ void match_(const MatchArguments<Tensor>& from) {
   dispatch_dtype(from.input.empty() ? *from.mean : from.input[0], [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    dispatch_average(from.average, [&](auto average) {
+    dispatch_average(from.average_kind, [&](auto average) {
       auto matching = make_matching<decltype(average), A>(from);
       if constexpr (average.kCounts) {
         matching.parameters.set_step(static_cast<double>(*matching.step + 1));

@@ -54,7 +54,7 @@ void match_(const MatchArguments<Tensor>& from) {
   dispatch_dtype(from.input.empty() ? *from.mean : from.input[0], [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    dispatch_average(from.average, [&](auto average) {
+    dispatch_average(from.average_kind, [&](auto average) {
       using Average = decltype(average);
       if (from.input.empty()) {
         match_moments<Average, A>(from, *from.mean, from.var, stream);

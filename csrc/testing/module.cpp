@@ -124,7 +124,7 @@ void match(const std::vector<LayerDescription>& layers, const std::string& dtype
   dispatch(dtype, [&](auto sample) {
     using T = decltype(sample);
     using A = accumulate_t<T>;
-    dispatch_average(from.average, [&](auto average) {
+    dispatch_average(from.average_kind, [&](auto average) {
       const auto matching = make_matching<decltype(average), A>(from);
       const int64_t columns = from.target_mean.size();
       const Launches launches = plan_launches(make_layers(layers, sizeof(T)), sizeof(T), kReductionTile);

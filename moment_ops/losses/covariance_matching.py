@@ -27,9 +27,9 @@ class _MatchCovariance(Node):
     def forward(ctx: Any, correction: int, match: CovarianceMatch, *features: Tensor) -> tuple[Tensor, Tensor]:
         loss, mean, grad = torch.ops.moment_ops.covariance_match_.default(list(features), correction, *match)
         ctx.correction, ctx.precision = correction, match.precision
-        ctx.average, ctx.options, ctx.weight = match.average, match.options, match.weight
+        ctx.average_kind, ctx.options, ctx.weight = match.average_kind, match.options, match.weight
         ctx.set_materialize_grads(False)
-        step = step_for_slope(match.average, match.options, match.state, match.update)
+        step = step_for_slope(match.average_kind, match.options, match.state, match.update)
         ctx.save_for_backward(mean, grad, step, *features)
         return loss, mean
 
@@ -65,7 +65,7 @@ def _differentiable_backward(
     widths = [x[0].numel() for x in features]
     grad_means = [None] * len(features) if grad_mean is None else list(grad_mean.split(widths))
     saved = triangle.split(derivative, widths)
-    slope = AVERAGES[ctx.average].slope(ctx.options, step)
+    slope = AVERAGES[ctx.average_kind].slope(ctx.options, step)
     results = []
     for x, width, packed, weight, g in zip(features, widths, saved, ctx.weight, grad_means, strict=True):
         cov, mean = covariance_op(x, ctx.correction, True, ctx.precision)
@@ -110,7 +110,7 @@ def match_covariances(
         target,
         None,
         mean_weight=weight,
-        average=match.average,
+        average_kind=match.average_kind,
         options=match.options,
         state=match.state,
         update=match.update,

@@ -88,15 +88,15 @@ class _MatchFeatures(Node):
 
 def _save(ctx: Any, match: Match, *tensors: Tensor | None) -> None:
     """Save tensors for backward, and after them what a backward that is itself differentiated needs of the record."""
-    ctx.average, ctx.options = match.average, match.options
+    ctx.average_kind, ctx.options = match.average_kind, match.options
     ctx.scales = 2 * match.reduction * match.mean_scale, 2 * match.reduction * match.var_scale
-    step = step_for_slope(match.average, match.options, match.state, match.update)
+    step = step_for_slope(match.average_kind, match.options, match.state, match.update)
     ctx.save_for_backward(*tensors, match.mean_weight, match.var_weight, step)
 
 
 def _second_derivatives(ctx: Any, step: Tensor | None) -> list[Tensor | float]:
     """Of the loss by means and by variances, without their weights."""
-    slope = AVERAGES[ctx.average].slope(ctx.options, step)
+    slope = AVERAGES[ctx.average_kind].slope(ctx.options, step)
     return [scale * slope * slope for scale in ctx.scales]
 
 

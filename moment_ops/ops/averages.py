@@ -115,9 +115,9 @@ def _advanced(past: Past, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [torch.where(past.finite, new, old) for old, new in zip(past.vectors, vectors, strict=True)]
 
 
-def step_for_slope(average: str, options: Sequence[float], state: Sequence[Tensor], update: bool) -> Tensor | None:
+def step_for_slope(average_kind: str, options: Sequence[float], state: Sequence[Tensor], update: bool) -> Tensor | None:
     """A copy of the number of the step whose call has just advanced the state, if the slope depends on it."""
-    return state[-1] + (0 if update else 1) if AVERAGES[average].counts(options) else None
+    return state[-1] + (0 if update else 1) if AVERAGES[average_kind].counts(options) else None
 
 
 AVERAGES = {

@@ -233,7 +233,7 @@ def covariance_match_(
     """Fill the loss, the packed means and, where it is given, the packed derivative; advance the state."""
     widths = [rows.shape[1] for rows in x]
     means = mean.split(widths)
-    if match.average == "none":
+    if match.average_kind == "none":
         grads = [None] * len(x) if grad is None else triangle.split(grad, widths)
         total = 0.0
         for rows, target, w, m, g in zip(x, match.target, match.weight, means, grads, strict=True):

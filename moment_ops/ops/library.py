@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("moment_ops", "DEF")
-# The public operators' names, in the order of their definition.
+# Names of the public operators that run on a chosen backend, in the order of their definition.
 OPERATORS: list[str] = []
 
 
@@ -29,8 +29,10 @@ def has_tangent(values: Iterable[Any]) -> bool:
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *, composed: bool = False) -> None:
     """Define a public operator with its kernel for every device and its shape function.
+
+    A composed operator consists of products and factorisations of torch on every device; no backend is chosen for it.
 
     No schema has defaults: the dispatcher drops arguments that equal them, and autograd formulas over tensor lists
     then fail.
@@ -42,7 +44,7 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
             raise NotImplementedError(no_forward_mode(name))
         return kernel(*arguments)
 
-    if "." not in name:
+    if "." not in name and not composed:
         OPERATORS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, without_tangents, "CompositeExplicitAutograd")

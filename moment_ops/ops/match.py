@@ -14,10 +14,10 @@ from moment_ops.ops.library import define, define_native
 from moment_ops.ops.nodes import under_vmap
 from moment_ops.ops.records import Match, parameters
 
-_AVERAGE = Match._fields.index("average")
+_AVERAGE = Match._fields.index("average_kind")
 
 define_native(
-    f"match_.native(Tensor? mean, Tensor? var, Tensor[] input, int correction, {parameters(Match, average='int')},"
+    f"match_.native(Tensor? mean, Tensor? var, Tensor[] input, int correction, {parameters(Match, average_kind='int')},"
     " Tensor(b!) loss, Tensor(c!)? batch_mean, Tensor(d!) grad_mean, Tensor(e!)? grad_var) -> ()"
 )
 
@@ -49,7 +49,7 @@ def with_record(fill: Callable[..., None] | None) -> Callable[..., None] | None:
     def native(
         mean: Tensor | None, var: Tensor | None, input: Sequence[Tensor], correction: int, match: Match, *out: Any
     ) -> None:
-        number = AVERAGES[match.average].number
+        number = AVERAGES[match.average_kind].number
         fill(mean, var, input, correction, *match[:_AVERAGE], number, *match[_AVERAGE + 1 :], *out)
 
     return native

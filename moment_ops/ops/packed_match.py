@@ -43,7 +43,7 @@ def match_packed(
             target[part],
             None,
             mean_scale=layer_weight,
-            average=match.average,
+            average_kind=match.average_kind,
             options=match.options,
             state=state,
             update=match.update,

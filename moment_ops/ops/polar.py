@@ -1,6 +1,6 @@
 """Polar factors and inverse square roots, of which the trace term of the Frechet distance and its gradient consist.
 
-With a matrix M (n, d) and the polar decomposition M = P H, the trace of H is the sum of the singular values of M. Three
+With a matrix M (n, d) and the polar decomposition M = P H, the trace of H is the sum of the singular values of M. Two
 operators compute it, and none of them waits for the device but "eigh":
 
 - `polar`: P by odd polynomials whose composition is close to sign on [lowest, 1]. Products only, in a named precision.
@@ -357,14 +357,15 @@ def _symmetric_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-define("polar(Tensor m, str precision) -> Tensor", _polar, _polar_fake)
+define("polar(Tensor m, str precision) -> Tensor", _polar, _polar_fake, composed=True)
 define(
     "inverse_root(Tensor gram, str method, bool wide) -> (Tensor trace, Tensor first, Tensor second)",
     _inverse_root,
     _inverse_root_fake,
+    composed=True,
 )
-define("product(Tensor a, Tensor b, str precision) -> Tensor", _product, _product_fake)
-define("symmetric_product(Tensor a, Tensor b) -> Tensor", _symmetric, _symmetric_fake)
+define("product(Tensor a, Tensor b, str precision) -> Tensor", _product, _product_fake, composed=True)
+define("symmetric_product(Tensor a, Tensor b) -> Tensor", _symmetric, _symmetric_fake, composed=True)
 
 
 def polar(m: Tensor, precision: str) -> Tensor:

@@ -34,7 +34,7 @@ class Match(NamedTuple):
     mean_weight: Tensor | None = None  # (F,), times the scale
     var_weight: Tensor | None = None
     reduction: float = 1.0  # a factor: 1 / F for "mean"
-    average: str = "none"  # a key of `averages.AVERAGES`, whose `options` these are
+    average_kind: str = "none"  # a key of `averages.AVERAGES`, whose `options` these are
     options: Sequence[float] = ()
     state: State = ()
     update: bool = False  # whether the state advances
@@ -45,7 +45,7 @@ class CovarianceMatch(NamedTuple):
 
     target: Sequence[Tensor]  # per layer a symmetric (D, D) matrix or its packed triangle
     weight: Sequence[float]  # of every layer
-    average: str = "none"
+    average_kind: str = "none"
     options: Sequence[float] = ()
     state: State = ()
     update: bool = False

@@ -153,7 +153,7 @@ def _loss_terms(terms: Tensor, value: Tensor, target: Tensor) -> Tensor:
 
 def match_(mean: Tensor, var: Tensor | None, match: Match) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss and its derivatives with respect to mean and var. With `update`, the state advances in place."""
-    kind = AVERAGES[match.average]
+    kind = AVERAGES[match.average_kind]
     started = match.state[-2] if kind.has_started else None
     update = match.update and bool(match.state)
     step = (match.state[-1].add_(1) if update else match.state[-1] + 1) if match.state else None

@@ -1,5 +1,6 @@
 """Checkpoints, and files that are replaced in one step."""
 
+import errno
 import io
 import os
 import zipfile
@@ -24,11 +25,40 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise TrainingError(f"could not write {path}: {error.strerror}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def link_atomically(path: Path, target: Path) -> None:
+    """Make ``path`` another name of the file ``target``, in one step; a copy where there are no hard links."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(target, temporary)
+        os.replace(temporary, path)
+        # If both are one file already, the system leaves the temporary name.
+        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        write_atomically(path, target.read_bytes())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of the files in a folder are on the disk. A rename alone may be lost in a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Not every file system has this for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def save(path: Path, kind: str, state: dict[str, Any]) -> None:

@@ -21,16 +21,35 @@ def random_affine(images: Tensor, strength: float, generator: torch.Generator) -
     return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def rotation_task(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Each image in four orientations, which are the labels. Features can be learned from this task without labels."""
-    rotated = [images.rot90(turns, (2, 3)) for turns in range(4)]
-    return torch.cat(rotated), torch.arange(4, device=images.device).repeat_interleave(len(images))
+class Task:
+    """uint8 images and their labels, in batches on a device.
+
+    Without labels, each image is there in four orientations, which are the labels. Features can be learned from this
+    task too.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None, device: torch.device | None = None) -> None:
+        self.images, self.labels = images, labels
+        self.device = images.device if device is None else device
+        self.classes = 4 if labels is None else int(labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.images) * (4 if self.labels is None else 1)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1], and labels."""
+        indices = indices.to(self.images.device)
+        if self.labels is not None:
+            return scale(self.images[indices], self.device), self.labels[indices].to(self.device)
+        turns = indices // len(self.images)
+        images = self.images[indices % len(self.images)].to(self.device)
+        turned = torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)])
+        return scale(turned), turns.to(self.device)
 
 
 def train_classifier(
     network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    task: Task,
     *,
     iterations: int,
     strength: float,
@@ -40,13 +59,13 @@ def train_classifier(
     seed: int = 0,
     description: str = "classifier",
 ) -> None:
-    """Train ``network`` in place on uint8 ``images``, with Adam, a cosine schedule and random affine transforms.
+    """Train ``network`` in place, with Adam, a cosine schedule and random affine transforms of the images.
 
     Training ends after ``iterations`` or after ``seconds``, whichever comes first.
     """
     progress_bar = import_extra("tqdm").tqdm(total=iterations, desc=description, unit="it", leave=False, disable=None)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    batches = Batches(len(images), min(batch_size, len(images)), seed)
+    batches = Batches(len(task), min(batch_size, len(task)), seed)
     generator = torch.Generator().manual_seed(seed)
     start = time.monotonic()
     network.train()
@@ -56,9 +75,9 @@ def train_classifier(
             if progress >= 1:
                 break
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * progress)) / 2
-            batch = next(batches).to(images.device)
-            logits = network(random_affine(scale(images[batch]), strength, generator))
-            loss = functional.cross_entropy(logits, labels[batch])
+            images, labels = task.batch(next(batches))
+            logits = network(random_affine(images, strength, generator))
+            loss = functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -67,11 +86,8 @@ def train_classifier(
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of uint8 ``images`` that are classified as labelled, in evaluation mode."""
+def accuracy(network: nn.Module, task: Task) -> float:
+    """The share of the images that are classified as labelled, in evaluation mode."""
     network.eval()
-    right = sum(
-        int((network(scale(batch)).argmax(1) == truth).sum())
-        for batch, truth in zip(images.split(500), labels.split(500), strict=True)
-    )
-    return right / len(images)
+    batches = map(task.batch, torch.arange(len(task)).split(500))
+    return sum(int((network(images).argmax(1) == labels).sum()) for images, labels in batches) / len(task)

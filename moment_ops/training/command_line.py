@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import io
@@ -18,26 +19,32 @@ import torch
 
 import moment_ops as mo
 from moment_ops.environment import report
-from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, molm, pictures, runs
+from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, judges, molm, pictures, processes, runs
 from moment_ops.training.allocator import keep_freed_memory
 from moment_ops.training.devices import choose_device
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.interruption import Interrupted
+from moment_ops.training.interruption import Interrupted, signals_raise
+from moment_ops.training.settings import DATA_HELP
 
 INTERRUPTED = 128 + signal.SIGINT
 METAVARS = {int: "N", float: "X", str: "NAME"}
-DATA_HELP = "mnist, or a folder of png and jpg images"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Errors that a user can act on are printed as one line."""
-    options = make_parser().parse_args(arguments)
+    with contextlib.redirect_stderr(io.StringIO()) if processes.started_as() else contextlib.nullcontext():
+        # Of several processes, the first says what is wrong with the command line.
+        options = make_parser().parse_args(arguments)
     try:
         return options.command(options) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except processes.OnOneProcess as error:
+        message = f"process {processes.started_as()}: {error}" if processes.started_as() else str(error)
     except TrainingError as error:
+        if processes.started_as():
+            return 1
         message = str(error)
     except OSError as error:
         message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
@@ -75,6 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     moments.add_argument("--data", default="mnist", help=f"{DATA_HELP} (default: mnist)")
     moments.add_argument(
+        "--size", type=int, default=32, choices=data.SIZES, help="height and width of the images (default: 32)"
+    )
+    moments.add_argument(
         "--extractor",
         type=Path,
         metavar="FILE",
@@ -98,10 +108,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_device(sample)
 
-    evaluate = add_command(
-        commands, "evaluate", evaluate_command, "compute the Frechet distance of a checkpoint's samples"
-    )
+    evaluate = add_command(commands, "evaluate", evaluate_command, "measure the quality of a checkpoint's samples")
     add_run(evaluate)
+    evaluate.add_argument("--judge", choices=judges.CHOICES, help="network that judges (default: that of the run)")
     evaluate.add_argument("--data", help=f"{DATA_HELP} (default: the data of the run)")
     add_device(evaluate)
 
@@ -128,7 +137,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--run",
+        "--run-dir",
         type=Path,
         default=Path("runs/gfmn-mnist"),
         metavar="FOLDER",
@@ -141,7 +150,7 @@ def add_train(methods: Any, method: Any, text: str) -> argparse.ArgumentParser:
     name = method.Settings.method
     parser = add_command(methods, name, train_command, text)
     parser.set_defaults(method=method)
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{name}-DATA)")
+    parser.add_argument("--run-dir", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{name}-DATA)")
     parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
     add_device(parser)
     add_settings(parser, method.Settings)
@@ -180,27 +189,33 @@ def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]
 def train_command(options: argparse.Namespace) -> int:
     method = options.method
     given = given_settings(options, method.Settings)
-    run = options.run or Path("runs") / f"{method.Settings.method}-{Path(given.get('data', 'mnist')).resolve().name}"
+    run = (
+        options.run_dir or Path("runs") / f"{method.Settings.method}-{Path(given.get('data', 'mnist')).resolve().name}"
+    )
     keep_freed_memory()
     try:
-        distance, held_out = method.train(
-            run,
-            given,
-            resume=options.resume,
-            device=choose_device(options.device),
-            say=functools.partial(print, flush=True),
-            **({"extractor_files": options.extractor} if "extractor" in options else {}),
-        )
+        with signals_raise(), processes.joined(options.device) as device:
+            first = processes.is_first()
+            measured = method.train(
+                run,
+                given,
+                resume=options.resume,
+                device=device,
+                say=functools.partial(print, flush=True) if first else lambda line: None,
+                **({"extractor_files": options.extractor} if "extractor" in options else {}),
+            )
     except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        return 128 + interrupted.signal_number
-    print(f"results in {run}")
-    print(summary(distance, held_out))
+        if not processes.started_as():
+            print(interrupted, file=sys.stderr)
+        return interrupted.exit_status
+    if first:
+        print(f"results in {run}")
+        print("\n".join(measured.lines()))
     return 0
 
 
 def moments_command(options: argparse.Namespace) -> None:
-    images = data.load(options.data).to(choose_device(options.device))
+    images = data.load(options.data, options.size).to(choose_device(options.device))
     path = options.extractor or Path("runs") / f"extractor-{images.name}.pt"
     extractor = mo.MomentExtractor(extractors.load_or_train_classifier(images, path))
     target = gfmn.target_moments(images, extractor)
@@ -214,7 +229,7 @@ def sample_command(options: argparse.Namespace) -> None:
         options.parser.error(f"--count: got {options.count}, expected at least 1")
     if options.output.suffix not in (".png", ".npz"):
         options.parser.error(f"--output: got {options.output}, expected a file that ends in .png or .npz")
-    generator = runs.averaged_generator(runs.load_checkpoint(options.run)).to(choose_device(options.device))
+    generator = runs.averaged_generator(runs.load_checkpoint(options.run_dir)).to(choose_device(options.device))
     images = data.unscale(torch.cat(evaluator.sample(generator, options.count, options.seed)))
     if options.output.suffix == ".png":
         pictures.save_grid(options.output, images)
@@ -227,18 +242,17 @@ def sample_command(options: argparse.Namespace) -> None:
 
 def evaluate_command(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
-    state = runs.load_checkpoint(options.run)
-    evaluate = evaluator.Evaluator(data.load(options.data or state["settings"]["data"]).to(device))
-    print(summary(evaluate(runs.averaged_generator(state).to(device)), evaluate.held_out_distance))
+    state = runs.load_checkpoint(options.run_dir)
+    images = data.load(options.data or state["settings"]["data"], state["settings"]["size"])
+    judge = judges.choose(
+        options.judge or state["settings"]["judge"], images.name, state["settings"].get("features", "")
+    )
+    judging = evaluator.Evaluator(images.to(device), judge)
+    print("\n".join(judging.measure(runs.averaged_generator(state).to(device)).lines()))
 
 
 def env_command(options: argparse.Namespace) -> None:
     print(report())
-
-
-def summary(distance: float, held_out: float) -> str:
-    ratio = distance / held_out
-    return f"Frechet distance {distance:.2f}; that of held-out images is {held_out:.2f}; ratio {ratio:.2f}"
 
 
 if __name__ == "__main__":

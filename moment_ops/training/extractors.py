@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,16 +13,17 @@ from moment_ops.training import checkpoints, classifiers
 from moment_ops.training.data import ImageData
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.networks import Classifier, freeze
-from moment_ops.training.pretrained import VGG19, EfficientNetLite0, ResNet18, load_weights
+from moment_ops.training.pretrained import VGG19, EfficientNetLite, ResNet18, load_weights
 
 CLASSIFIER = "classifier"
-CHOICES = (CLASSIFIER, "vgg19", "resnet18", "vgg19+resnet18", "efficientnet-lite0")
+LITE = {f"efficientnet-lite{number}": number for number in range(3)}
+CHOICES = (CLASSIFIER, "vgg19", "resnet18", "vgg19+resnet18", *LITE)
 CLASSIFIER_ITERATIONS, CLASSIFIER_SECONDS = 640, 60.0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # dos Santos et al. 2019 match the first 16 of the 17 ReLUs of ResNet18.
 MATCHED_RELUS = 16
 
-_WITH_WEIGHTS: dict[str, Callable[[], nn.Module]] = {"vgg19": VGG19, "resnet18": ResNet18}
+_WITH_WEIGHTS: dict[str, Callable[..., nn.Module]] = {"vgg19": VGG19, "resnet18": ResNet18}
 Say = Callable[[str], None]
 
 
@@ -60,42 +60,41 @@ def make_extractor(
         TrainingError: too few or too many files, or files that do not hold these weights.
     """
     if features != CLASSIFIER:
-        return pretrained_extractor(features, files or []).to(data.train.device)
+        return pretrained_extractor(features, files or [], data.size).to(data.device)
     if files and len(files) > 1:
         raise TrainingError(f"--extractor: got {len(files)} files, expected one for the classifier")
     path = files[0] if files else folder / f"extractor-{data.name}.pt"
     return mo.MomentExtractor(load_or_train_classifier(data, path, iterations=iterations, say=say))
 
 
-def untrained_extractor(features: str, channels: int) -> mo.MomentExtractor:
+def untrained_extractor(features: str, channels: int, size: int) -> mo.MomentExtractor:
     """The extractor for one of ``CHOICES`` with initial weights, for a state to be loaded."""
     if features == CLASSIFIER:
         return mo.MomentExtractor(Classifier(channels))
-    return pretrained_extractor(features, None)
+    return pretrained_extractor(features, None, size)
 
 
-def pretrained_extractor(features: str, weights: Sequence[Path] | None) -> mo.MomentExtractor:
+def pretrained_extractor(features: str, weights: Sequence[Path] | None, size: int = 32) -> mo.MomentExtractor:
     """The extractor for one of ``CHOICES`` other than the classifier.
 
     Args:
         features: names of networks, joined by "+".
         weights: files with their weights, in this order. None leaves the initial weights, for a state to be loaded.
+        size: height and width of the images.
 
     Raises:
         TrainingError: too few or too many files, or files that do not hold these weights.
     """
-    if features == "efficientnet-lite0":
+    if features in LITE:
         if weights:
-            raise TrainingError(
-                f"--extractor: got {len(weights)} files, expected none: efficientnet-lite0 has its weights"
-            )
-        return mo.MomentExtractor(EfficientNetLite0(), nn.ReLU6)
+            raise TrainingError(f"--extractor: got {len(weights)} files, expected none: {features} has its weights")
+        return mo.MomentExtractor(EfficientNetLite(LITE[features]), nn.ReLU6)
     names = features.split("+")
     if weights is not None and len(weights) != len(names):
         raise TrainingError(
             f"--extractor: got {len(weights)} files, expected {len(names)} with the weights of {features}"
         )
-    networks = {name: _WITH_WEIGHTS[name]() for name in names}
+    networks = {name: _WITH_WEIGHTS[name](image_size=size) for name in names}
     for network, path in zip(networks.values(), weights or (), strict=False):
         load_weights(network, path)
     normalized = {name: _Normalized(network) for name, network in networks.items()}
@@ -105,14 +104,6 @@ def pretrained_extractor(features: str, weights: Sequence[Path] | None) -> mo.Mo
     return mo.MomentExtractor(normalized, matched)
 
 
-def fingerprint(data: ImageData) -> str:
-    """A hash of the training data, so that a classifier is not reused for other data of the same name."""
-    digest = hashlib.sha256(data.train.cpu().numpy().tobytes())
-    if data.train_labels is not None:
-        digest.update(data.train_labels.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_or_train_classifier(
     data: ImageData, path: Path, *, iterations: int = CLASSIFIER_ITERATIONS, say: Say = print
 ) -> Classifier:
@@ -120,32 +111,28 @@ def load_or_train_classifier(
 
     It learns the labels of ``data``. Without labels it learns by which angle an image was rotated.
     """
-    images, labels = data.train, data.train_labels
-    held_out, held_out_labels = data.held_out, data.held_out_labels
-    if labels is None or held_out_labels is None:
-        images, labels = classifiers.rotation_task(images)
-        held_out, held_out_labels = classifiers.rotation_task(held_out)
-    classes = int(torch.cat([labels, held_out_labels]).max()) + 1
-    data_fingerprint = fingerprint(data)
+    is_labelled = data.train_labels is not None and data.held_out_labels is not None
+    train = classifiers.Task(data.train, data.train_labels if is_labelled else None, data.device)
+    held_out = classifiers.Task(data.held_out, data.held_out_labels if is_labelled else None, data.device)
+    classes = max(train.classes, held_out.classes)
 
     if path.exists():
         state = checkpoints.load(path, "feature extractor")
-        if state["data"] == data_fingerprint:
-            return restore_classifier(state["network"], data.train.device)
+        if state["data"] == data.fingerprint:
+            return restore_classifier(state["network"], data.device)
         say(f"the classifier in {path} was trained on other data, and is replaced")
     torch.manual_seed(0)
-    classifier = Classifier(data.channels, classes).to(data.train.device)
+    classifier = Classifier(data.channels, classes).to(data.device)
     classifiers.train_classifier(
         classifier,
-        images,
-        labels,
+        train,
         iterations=iterations,
         strength=0.5,
         seconds=CLASSIFIER_SECONDS,
         description="extractor",
     )
-    share = classifiers.accuracy(classifier, held_out, held_out_labels)
-    state = {"network": classifier.state_dict(), "data": data_fingerprint}
+    share = classifiers.accuracy(classifier, held_out)
+    state = {"network": classifier.state_dict(), "data": data.fingerprint}
     checkpoints.save(path, "feature extractor", state)
     say(f"classifier: {share:.1%} of the held-out images are classified correctly; saved in {path}")
     return freeze(classifier)

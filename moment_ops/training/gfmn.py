@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,10 @@ from torch.nn import functional
 
 import moment_ops as mo
 from moment_ops.losses.weights import Weight, weight_number
-from moment_ops.training import extractors
+from moment_ops.training import cache, extractors
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
+from moment_ops.training.evaluator import Quality
 from moment_ops.training.extractors import CLASSIFIER, Say
 from moment_ops.training.loop import run_method
 from moment_ops.training.networks import Generator
@@ -55,6 +57,11 @@ class Settings(MatchingSettings):
         " differ by orders of magnitude",
         choices=("auto", "equal", "variance"),
     )
+    micro_batches: int = option(
+        1,
+        "parts in which the features of a batch are computed, twice each: the same result with the memory of one part."
+        " The generator takes the whole batch, as its BatchNorm needs",
+    )
     extractor_iterations: int = option(
         extractors.CLASSIFIER_ITERATIONS, "training steps of the classifier, if its file does not exist"
     )
@@ -63,6 +70,10 @@ class Settings(MatchingSettings):
         super().__post_init__()
         if self.extractor_iterations < 1:
             raise ValueError(f"extractor_iterations: got {self.extractor_iterations}, expected at least 1")
+        if not 1 <= self.micro_batches <= self.batch_size:
+            raise ValueError(
+                f"micro_batches: got {self.micro_batches}, expected 1 to {self.batch_size}, the images of a batch"
+            )
         if self.covariance_pool < 0:
             raise ValueError(f"covariance_pool: got {self.covariance_pool}, expected a non-negative number")
         for name in ("mean_weight", "var_weight", "covariance_weight"):
@@ -97,6 +108,7 @@ class Matching(nn.Module):
             # With "mean", gradients would be as small as eps of the generator's optimizer.
             reduction="sum",
         )
+        self.micro_batches = settings.micro_batches
         self.covariance_loss = None
         if covariance_target is not None:
             self.pooled = PooledFeatures(extractor, settings)
@@ -105,10 +117,25 @@ class Matching(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.micro_batches == 1:
+            return self.loss(self.statistics(images))
+        own = images.detach().requires_grad_()
+        parts = own.split(max(1, math.ceil(len(own) / self.micro_batches)))
+        loss = mo.backward_in_parts(self.statistics, parts, self.loss)
+        # The value of the loss, with the gradient that is known already.
+        return loss + ((images - own.detach()) * own.grad).sum()
+
+    def statistics(self, images: Tensor) -> tuple[mo.Moments, list[Tensor]]:
+        """What is matched: the moments of the features, and the features whose covariances are matched."""
         if self.covariance_loss is None:
-            return self.moment_loss(self.extractor(images))
+            return self.extractor(images), []
         moments, features = self.extractor.moments_and_features(images)
-        return self.moment_loss(moments) + self.covariance_loss(self.pooled(features))
+        return moments, self.pooled(features)
+
+    def loss(self, statistics: tuple[mo.Moments, list[Tensor]]) -> Tensor:
+        moments, pooled = statistics
+        loss = self.moment_loss(moments)
+        return loss if self.covariance_loss is None else loss + self.covariance_loss(pooled)
 
 
 class PooledFeatures:
@@ -155,16 +182,30 @@ def layer_weights(target: mo.Moments, settings: Settings) -> tuple[Weight, Weigh
 
 
 def target_moments(data: ImageData, extractor: mo.MomentExtractor, *, batch_size: int = 250) -> mo.Moments:
-    """Moments of the extractor's features over all training images."""
+    """Moments of the extractor's features over all training images, which are kept in the cache."""
 
     def moments(images: Tensor) -> mo.Moments:
-        return extractor(scale(images))
+        return extractor(scale(images, data.device))
 
-    return mo.dataset_moments(moments, data.train.split(batch_size), progress=sys.stderr.isatty())
+    def compute() -> mo.Moments:
+        return mo.dataset_moments(moments, data.train.split(batch_size), progress=sys.stderr.isatty())
+
+    return cache.moments([*cache_key(data, extractor), str(batch_size)], compute)
+
+
+def cache_key(data: ImageData, extractor: mo.MomentExtractor) -> list[str]:
+    """What the moments of features depend on."""
+    assert extractor.names is not None
+    return [data.fingerprint, cache.fingerprint(extractor), *extractor.names, str(torch.get_default_dtype())]
 
 
 def target_covariances(
-    images: Tensor, extractor: mo.MomentExtractor, settings: Settings, *, batch_size: int = 250
+    images: Tensor,
+    extractor: mo.MomentExtractor,
+    settings: Settings,
+    *,
+    device: torch.device | None = None,
+    batch_size: int = 250,
 ) -> mo.Moments | None:
     """Covariances of the pooled features over uint8 images; None if they are not matched."""
     if not settings.covariance:
@@ -172,7 +213,7 @@ def target_covariances(
     pooled = PooledFeatures(extractor, settings)
 
     def features(images: Tensor) -> list[Tensor]:
-        return pooled.of_images(scale(images))
+        return pooled.of_images(scale(images, device))
 
     return mo.dataset_moments(features, images.split(batch_size), cov=True, progress=sys.stderr.isatty())
 
@@ -185,54 +226,58 @@ def new_trainer(
     covariance_target: mo.Moments | None = None,
 ) -> Trainer:
     torch.manual_seed(settings.seed)
-    device = data.train.device
-    generator = Generator(data.channels, settings.latent_size).to(device)
+    device = data.device
+    generator = Generator(data.channels, settings.latent_size, image_size=settings.size).to(device)
     return Trainer(generator, Matching(extractor, target, settings, covariance_target).to(device), settings)
 
 
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> Trainer:
     """The trainer of a checkpoint, which holds extractor and targets as well."""
-    extractor = extractors.untrained_extractor(settings.features, data.channels).to(data.train.device)
+    extractor = extractors.untrained_extractor(settings.features, data.channels, data.size).to(data.device)
     with torch.no_grad():
-        shapes = extractor(scale(data.train[:2]))
+        shapes = extractor(scale(data.train[:2], data.device))
     saved = state["trainer"]["matching"]
     target = replace(shapes, mean=saved["moment_loss.target_mean"], var=saved["moment_loss.target_var"])
     # The target of a few images has the right shapes; its values are in the state.
-    covariances = target_covariances(data.train[:2], extractor, settings)
+    covariances = target_covariances(data.train[:2], extractor, settings, device=data.device)
     trainer = new_trainer(data, extractor, target, settings, covariances)
     trainer.load_state_dict(state["trainer"])
     return trainer
 
 
 def train(
-    run: Path,
+    run: Path | str,
     given: dict[str, Any],
     *,
+    data: Any = None,
     resume: bool = False,
     extractor_files: Sequence[Path] | None = None,
     device: torch.device | str = "cpu",
     say: Say = print,
-) -> tuple[float, float]:
+) -> Quality | None:
     """Train in the folder ``run``. Arguments and results are those of ``run_method``.
 
     Args:
         extractor_files: the weights of the networks whose features are matched.
     """
+    folder = Path(run)
 
     def new(data: ImageData, settings: Settings) -> Trainer:
         extractor = extractors.make_extractor(
             data,
             settings.features,
             extractor_files,
-            run.parent,
+            folder.parent,
             iterations=settings.extractor_iterations,
             say=say,
         )
         target = target_moments(data, extractor)
-        target.save(run / TARGET)
-        covariances = target_covariances(data.train, extractor, settings)
+        target.save(folder / TARGET)
+        covariances = target_covariances(data.train, extractor, settings, device=data.device)
         if covariances is not None:
-            covariances.save(run / TARGET_COVARIANCES)
+            covariances.save(folder / TARGET_COVARIANCES)
         return new_trainer(data, extractor, target, settings, covariances)
 
-    return run_method(run, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer)
+    return run_method(
+        folder, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer, data=data
+    )

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from moment_ops.training import classifiers, data, evaluator
+from moment_ops.training import classifiers, data, evaluator_weights, judges
 from moment_ops.training.devices import choose_device
 from moment_ops.training.networks import EvaluationClassifier
 
@@ -17,16 +17,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     digits = data.mnist().to(choose_device())
-    assert digits.train_labels is not None
-    assert digits.held_out_labels is not None
+    train = classifiers.Task(digits.train, digits.train_labels)
+    held_out = classifiers.Task(digits.held_out, digits.held_out_labels, torch.device("cpu"))
     torch.manual_seed(0)
     classifier = EvaluationClassifier().to(digits.train.device)
-    classifiers.train_classifier(
-        classifier, digits.train, digits.train_labels, iterations=arguments.iterations, strength=1.0
-    )
-    evaluator.save_classifier(classifier)
-    share = classifiers.accuracy(evaluator.load_classifier(), digits.held_out.cpu(), digits.held_out_labels.cpu())
-    print(f"{evaluator.WEIGHTS}: {share:.1%} of the held-out digits are classified correctly")
+    classifiers.train_classifier(classifier, train, iterations=arguments.iterations, strength=1.0)
+    evaluator_weights.save(classifier)
+    share = classifiers.accuracy(judges.Digits().classifier, held_out)
+    print(f"{evaluator_weights.WEIGHTS}: {share:.1%} of the held-out digits are classified correctly")
 
 
 if __name__ == "__main__":

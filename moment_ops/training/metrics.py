@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from moment_ops.training import checkpoints
 from moment_ops.training.errors import TrainingError
@@ -15,7 +16,7 @@ class Metrics:
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         checkpoints.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-    def append(self, values: dict[str, float]) -> None:
+    def append(self, values: dict[str, Any]) -> None:
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
@@ -23,7 +24,7 @@ class Metrics:
             raise TrainingError(f"could not write {self.path}: {error.strerror}") from error
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file. After a crash the last one may be incomplete."""
     if not path.exists():
         return []

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 import moment_ops as mo
 from moment_ops.losses.weights import weight_number
 from moment_ops.moment_network import PENALTIES
+from moment_ops.training import processes
 from moment_ops.training.data import Batches, ImageData, scale
 from moment_ops.training.errors import TrainingError
+from moment_ops.training.evaluator import Quality
+from moment_ops.training.finite import adam, step_if_finite
 from moment_ops.training.loop import run_method
 from moment_ops.training.moment_networks import ConvMomentNetwork, SmallMomentNetwork
 from moment_ops.training.networks import Generator
@@ -25,7 +28,7 @@ from moment_ops.training.settings import (
     MatchingSettings,
     option,
 )
-from moment_ops.training.trainer import Trainer
+from moment_ops.training.trainer import RESEED, Trainer
 
 NETWORKS = {"small": SmallMomentNetwork, "conv": ConvMomentNetwork}
 RESCALING_IMAGES = 256
@@ -83,7 +86,7 @@ class Settings(MatchingSettings):
 
     def make_network(self, channels: int) -> mo.MomentNetwork:
         weights = {"hidden": self.hidden_weight, "gradient": self.gradient_weight, "input": self.input_weight}
-        return mo.MomentNetwork(NETWORKS[self.network](channels, width=self.width), weights=weights)
+        return mo.MomentNetwork(NETWORKS[self.network](channels, self.size, self.width), weights=weights)
 
 
 class Matching(nn.Module):
@@ -93,12 +96,13 @@ class Matching(nn.Module):
     generator's images from real ones, the target moments are computed again, and the running average restarts.
     """
 
-    def __init__(self, net: mo.MomentNetwork, generator: Generator, images: Tensor, settings: Settings) -> None:
+    def __init__(self, net: mo.MomentNetwork, generator: Generator, data: ImageData, settings: Settings) -> None:
         super().__init__()
         self.net, self.settings = net, settings
+        images, self.device = data.train, data.device
         # In a tuple, so that its weights do not become parameters of this module.
         self.generator, self.images = (generator,), images
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=settings.moment_lr, betas=settings.betas)
+        self.optimizer = adam(net.parameters(), settings.moment_lr, settings.betas)
         self.batches = Batches(len(images), settings.batch_size, settings.seed)
         self.chosen = Batches(len(images), min(settings.real_images, len(images)), settings.seed + 1)
         self.noise = torch.Generator().manual_seed(settings.seed + 1)
@@ -106,7 +110,7 @@ class Matching(nn.Module):
         self.steps, self.rounds = 0, 0
         self.parts: dict[str, Tensor] = {}
         # A target of a few images, which is replaced before the first round or by a loaded state.
-        target = net.moments(scale(images[:2]))
+        target = net.moments(scale(images[:2], self.device))
         self.moment_loss = mo.MomentLoss(
             target, settings.make_average(), mean_weight=net.mean_weight(target), reduction="sum"
         )
@@ -130,30 +134,36 @@ class Matching(nn.Module):
 
     def train_network(self) -> None:
         """One step of the moment network."""
-        settings, device = self.settings, self.images.device
+        settings, device = self.settings, self.device
         (generator,) = self.generator
         latent = torch.randn(settings.batch_size, settings.latent_size, generator=self.noise)
+        own = processes.own_rows(settings.batch_size)
         with torch.no_grad():
-            generated = generator(latent.to(device))
+            generated = generator(latent[own].to(device))
+        chosen = next(self.batches)[processes.own_rows(self.batches.batch_size)]
         parts = self.net.objective_parts(
-            scale(self.images[next(self.batches)]),
+            scale(self.images[chosen], device),
             generated,
             penalty=settings.penalty,
             penalty_weight=settings.penalty_weight,
             squared_norm=settings.squared_norm,
+            process_group=None,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad()
         with torch.autocast(device.type, enabled=False):
             parts.loss.backward()
-        self.optimizer.step()
+        processes.average_gradients(self.net.parameters())
+        step_if_finite(self.optimizer)
         self.parts = {name: value for name, value in parts._asdict().items() if name != "loss"}
 
     def data_moments(self) -> mo.Moments:
         """The moments of real images, which are drawn from the data."""
-        images = self.images[next(self.chosen)]
-        return mo.dataset_moments(self.net.moments, map(scale, images.split(DATA_BATCH_SIZE)))
+        chosen = next(self.chosen)
+        images = self.images[chosen[processes.own_rows(len(chosen))]]
+        batches = (scale(part, self.device) for part in images.split(DATA_BATCH_SIZE))
+        return processes.merged(mo.dataset_moments(self.net.moments, batches))
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
@@ -184,6 +194,13 @@ class MolmTrainer(Trainer):
         self.matching.lr = self.matching.settings.moment_lr * self.lr / self.settings.lr
         return super().advance()
 
+    def reseed(self) -> None:
+        super().reseed()
+        matching, seed = self.matching, self.settings.seed + RESEED * self.returns
+        for generator in (matching.noise, matching.batches.generator, matching.chosen.generator):
+            seed += 1
+            generator.manual_seed(seed)
+
     def metrics(self) -> dict[str, float]:
         """The number of rounds, and the objective of the moment network in its last step."""
         parts = {f"moment_{name}": value.item() for name, value in self.matching.parts.items()}
@@ -192,14 +209,14 @@ class MolmTrainer(Trainer):
 
 def new_trainer(data: ImageData, settings: Settings) -> MolmTrainer:
     torch.manual_seed(settings.seed)
-    device = data.train.device
-    generator = Generator(data.channels, settings.latent_size).to(device)
+    device = data.device
+    generator = Generator(data.channels, settings.latent_size, image_size=settings.size).to(device)
     net = settings.make_network(data.channels).to(device)
     try:
-        net.rescale(scale(data.train[:RESCALING_IMAGES]), settings.squared_norm)
+        net.rescale(scale(data.train[:RESCALING_IMAGES], device), settings.squared_norm)
     except ValueError as error:
         raise TrainingError(f"the moment network cannot be rescaled to this data: {error}") from error
-    return MolmTrainer(generator, Matching(net, generator, data.train, settings), settings)
+    return MolmTrainer(generator, Matching(net, generator, data, settings), settings)
 
 
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> MolmTrainer:
@@ -210,14 +227,23 @@ def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) 
 
 
 def train(
-    run: Path,
+    run: Path | str,
     given: dict[str, Any],
     *,
+    data: Any = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
-) -> tuple[float, float]:
+) -> Quality | None:
     """Train in the folder ``run``. Arguments and results are those of ``run_method``."""
     return run_method(
-        run, Settings, given, resume=resume, device=device, say=say, new=new_trainer, resumed=resumed_trainer
+        Path(run),
+        Settings,
+        given,
+        resume=resume,
+        device=device,
+        say=say,
+        new=new_trainer,
+        resumed=resumed_trainer,
+        data=data,
     )

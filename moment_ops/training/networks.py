@@ -1,32 +1,36 @@
-"""The generator and the two classifiers, all for images of 32 x 32 in [-1, 1]."""
+"""The generator and the two classifiers, for images in [-1, 1]."""
 
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class Generator(nn.Module):
-    """A generator like DCGAN's: latent vectors ``(N, latent_size)`` -> images ``(N, channels, 32, 32)`` in [-1, 1]."""
+    """A generator like DCGAN's: latent vectors ``(N, latent_size)`` -> images ``(N, channels, S, S)`` in [-1, 1].
 
-    def __init__(self, channels: int = 1, latent_size: int = 64, width: int = 32) -> None:
+    Args:
+        width: channels of the last feature map. Every map before has twice as many, at half the size, from 4 x 4 on.
+        image_size: S, a power of two from 8 on.
+    """
+
+    def __init__(self, channels: int = 1, latent_size: int = 64, width: int = 32, image_size: int = 32) -> None:
         super().__init__()
+        doublings = image_size.bit_length() - 4
+        if image_size < 8 or image_size != 8 << doublings:
+            raise ValueError(f"image_size: got {image_size}, expected a power of two from 8 on")
         self.channels, self.latent_size = channels, latent_size
-        self.project = nn.Linear(latent_size, 4 * width * 4 * 4, bias=False)
-        self.layers = nn.Sequential(
-            nn.Unflatten(1, (4 * width, 4, 4)),
-            nn.BatchNorm2d(4 * width),
-            nn.ReLU(),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
-            nn.Tanh(),
-        )
+        inputs = width << doublings
+        self.project = nn.Linear(latent_size, inputs * 4 * 4, bias=False)
+        layers: list[nn.Module] = [nn.Unflatten(1, (inputs, 4, 4)), nn.BatchNorm2d(inputs), nn.ReLU()]
+        for _ in range(doublings):
+            layers.append(nn.ConvTranspose2d(inputs, inputs // 2, 4, stride=2, padding=1, bias=False))
+            inputs //= 2
+            layers += [nn.BatchNorm2d(inputs), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, latent: Tensor) -> Tensor:
         return self.layers(self.project(latent))
@@ -92,8 +96,9 @@ class EvaluationClassifier(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images ``(N, C, 32, 32)``, of which the channels are averaged -> ``(N, 64)``."""
-        return self.layers(images.mean(1, keepdim=True))
+        """Images ``(N, C, S, S)``, of which the channels are averaged, and pixels to 32 x 32 -> ``(N, 64)``."""
+        grey = images.mean(1, keepdim=True)
+        return self.layers(grey if grey.shape[2] == 32 else functional.adaptive_avg_pool2d(grey, 32))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, classes)``."""

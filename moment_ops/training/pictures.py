@@ -49,20 +49,24 @@ def save_progress(path: Path, snapshots: dict[int, Tensor]) -> None:
     save_figure(path, figure)
 
 
-def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
+def save_curves(path: Path, metrics: list[dict[str, Any]]) -> None:
     """Write the curves of the loss, of the Frechet distance and, if there is one, of the moment network."""
     evaluations = [line for line in metrics if "frechet_distance" in line]
     network = [line for line in metrics if "moment_accuracy" in line]
     figure, axes = new_figure(1, 3 if network else 2, size=(15 if network else 10, 3.8))
     left, right, *more = axes
-    steps, losses = (np.array([line[name] for line in metrics]) for name in ("step", "loss"))
+    # Lines of skipped steps have no loss.
+    logged = [line for line in metrics if "loss" in line]
+    steps, losses = (np.array([line[name] for line in logged]) for name in ("step", "loss"))
     left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="one batch")
     left.plot(steps, running_median(losses), color="tab:blue", label="running median")
     # The loss of an ADAM moving average can be negative, so that the scale is linear near zero.
-    left.set_yscale("symlog", linthresh=max(float(np.quantile(np.abs(losses), 0.1)), 1e-12))
+    smallest = float(np.quantile(np.abs(losses), 0.1)) if logged else 1.0
+    left.set_yscale("symlog", linthresh=max(smallest, 1e-12))
     left.set(xlabel="step", ylabel="matching loss", title="Matching loss (not a measure of quality)")
     left.legend()
 
+    judge = evaluations[-1].get("judge", "") if evaluations else ""
     distances = [line["frechet_distance"] for line in evaluations]
     right.plot([line["step"] for line in evaluations], distances, "o-", color="tab:blue", label="samples")
     if evaluations:
@@ -82,7 +86,7 @@ def save_curves(path: Path, metrics: list[dict[str, float]]) -> None:
     right.set(
         xlabel="step",
         ylabel="Frechet distance to the training images",
-        title="Sample quality (lower is better)",
+        title=f"Sample quality (lower is better)\n{judge}" if judge else "Sample quality (lower is better)",
     )
     right.legend()
     for axis in more:

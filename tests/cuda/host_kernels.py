@@ -58,7 +58,9 @@ def moments_backward(module, input, mean, count, grad_mean, grad_var, grad=(), c
     return out
 
 
-def match_(module, input, mean, var, targets, scales, weights, reduction, average, options, state, update, order=0):
+def match_(
+    module, input, mean, var, targets, scales, weights, reduction, average_kind, options, state, update, order=0
+):
     """(loss, batch mean, grad_mean, grad_var); `state` advances in place."""
     batch_mean, grad_mean, grad_var = (torch.full_like(targets[0], float("nan")) for _ in range(3))
     loss = torch.full((1,), float("nan"), dtype=grad_mean.dtype)
@@ -72,7 +74,7 @@ def match_(module, input, mean, var, targets, scales, weights, reduction, averag
         *scales,
         *map(_array, weights),
         reduction,
-        AVERAGES[average.partition(",")[0]],
+        AVERAGES[average_kind.partition(",")[0]],
         list(options),
         list(map(_array, state)),
         update,

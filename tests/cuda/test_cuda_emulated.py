@@ -95,9 +95,9 @@ def test_a_mean_comes_out_beside_the_largest_numbers(any_arithmetic, rows):
     numerics.test_a_mean_comes_out_beside_the_largest_numbers(any_arithmetic, torch.float32, rows)
 
 
-@pytest.mark.parametrize("average", ["none", "moving"])
-def test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(any_arithmetic, average):
-    numerics.test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(any_arithmetic, average)
+@pytest.mark.parametrize("average_kind", ["none", "moving"])
+def test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(any_arithmetic, average_kind):
+    numerics.test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(any_arithmetic, average_kind)
 
 
 @pytest.mark.parametrize("columns", [1, 64])
@@ -115,15 +115,15 @@ def test_moments_backward(emulated, shapes, dtype, given):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("average", ["none", "moving", "moving, corrected", "adam"])
+@pytest.mark.parametrize("average_kind", ["none", "moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize("source", ["features", "moments", "means alone", "weighted"])
-def test_match(emulated, dtype, average, source):
-    on_host.test_match(emulated, [(70, 12), (70, 37)], dtype, average, source)
+def test_match(emulated, dtype, average_kind, source):
+    on_host.test_match(emulated, [(70, 12), (70, 37)], dtype, average_kind, source)
 
 
-@pytest.mark.parametrize("average", ["none", "moving", "moving, corrected", "adam"])
-def test_match_over_chunks(any_arithmetic, average):
-    on_host.test_match(any_arithmetic, MIXED, torch.float32, average, "features")
+@pytest.mark.parametrize("average_kind", ["none", "moving", "moving, corrected", "adam"])
+def test_match_over_chunks(any_arithmetic, average_kind):
+    on_host.test_match(any_arithmetic, MIXED, torch.float32, average_kind, "features")
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2, 2), (70, 16), (600, 4, 3, 2)], ids=str)

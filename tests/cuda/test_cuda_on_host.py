@@ -130,31 +130,31 @@ def test_a_variance_without_use_sends_no_gradient_from_a_single_row(module):
     assert torch.equal(out[0], torch.ones(1, 10))
 
 
-def options_of(average, columns):
+def options_of(average_kind, columns):
     return {
         "none": [],
         "moving": [0.8, 0.0],
         "moving, corrected": [0.8, 1.0],
         "adam": [1e-2, 0.5, 0.999, 1e-8, 2 / columns],
-    }[average]
+    }[average_kind]
 
 
-def new_state(average, columns, dtype, has_var):
-    kind = average.partition(",")[0]
+def new_state(average_kind, columns, dtype, has_var):
+    kind = average_kind.partition(",")[0]
     per_quantity = {"none": 0, "moving": 1, "adam": 3}[kind]
     state = [torch.zeros(columns, dtype=dtype) for _ in range(per_quantity * (2 if has_var else 1))]
     if kind == "moving":
         state.append(torch.zeros(columns, dtype=torch.bool))
-    if average != "none":
+    if average_kind != "none":
         state.append(torch.zeros(1, dtype=torch.int64))
     return state
 
 
 @pytest.mark.parametrize("shapes", [SHAPES["mixed"], SHAPES["several chunks"], SHAPES["many layers"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("average", ["none", "moving", "moving, corrected", "adam"])
+@pytest.mark.parametrize("average_kind", ["none", "moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize("source", ["features", "moments", "means alone", "weighted"])
-def test_match(module, shapes, dtype, average, source):
+def test_match(module, shapes, dtype, average_kind, source):
     """Three steps, the second without an update, against the reference in float64."""
     wide = statistics_dtype(dtype)
     columns = sum(torch.Size(s[1:]).numel() for s in shapes)
@@ -162,20 +162,20 @@ def test_match(module, shapes, dtype, average, source):
     targets = (torch.randn(columns, dtype=wide) + 3, torch.rand(columns, dtype=wide) if has_var else None)
     weights = (torch.rand(columns, dtype=wide), None) if source == "weighted" else (None, None)
     scales = (1.0, 0.5)
-    state = new_state(average, columns, wide, has_var)
+    state = new_state(average_kind, columns, wide, has_var)
     exact_state = [s.to(torch.float64, copy=True) if s.is_floating_point() else s.clone() for s in state]
     for step, update in enumerate((True, False, True)):
         input = features(shapes, dtype)
         if step == 0:
             input[0][0].flatten()[0] = float("nan")
         mean, var = reference.moments([x.double() for x in input], 0, 1, True)
-        arguments = (scales, weights, 0.25, average, options_of(average, columns))
+        arguments = (scales, weights, 0.25, average_kind, options_of(average_kind, columns))
         given = ([], mean.to(wide), var.to(wide)) if source == "moments" else (input, None, None)
         loss, batch_mean, grad_mean, grad_var = host_kernels.match_(
             module, *given, targets, *arguments, state, update, order=step
         )
         target_mean, target_var, *exact_weights = (None if v is None else v.double() for v in (*targets, *weights))
-        averaging = average.partition(",")[0], options_of(average, columns), exact_state, update
+        averaging = average_kind.partition(",")[0], options_of(average_kind, columns), exact_state, update
         match = Match(target_mean, target_var, *scales, *exact_weights, 0.25, *averaging)
         exact_loss, exact_grad_mean, exact_grad_var = reference.match_(mean, var if has_var else None, match)
         tolerance = 2e-5 if wide == torch.float32 else 1e-12

@@ -119,16 +119,24 @@ def test_a_mean_comes_out_beside_the_largest_numbers(module, dtype, rows):
     assert var.tolist() == [float("inf")]
 
 
-@pytest.mark.parametrize("average", ["none", "moving"])
-def test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(module, average):
+@pytest.mark.parametrize("average_kind", ["none", "moving"])
+def test_a_matched_variance_that_fits_comes_out_where_its_sum_does_not_fit(module, average_kind):
     """The gradient of a loss without an average, or the average itself."""
     x = torch.randn(64, 20) * 5e18
     target = torch.zeros(20), torch.zeros(20)
-    state = on_host.new_state(average, 20, torch.float32, True)
-    arguments = ((1.0, 1.0), (None, None), 1e-3, average, on_host.options_of(average, 20), state, average != "none")
+    state = on_host.new_state(average_kind, 20, torch.float32, True)
+    arguments = (
+        (1.0, 1.0),
+        (None, None),
+        1e-3,
+        average_kind,
+        on_host.options_of(average_kind, 20),
+        state,
+        average_kind != "none",
+    )
     _, _, _, grad_var = host_kernels.match_(module, [x], None, None, target, *arguments)
     exact = x.double().var(0)
-    if average == "none":
+    if average_kind == "none":
         assert var_error(grad_var, 2e-3 * exact) <= var_bound(torch.float32)
     else:
         assert var_error(state[1], exact) <= var_bound(torch.float32)

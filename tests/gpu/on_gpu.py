@@ -29,19 +29,19 @@ def moved(x: Tensor) -> Tensor:
 def network_features(rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
     """Features of a network, half of them channels-last, made on the GPU."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    layers = [torch.randn((rows, *shape), generator=generator, device="cuda").to(dtype) for shape in NETWORK]
-    return [x.to(memory_format=torch.channels_last) if x.dim() == 4 and i % 2 else x for i, x in enumerate(layers)]
+    features = [torch.randn((rows, *shape), generator=generator, device="cuda").to(dtype) for shape in NETWORK]
+    return [x.to(memory_format=torch.channels_last) if x.dim() == 4 and i % 2 else x for i, x in enumerate(features)]
 
 
-def network_loss(average: str) -> mo.MomentLoss:
-    return mo.MomentLoss(make_target(NETWORK), AVERAGES[average]).cuda()
+def network_loss(average_kind: str) -> mo.MomentLoss:
+    return mo.MomentLoss(make_target(NETWORK), AVERAGES[average_kind]).cuda()
 
 
-def step(loss: mo.MomentLoss, layers: Sequence[Tensor]) -> list[Tensor]:
+def step(loss: mo.MomentLoss, features: Sequence[Tensor]) -> list[Tensor]:
     """Loss and gradients of one training step."""
-    layers = [x.detach().requires_grad_() for x in layers]
-    value = loss(layers)
-    return [value.detach(), *torch.autograd.grad(value, layers)]
+    features = [x.detach().requires_grad_() for x in features]
+    value = loss(features)
+    return [value.detach(), *torch.autograd.grad(value, features)]
 
 
 def state_of(loss: mo.MomentLoss) -> list[Tensor]:

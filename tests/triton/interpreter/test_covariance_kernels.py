@@ -69,11 +69,11 @@ def architecture(request, plan):
     return request.param
 
 
-def triangle_groups(layers, precision):
+def triangle_groups(features, precision):
     """The plan of the interpreter's launches."""
-    mode = _architectures.product_mode(precision, layers[0].dtype, True, 0)
-    tile = _tiles.forward_tile(mode, 0, len(layers[0]), [x.shape[1] for x in layers])
-    return _covariance_plan.triangle_groups(layers, tile, 0)
+    mode = _architectures.product_mode(precision, features[0].dtype, True, 0)
+    tile = _tiles.forward_tile(mode, 0, len(features[0]), [x.shape[1] for x in features])
+    return _covariance_plan.triangle_groups(features, tile, 0)
 
 
 @triton.jit
@@ -217,35 +217,35 @@ def symmetric_matrices(widths, seed, dtype=torch.float64):
     return [(m + m.mT).to(dtype) for m in matrices]
 
 
-def new_state(average, widths, dtype):
-    if average == "none":
+def new_state(average_kind, widths, dtype):
+    if average_kind == "none":
         return []
 
     def packed(seed, function=lambda m: m):
         return torch.cat([triangle.pack(function(m)) for m in symmetric_matrices(widths, seed)]).to(dtype)
 
     step = torch.tensor(3)
-    if average.startswith("moving"):
+    if average_kind.startswith("moving"):
         return [packed(5), packed(6) > 0, step]
     return [packed(5), packed(6), packed(7, torch.Tensor.abs), step]
 
 
-def match(layers, average, dtype, update=True, keep=True, precision="ieee", full=(0,)):
+def match(features, average_kind, dtype, update=True, keep=True, precision="ieee", full=(0,)):
     """(loss, mean, grad, state) of `covariance_match_`, with the target of some layers full, of others packed."""
-    widths = [x.shape[1] for x in layers]
+    widths = [x.shape[1] for x in features]
     targets = symmetric_matrices(widths, 4, dtype)
     targets = [t if i in full else triangle.pack(t) for i, t in enumerate(targets)]
-    state = new_state(average, widths, dtype)
-    weights = [0.5 + i for i in range(len(layers))]
-    kind, options = average.partition(",")[0], AVERAGES[average]
-    results = OPS.covariance_match_(layers, 1, targets, weights, kind, options, state, update, keep, precision)
+    state = new_state(average_kind, widths, dtype)
+    weights = [0.5 + i for i in range(len(features))]
+    kind, options = average_kind.partition(",")[0], AVERAGES[average_kind]
+    results = OPS.covariance_match_(features, 1, targets, weights, kind, options, state, update, keep, precision)
     return [*results, *state]
 
 
-def expected_match(layers, average, **options):
+def expected_match(features, average_kind, **options):
     """In float64, by plain PyTorch."""
     with mo.backend("reference"):
-        return match([x.double() for x in layers], average, torch.float64, **options)
+        return match([x.double() for x in features], average_kind, torch.float64, **options)
 
 
 def assert_matched(got, expected):
@@ -256,55 +256,57 @@ def assert_matched(got, expected):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average_kind", AVERAGES)
 @pytest.mark.parametrize(("update", "keep"), [(True, True), (False, True), (True, False)])
-def test_loss_derivative_and_state_of_several_layers(average, update, keep):
-    layers = layers_of(20, (130, 7))
-    got = match(layers, average, torch.float32, update, keep)
-    assert_matched(got, expected_match(layers, average, update=update, keep=keep))
+def test_loss_derivative_and_state_of_several_layers(average_kind, update, keep):
+    features = layers_of(20, (130, 7))
+    got = match(features, average_kind, torch.float32, update, keep)
+    assert_matched(got, expected_match(features, average_kind, update=update, keep=keep))
 
 
-@pytest.mark.parametrize("average", ["none", "adam"])
+@pytest.mark.parametrize("average_kind", ["none", "adam"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_features_are_matched_in_float32(average, dtype):
-    layers = layers_of(40, (130, 8), dtype)
-    assert_matched(match(layers, average, torch.float32), expected_match(layers, average))
+def test_16_bit_features_are_matched_in_float32(average_kind, dtype):
+    features = layers_of(40, (130, 8), dtype)
+    assert_matched(match(features, average_kind, torch.float32), expected_match(features, average_kind))
 
 
-@pytest.mark.parametrize("average", ["none", "adam"])
-def test_chunks_of_rows_are_matched_once(average):
-    layers = layers_of(300, (40, 70))
-    assert_matched(match(layers, average, torch.float32, full=(1,)), expected_match(layers, average, full=(1,)))
+@pytest.mark.parametrize("average_kind", ["none", "adam"])
+def test_chunks_of_rows_are_matched_once(average_kind):
+    features = layers_of(300, (40, 70))
+    assert_matched(
+        match(features, average_kind, torch.float32, full=(1,)), expected_match(features, average_kind, full=(1,))
+    )
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_loss_over_several_launches_is_one_loss(plan, average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_loss_over_several_launches_is_one_loss(plan, average_kind):
     plan(most_layers=lambda architecture: 2)
-    layers = layers_of(9, [8, 16, 24, 3])
-    groups = triangle_groups(layers, "ieee")
+    features = layers_of(9, [8, 16, 24, 3])
+    groups = triangle_groups(features, "ieee")
     assert len(groups) == 3
-    assert_matched(match(layers, average, torch.float32), expected_match(layers, average))
+    assert_matched(match(features, average_kind, torch.float32), expected_match(features, average_kind))
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_tiles_of_every_architecture_are_matched(architecture, average):
-    layers = layers_of(20, (150,), torch.bfloat16)
-    assert_matched(match(layers, average, torch.float32), expected_match(layers, average))
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_tiles_of_every_architecture_are_matched(architecture, average_kind):
+    features = layers_of(20, (150,), torch.bfloat16)
+    assert_matched(match(features, average_kind, torch.float32), expected_match(features, average_kind))
 
 
-@pytest.mark.parametrize("average", ["moving", "adam"])
-def test_an_entry_that_is_not_finite_leaves_its_state_untouched(average):
-    layers = layers_of(20, (150,))
-    layers[0][3, 140] = float("nan")
-    before = new_state(average, [150], torch.float32)
-    got = match(layers, average, torch.float32)
+@pytest.mark.parametrize("average_kind", ["moving", "adam"])
+def test_an_entry_that_is_not_finite_leaves_its_state_untouched(average_kind):
+    features = layers_of(20, (150,))
+    features[0][3, 140] = float("nan")
+    before = new_state(average_kind, [150], torch.float32)
+    got = match(features, average_kind, torch.float32)
     assert got[0].isnan()
     spoiled = torch.zeros(150, 150)
     spoiled[140] = spoiled[:, 140] = 1
     spoiled = triangle.pack(spoiled) != 0
     for new, old in zip(got[3:-1], before[:-1], strict=True):
         assert torch.equal(new[spoiled], old[spoiled])
-        assert average == "moving" or not torch.equal(new[~spoiled], old[~spoiled])
+        assert average_kind == "moving" or not torch.equal(new[~spoiled], old[~spoiled])
 
 
 @pytest.mark.parametrize("few", [0, 10**6])
@@ -312,15 +314,15 @@ def test_an_entry_that_is_not_finite_leaves_its_state_untouched(average):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backward_of_packed_matrices(plan, dtype, rows, few):
     plan(processors=lambda architecture: few)
-    layers = layers_of(rows, (150, 5), dtype)
+    features = layers_of(rows, (150, 5), dtype)
     matrices = symmetric_matrices((150, 5), 8, torch.float32)
     grad = torch.cat([triangle.pack(m) for m in matrices])
-    mean = torch.cat([x.double().mean(0) for x in layers]).float()
+    mean = torch.cat([x.double().mean(0) for x in features]).float()
     grad_mean = torch.randn(155)
     got = covariance_match_backward(
-        layers, mean, grad, grad_mean, scale=torch.tensor(-1.5), correction=1, precision="ieee"
+        features, mean, grad, grad_mean, scale=torch.tensor(-1.5), correction=1, precision="ieee"
     )
-    for dx, x, m, g, c in zip(got, layers, mean.split([150, 5]), grad_mean.split([150, 5]), matrices, strict=True):
+    for dx, x, m, g, c in zip(got, features, mean.split([150, 5]), grad_mean.split([150, 5]), matrices, strict=True):
         assert dx.dtype == dtype
         expected = g.double() / rows - 3 / (rows - 1) * (x.double() - m.double()) @ c.double()
         assert_close(dx, expected, rows=150)
@@ -367,8 +369,8 @@ def test_the_loss_and_its_gradients_through_the_public_surface():
 
 
 def test_a_second_run_gives_the_same_bits():
-    layers = layers_of(300, (40, 8))
-    assert_same_bits(match(layers, "adam", torch.float32), match(layers, "adam", torch.float32))
+    features = layers_of(300, (40, 8))
+    assert_same_bits(match(features, "adam", torch.float32), match(features, "adam", torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -377,18 +379,18 @@ def test_operators_keep_the_contract_of_torch(dtype, shape):
     test_covariance.test_operators_keep_the_contract_of_torch(dtype, shape, True)
 
 
-@pytest.mark.parametrize("average", ["none", "adam"])
-def test_the_matching_operator_keeps_the_contract_of_torch(average):
-    test_covariance.test_the_matching_operator_keeps_the_contract_of_torch(average, True, average == "adam")
+@pytest.mark.parametrize("average_kind", ["none", "adam"])
+def test_the_matching_operator_keeps_the_contract_of_torch(average_kind):
+    test_covariance.test_the_matching_operator_keeps_the_contract_of_torch(average_kind, True, average_kind == "adam")
 
 
 def test_a_list_of_layers_is_two_launches_forward_and_one_backward(monkeypatch):
     launches = []
     run = _launch.start
     monkeypatch.setattr(_launch, "start", lambda calls, device: launches.append(len(calls)) or run(calls, device))
-    layers = layers_of(9, (16, 8, 24))
-    _, mean, grad, *_ = match(layers, "none", torch.float32)
-    covariance_match_backward(layers, mean, grad, None, scale=None, correction=1, precision="ieee")
+    features = layers_of(9, (16, 8, 24))
+    _, mean, grad, *_ = match(features, "none", torch.float32)
+    covariance_match_backward(features, mean, grad, None, scale=None, correction=1, precision="ieee")
     assert launches == [2, 1]
 
 

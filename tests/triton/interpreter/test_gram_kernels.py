@@ -35,7 +35,7 @@ def plan(monkeypatch):
 
 def make_groups(counts, widths, dtype=F32):
     groups = [make_features(n, [(w,) for w in widths], dtype, seed) for seed, n in enumerate(counts)]
-    return groups, [[x[0].float() for x in layers] for layers in groups]
+    return groups, [[x[0].float() for x in features] for features in groups]
 
 
 def assert_products(actual, groups, shift):
@@ -46,15 +46,15 @@ def assert_products(actual, groups, shift):
 
 def assert_gradients(groups, shift):
     """The backward of all rows, for a random gradient that is not symmetric."""
-    layers, total = len(groups[0]), sum(len(x[0]) for x in groups)
-    grad = torch.randn(layers, total, total, dtype=torch.float64)
+    features, total = len(groups[0]), sum(len(x[0]) for x in groups)
+    grad = torch.randn(features, total, total, dtype=torch.float64)
     rows = flat(groups)
     got = OPS.gram_backward(grad, rows, flat(shift), [True] * len(rows))
-    for i in range(layers):
+    for i in range(features):
         z = torch.cat([g[i].double() - s[i].double() for g, s in zip(groups, shift, strict=True)])
         expected = (grad[i] + grad[i].mT) @ z
         for x, dx, part in zip(
-            rows[i::layers], got[i::layers], expected.split([len(g[i]) for g in groups]), strict=True
+            rows[i::features], got[i::features], expected.split([len(g[i]) for g in groups]), strict=True
         ):
             assert dx.dtype == x.dtype
             assert_close(dx, part, rows=total)
@@ -133,8 +133,8 @@ def test_groups_that_are_too_many_or_differ_in_dtype_are_joined(dtypes):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout):
     groups, shift = make_groups((5, 3), (72,))
-    groups = [[LAYOUTS[layout](x) for x in layers] for layers in groups]
-    dense = [[x.contiguous() for x in layers] for layers in groups]
+    groups = [[LAYOUTS[layout](x) for x in features] for features in groups]
+    dense = [[x.contiguous() for x in features] for features in groups]
     assert_same_bits(gram(groups, shift), gram(dense, shift))
     grad = torch.randn(1, 8, 8, dtype=torch.float64)
     expected = OPS.gram_backward(grad, flat(dense), flat(shift), [True] * 2)
@@ -207,6 +207,6 @@ def test_operators_keep_the_contract_of_torch():
 
 def test_float64_runs_elsewhere():
     groups, shift = make_groups((3, 2), (4,))
-    groups = [[x.double() for x in layers] for layers in groups]
+    groups = [[x.double() for x in features] for features in groups]
     with mo.backend("triton"), pytest.raises(RuntimeError, match="float64"):
         gram(groups, shift)

@@ -50,18 +50,18 @@ def bound(dtype, exact):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 17, 33, 64, 129, 300])
 def test_narrow_tiles_and_their_tails(rows, dtype):
-    layers = make_features(rows, ((5,), (70,), (3, 4, 4), (1,)), dtype)
-    m = mo.moments(layers, correction=0)
-    assert_moments(m, layers, correction=0)
+    features = make_features(rows, ((5,), (70,), (3, 4, 4), (1,)), dtype)
+    m = mo.moments(features, correction=0)
+    assert_moments(m, features, correction=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 4, 17, 65])
 def test_wide_tiles_and_their_tails(wide, rows, dtype):
-    layers = make_features(rows, ((1024,), (513,), (520,)), dtype)
-    assert all(group.tile.columns >= 256 for group in _column_plan.groups("reduce", layers))
-    m = mo.moments(layers, correction=0)
-    assert_moments(m, layers, correction=0)
+    features = make_features(rows, ((1024,), (513,), (520,)), dtype)
+    assert all(group.tile.columns >= 256 for group in _column_plan.groups("reduce", features))
+    m = mo.moments(features, correction=0)
+    assert_moments(m, features, correction=0)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 127, 128, 129, 145])
@@ -69,38 +69,38 @@ def test_rows_that_do_not_go_evenly_into_groups(rows, monkeypatch):
     """Sixteen groups of threads, some of which have a row less than others, or none."""
     monkeypatch.setattr(_column_plan, "_tile", lambda *_: StripTile(128, 32, 4))
     _column_plan._groups.cache_clear()
-    layers = make_features(rows, ((40,), (3,)))
-    m = mo.moments(layers, correction=0)
+    features = make_features(rows, ((40,), (3,)))
+    m = mo.moments(features, correction=0)
     _column_plan._groups.cache_clear()
-    assert_moments(m, layers, correction=0)
+    assert_moments(m, features, correction=0)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(600, 40), (1100, 3)])
 def test_chunks_of_rows_are_folded_without_a_seam(rows, columns):
-    layers = make_features(rows, ((columns,), (2,)))
-    assert all(group.chunks > 1 for group in _column_plan.groups("reduce", layers))
-    assert_moments(mo.moments(layers), layers)
+    features = make_features(rows, ((columns,), (2,)))
+    assert all(group.chunks > 1 for group in _column_plan.groups("reduce", features))
+    assert_moments(mo.moments(features), features)
 
 
 def test_more_chunks_than_are_folded_at_a_time(monkeypatch):
     monkeypatch.setattr(_column_plan, "_FOLD_ELEMENTS", 1)
-    layers = make_features(4500, ((40,),))
-    (group,) = _column_plan.groups("reduce", layers)
+    features = make_features(4500, ((40,),))
+    (group,) = _column_plan.groups("reduce", features)
     assert group.chunks > 2 * group.fold_chunks
-    assert_moments(mo.moments(layers), layers)
+    assert_moments(mo.moments(features), features)
 
 
 def test_a_thread_merges_no_more_rows_than_float32_bears(monkeypatch):
     monkeypatch.setattr(_column_plan, "_MERGED_ROWS", 16)
     monkeypatch.setattr(_column_plan, "IN_FLIGHT", 0)
     _column_plan._groups.cache_clear()
-    layers = make_features(1100, ((5,), (2, 2)))
-    (group,) = _column_plan.groups("reduce", layers)
+    features = make_features(1100, ((5,), (2, 2)))
+    (group,) = _column_plan.groups("reduce", features)
     assert group.chunk_rows == 16 * 16
     assert group.chunks == 5
-    m = mo.moments(layers)
+    m = mo.moments(features)
     _column_plan._groups.cache_clear()
-    assert_moments(m, layers)
+    assert_moments(m, features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -114,10 +114,10 @@ def test_the_ladder_of_means_stays_within_the_bounds(rows, dtype):
         assert var_error(m.var, var) <= var_bound(dtype, ratio)
 
 
-@pytest.mark.parametrize("layers", [MAX_LAYERS, MAX_LAYERS + 3])
-def test_more_layers_than_a_launch_takes(layers):
-    features = make_features(5, [(8 + 8 * (i % 3),) for i in range(layers)])
-    assert len(_column_plan.groups("reduce", features)) == -(-layers // MAX_LAYERS)
+@pytest.mark.parametrize("num_layers", [MAX_LAYERS, MAX_LAYERS + 3])
+def test_more_layers_than_a_launch_takes(num_layers):
+    features = make_features(5, [(8 + 8 * (i % 3),) for i in range(num_layers)])
+    assert len(_column_plan.groups("reduce", features)) == -(-num_layers // MAX_LAYERS)
     m = mo.moments(features)
     assert_moments(m, features)
     grad_mean, grad_var = torch.randn_like(m.mean), torch.randn_like(m.mean)
@@ -126,10 +126,10 @@ def test_more_layers_than_a_launch_takes(layers):
         assert_close(dx, exact)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_loss_over_several_launches_is_one_loss(average):
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_a_loss_over_several_launches_is_one_loss(average_kind):
     """Aligned layers and others are launched apart; the last program of the last launch adds the loss up."""
-    case = Case(average, shapes=[(8,)] * (MAX_LAYERS + 1) + [(3, 3)], weighted=True)
+    case = Case(average_kind, shapes=[(8,)] * (MAX_LAYERS + 1) + [(3, 3)], weighted=True)
     assert len(_column_plan.groups("reduce", case.features)) == 3
     expected, grads, state = case.expected()
     loss, mean, grad_mean, grad_var = case.from_features()
@@ -140,12 +140,12 @@ def test_a_loss_over_several_launches_is_one_loss(average):
     assert_state(case, state)
 
 
-@pytest.mark.parametrize("average", ["moving", "moving, corrected", "adam"])
+@pytest.mark.parametrize("average_kind", ["moving", "moving, corrected", "adam"])
 @pytest.mark.parametrize(("rows", "shapes"), [(11, ((515,), (256,))), (530, ((35,), (3,)))])
-def test_wide_and_chunked_features_are_matched(average, rows, shapes, request):
+def test_wide_and_chunked_features_are_matched(average_kind, rows, shapes, request):
     if rows < 512:
         request.getfixturevalue("wide")
-    case = Case(average, shapes=shapes, weighted=True)
+    case = Case(average_kind, shapes=shapes, weighted=True)
     case.features = make_features(rows, shapes, torch.float64)
     case.mean, case.var, _ = moments(case.features)
     expected, grads, state = case.expected()
@@ -181,9 +181,9 @@ def test_biases_are_corrected_to_the_last_digits_at_any_step(beta):
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 999, 10**6])
-@pytest.mark.parametrize("average", ["moving, corrected", "adam"])
-def test_the_bias_is_corrected_at_any_step(average, step):
-    case = Case(average)
+@pytest.mark.parametrize("average_kind", ["moving, corrected", "adam"])
+def test_the_bias_is_corrected_at_any_step(average_kind, step):
+    case = Case(average_kind)
     case.state[-1].fill_(step)
     expected, _, state = case.expected()
     loss, *_ = case.from_moments()
@@ -197,14 +197,14 @@ def test_the_bias_is_corrected_at_any_step(average, step):
 @pytest.mark.parametrize("parts", ["mean", "var", "both"])
 @pytest.mark.parametrize("added", [False, True])
 def test_backward_in_every_dtype(dtype, parts, added):
-    layers = make_features(35, ((70,), (3, 2, 2)), dtype)
-    layers[1] = layers[1].to(memory_format=torch.channels_last)
-    mean, _, count = moments(layers)
+    features = make_features(35, ((70,), (3, 2, 2)), dtype)
+    features[1] = features[1].to(memory_format=torch.channels_last)
+    mean, _, count = moments(features)
     grad_mean = torch.randn_like(mean) if parts != "var" else None
     grad_var = torch.randn_like(mean) if parts != "mean" else None
-    grad = [torch.randn_like(x) for x in layers] if added else None
-    got = moments_backward(layers, mean, count, grad_mean, grad_var, grad=grad or ())
-    for dx, exact in zip(got, backward_in_float64(layers, mean, count, grad_mean, grad_var, grad), strict=True):
+    grad = [torch.randn_like(x) for x in features] if added else None
+    got = moments_backward(features, mean, count, grad_mean, grad_var, grad=grad or ())
+    for dx, exact in zip(got, backward_in_float64(features, mean, count, grad_mean, grad_var, grad), strict=True):
         assert dx.dtype == dtype
         assert bool(((dx.double() - exact).abs() <= bound(dtype, exact)).all())
 
@@ -212,34 +212,34 @@ def test_backward_in_every_dtype(dtype, parts, added):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [30, 130])
 def test_backward_of_wide_layers_tile_by_tile(wide, rows, dtype):
-    layers = make_features(rows, ((513,), (1024,)), dtype)
-    (group, *_) = _column_plan.groups("apply", layers, layers, layers)
+    features = make_features(rows, ((513,), (1024,)), dtype)
+    (group, *_) = _column_plan.groups("apply", features, features, features)
     assert group.chunks == -(-rows // 128)
     assert min(rows, group.chunk_rows) > 2 * group.tile.rows
-    mean, _, count = moments(layers)
+    mean, _, count = moments(features)
     coefficients = torch.randn_like(mean)
-    grad = [torch.randn_like(x) for x in layers]
-    got = moments_backward(layers, mean, count, coefficients, coefficients, grad=grad)
-    exact_gradients = backward_in_float64(layers, mean, count, coefficients, coefficients, grad)
+    grad = [torch.randn_like(x) for x in features]
+    got = moments_backward(features, mean, count, coefficients, coefficients, grad=grad)
+    exact_gradients = backward_in_float64(features, mean, count, coefficients, coefficients, grad)
     for dx, exact in zip(got, exact_gradients, strict=True):
         assert bool(((dx.double() - exact).abs() <= bound(dtype, exact)).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_features_are_matched_in_float32(dtype):
-    layers, target = make_features(9, dtype=dtype), make_target()
+    features, target = make_features(9, dtype=dtype), make_target()
     losses = []
     for name in ("triton", "reference"):
         with mo.backend(name):
-            losses.append(mo.MomentLoss(target, mo.AdamMovingAverage(lr=0.01))(layers))
+            losses.append(mo.MomentLoss(target, mo.AdamMovingAverage(lr=0.01))(features))
     assert losses[0].dtype == torch.float32
     assert_close(losses[0], losses[1].double(), rows=20)
 
 
 def test_a_second_run_gives_the_same_bits():
-    layers = make_features(200, ((40,), (3, 4, 4)))
+    features = make_features(200, ((40,), (3, 4, 4)))
     results = []
     for _ in range(2):
         loss = mo.MomentLoss(make_target(((40,), (3, 4, 4))), mo.AdamMovingAverage(lr=0.1))
-        results.append([loss(layers), state_of(loss)])
+        results.append([loss(features), state_of(loss)])
     assert_same_bits(*results)

@@ -96,16 +96,16 @@ def test_a_loss_that_does_not_fit_is_infinite(weight, dtype):
     shared.test_a_loss_that_does_not_fit_is_infinite(weight, dtype)
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_the_loss_of_covariances_that_do_not_fit_is_infinite(average):
-    shared.test_the_loss_of_covariances_that_do_not_fit_is_infinite(average, F32)
+@pytest.mark.parametrize("average_kind", AVERAGES)
+def test_the_loss_of_covariances_that_do_not_fit_is_infinite(average_kind):
+    shared.test_the_loss_of_covariances_that_do_not_fit_is_infinite(average_kind, F32)
 
 
 def test_the_means_of_a_loss_come_out_beside_the_largest_numbers():
     shared.test_the_means_of_a_loss_come_out_beside_the_largest_numbers(F32)
 
 
-@pytest.mark.parametrize("average", AVERAGES[1:])
+@pytest.mark.parametrize("average_kind", AVERAGES[1:])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_averages_start_from_covariances_whose_sums_do_not_fit(dtype, average):
-    shared.test_averages_start_from_covariances_whose_sums_do_not_fit(dtype, average)
+def test_averages_start_from_covariances_whose_sums_do_not_fit(dtype, average_kind):
+    shared.test_averages_start_from_covariances_whose_sums_do_not_fit(dtype, average_kind)

@@ -82,18 +82,18 @@ def test_a_variance_that_fits_comes_out_where_its_sum_does_not_fit(rows, dtype):
 
 
 def test_moments_are_differentiable_twice():
-    layers = [x.requires_grad_() for x in make_features(4, ((2,), (1, 2)), torch.float64)]
+    features = [x.requires_grad_() for x in make_features(4, ((2,), (1, 2)), torch.float64)]
 
-    def call(*layers):
-        m = mo.moments(list(layers))
+    def call(*features):
+        m = mo.moments(list(features))
         return m.mean, m.var
 
-    assert gradcheck(call, layers)
-    assert gradgradcheck(call, layers)
+    assert gradcheck(call, features)
+    assert gradgradcheck(call, features)
 
 
-@pytest.mark.parametrize("average", test_autograd.AVERAGES)
-def test_derivatives_in_training_are_those_of_plain_pytorch(average):
+@pytest.mark.parametrize("average_kind", test_autograd.AVERAGES)
+def test_derivatives_in_training_are_those_of_plain_pytorch(average_kind):
     test_autograd.test_first_and_second_derivatives_in_training_are_those_of_plain_pytorch(
-        average, "weighted", "features"
+        average_kind, "weighted", "features"
     )

@@ -81,8 +81,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(_launch.Workspace, "allocate", lambda self: workspaces.setdefault(self, allocate(self)))
 
 
-def state_of(average, columns, quantities):
-    kind = AVERAGES[average]
+def state_of(average_kind, columns, quantities):
+    kind = AVERAGES[average_kind]
     state = [torch.zeros(columns) for _ in range(quantities * len(kind.vectors))]
     if kind.has_started:
         state.append(torch.zeros(columns, dtype=torch.bool))
@@ -90,12 +90,12 @@ def state_of(average, columns, quantities):
 
 
 def run_moments(rows):
-    layers = [torch.randn(rows, width) for width in (64, 3, 128)]
+    features = [torch.randn(rows, width) for width in (64, 3, 128)]
     mean, var, grad_mean, count = *(torch.rand(195) for _ in range(3)), torch.ones(3, dtype=torch.int64)
-    out = [torch.empty_like(x) for x in layers]
+    out = [torch.empty_like(x) for x in features]
     return [
-        lambda: moments.moments(layers, 0, 1, mean, var),
-        lambda: moments.moments_backward([], grad_mean, None, layers, mean, count, 0, 1, None, out),
+        lambda: moments.moments(features, 0, 1, mean, var),
+        lambda: moments.moments_backward([], grad_mean, None, features, mean, count, 0, 1, None, out),
     ]
 
 
@@ -108,36 +108,43 @@ def run_relu_moments():
     ]
 
 
-def run_match(average, var, weighted):
-    layers = [torch.randn(9, 64), torch.randn(9, 8)]
+def run_match(average_kind, var, weighted):
+    features = [torch.randn(9, 64), torch.randn(9, 8)]
     mean, batch_var, target_mean, target_var, weight, grad_mean, grad_var = (torch.rand(72) for _ in range(7))
-    options, state = [0.5] * len(AVERAGES[average].options), state_of(average, 72, 1 + var)
+    options, state = [0.5] * len(AVERAGES[average_kind].options), state_of(average_kind, 72, 1 + var)
     m = Match(
-        target_mean, target_var if var else None, 0.5, 2.0, weight if weighted else None, None, 1.0, average, options,
-        state, bool(state),
+        target_mean, target_var if var else None, 0.5, 2.0, weight if weighted else None, None, 1.0, average_kind,
+        options, state, bool(state),
     )  # fmt: skip
     grads = grad_mean, grad_var if var else None
     loss = torch.zeros(())
     return [
         lambda: match.match_(mean, batch_var if var else None, [], 1, m, loss, None, *grads),
-        lambda: match.match_(None, None, layers, 1, m, loss, mean, *grads),
+        lambda: match.match_(None, None, features, 1, m, loss, mean, *grads),
     ]
 
 
-def run_covariances(average, keep):
-    layers = [torch.randn(9, 64), torch.randn(9, 8)]
+def run_covariances(average_kind, keep):
+    features = [torch.randn(9, 64), torch.randn(9, 8)]
     cov, mean_64, mean, size = torch.empty(64, 64), torch.empty(64), torch.empty(72), triangle.total_size([64, 8])
-    options = [0.5] * len(AVERAGES[average].options)
+    options = [0.5] * len(AVERAGES[average_kind].options)
     targets = [torch.eye(64), torch.rand(triangle.size(8))]
     m = CovarianceMatch(
-        targets, [1.0, 2.0], average, options, state_of(average, size, 1), average != "none", keep, "ieee"
+        targets,
+        [1.0, 2.0],
+        average_kind,
+        options,
+        state_of(average_kind, size, 1),
+        average_kind != "none",
+        keep,
+        "ieee",
     )
     grad, loss, scale = torch.empty(size), torch.zeros(()), torch.ones(())
-    out = [torch.empty_like(x) for x in layers]
+    out = [torch.empty_like(x) for x in features]
     return [
-        lambda: covariance.covariance(layers[0], 1, keep, "ieee", cov, mean_64),
-        lambda: covariance_match.covariance_match_(layers, 1, m, loss, mean, grad if keep else None),
-        lambda: covariance_backward.covariance_match_backward(grad, None, layers, mean, scale, 1, "ieee", out),
+        lambda: covariance.covariance(features[0], 1, keep, "ieee", cov, mean_64),
+        lambda: covariance_match.covariance_match_(features, 1, m, loss, mean, grad if keep else None),
+        lambda: covariance_backward.covariance_match_backward(grad, None, features, mean, scale, 1, "ieee", out),
     ]
 
 

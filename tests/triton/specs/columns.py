@@ -29,46 +29,46 @@ def _empty(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, channels_last:
     return tensors
 
 
-def _vector(layers: Sequence[Tensor]) -> Tensor:
+def _vector(features: Sequence[Tensor]) -> Tensor:
     """A packed vector of the layers."""
-    dtype = torch.float64 if layers[0].dtype == torch.float64 else torch.float32
-    return torch.empty(sum(x[0].numel() for x in layers), dtype=dtype, device="meta")
+    dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    return torch.empty(sum(x[0].numel() for x in features), dtype=dtype, device="meta")
 
 
 def _moments(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, channels_last: bool = False) -> Launch:
-    layers = _empty(shapes, dtype, channels_last)
-    return moments.moments_launches(layers, 1, _vector(layers), _vector(layers))[0]
+    features = _empty(shapes, dtype, channels_last)
+    return moments.moments_launches(features, 1, _vector(features), _vector(features))[0]
 
 
 def _backward(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, added: bool = False) -> Launch:
-    layers = _empty(shapes, dtype)
-    grad_mean, grad_var, mean = (_vector(layers) for _ in range(3))
-    count = torch.empty(len(layers), dtype=torch.int64, device="meta")
+    features = _empty(shapes, dtype)
+    grad_mean, grad_var, mean = (_vector(features) for _ in range(3))
+    count = torch.empty(len(features), dtype=torch.int64, device="meta")
     grad = _empty(shapes, dtype) if added else []
     out, scale = _empty(shapes, dtype), mean.new_empty(())
-    return moments.backward_launches(grad, grad_mean, grad_var, layers, mean, count, 1, scale, out)[0]
+    return moments.backward_launches(grad, grad_mean, grad_var, features, mean, count, 1, scale, out)[0]
 
 
 def _tap(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Launch:
-    (x,) = layers = _empty([shape], dtype, channels_last)
+    (x,) = features = _empty([shape], dtype, channels_last)
     bias = torch.empty(shape[1], dtype=dtype, device="meta")
-    return relu_moments.relu_moments_launches(x, bias, 1, torch.empty_like(x), _vector(layers), _vector(layers))[0]
+    return relu_moments.relu_moments_launches(x, bias, 1, torch.empty_like(x), _vector(features), _vector(features))[0]
 
 
 def _tap_backward(shape: tuple[int, ...], dtype: torch.dtype) -> Launch:
-    (y,) = layers = _empty([shape], dtype)
-    grad_mean, grad_var, mean = (_vector(layers) for _ in range(3))
+    (y,) = features = _empty([shape], dtype)
+    grad_mean, grad_var, mean = (_vector(features) for _ in range(3))
     grad, out = torch.empty_like(y), torch.empty_like(y)
     return relu_moments.relu_moments_backward_launches(grad, grad_mean, grad_var, y, mean, 1, out)[0]
 
 
-def _options(average: str) -> list[float]:
-    return [0.5] * len(AVERAGES[average].options)
+def _options(average_kind: str) -> list[float]:
+    return [0.5] * len(AVERAGES[average_kind].options)
 
 
-def _matching(packed: Tensor, average: str) -> tuple[Match, Tensor, Tensor]:
+def _matching(packed: Tensor, average_kind: str) -> tuple[Match, Tensor, Tensor]:
     """A match with variances and an average, without weights, and its gradients."""
-    kind = AVERAGES[average]
+    kind = AVERAGES[average_kind]
     state = [torch.empty_like(packed) for _ in range(2 * len(kind.vectors))]
     if kind.has_started:
         state.append(torch.empty_like(packed, dtype=torch.bool))
@@ -76,21 +76,26 @@ def _matching(packed: Tensor, average: str) -> tuple[Match, Tensor, Tensor]:
         state.append(torch.empty((), dtype=torch.int64, device="meta"))
     target_mean, target_var, grad_mean, grad_var = (torch.empty_like(packed) for _ in range(4))
     matching = Match(
-        target_mean, target_var, average=average, options=_options(average), state=state, update=bool(state)
+        target_mean,
+        target_var,
+        average_kind=average_kind,
+        options=_options(average_kind),
+        state=state,
+        update=bool(state),
     )
     return matching, grad_mean, grad_var
 
 
-def _match_features(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, average: str) -> Launch:
-    layers = _empty(shapes, dtype)
-    packed = _vector(layers)
-    matching, *grads = _matching(packed, average)
-    return match.match_features_launches(layers, 1, matching, packed.new_empty(()), packed, *grads)[0]
+def _match_features(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, average_kind: str) -> Launch:
+    features = _empty(shapes, dtype)
+    packed = _vector(features)
+    matching, *grads = _matching(packed, average_kind)
+    return match.match_features_launches(features, 1, matching, packed.new_empty(()), packed, *grads)[0]
 
 
-def _match(dtype: torch.dtype, average: str) -> Launch:
+def _match(dtype: torch.dtype, average_kind: str) -> Launch:
     packed = torch.empty(851_968, dtype=dtype, device="meta")
-    matching, *grads = _matching(packed, average)
+    matching, *grads = _matching(packed, average_kind)
     return match.match_launches(packed, torch.empty_like(packed), matching, packed.new_empty(()), *grads)[0]
 
 

@@ -39,12 +39,17 @@ def _shifts(architecture: Architecture, shape: tuple[int, int], dtype: torch.dty
 
 
 def _match(
-    architecture: Architecture, shape: tuple[int, int], dtype: torch.dtype, precision: str, average: str, packed: bool
+    architecture: Architecture,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    average_kind: str,
+    packed: bool,
 ) -> Launch:
     rows, width = shape
-    layers = [_empty(rows, width, dtype=dtype) for _ in range(2)]
+    features = [_empty(rows, width, dtype=dtype) for _ in range(2)]
     size = triangle.total_size([width, width])
-    kind = AVERAGES[average]
+    kind = AVERAGES[average_kind]
     state = [_empty(size) for _ in kind.vectors]
     if kind.has_started:
         state.append(_empty(size, dtype=torch.bool))
@@ -52,10 +57,10 @@ def _match(
         state.append(_empty(dtype=torch.int64))
     target = _empty(size // 2) if packed else _empty(width, width)
     options = [0.5] * len(kind.options)
-    match = CovarianceMatch([target] * 2, [1.0, 1.0], average, options, state, bool(state), True, precision)
+    match = CovarianceMatch([target] * 2, [1.0, 1.0], average_kind, options, state, bool(state), True, precision)
     grad = _empty(size)
     return covariance_match.covariance_match_launches(
-        layers, 1, match, _empty(), _empty(2 * width), grad, architecture
+        features, 1, match, _empty(), _empty(2 * width), grad, architecture
     )[-1]
 
 

@@ -27,15 +27,15 @@ def _gram(
     architecture: Architecture, shape: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, which: int
 ) -> Launch:
     rows, shift = _tensors(*shape, dtype)
-    layers, total = len(shape[1]), sum(shape[0])
-    out = torch.empty(layers, total, total, dtype=torch.float64, device="meta")
-    return gram.gram_launches(rows, shift, layers, out, architecture)[which]
+    num_layers, total = len(shape[1]), sum(shape[0])
+    out = torch.empty(num_layers, total, total, dtype=torch.float64, device="meta")
+    return gram.gram_launches(rows, shift, num_layers, out, architecture)[which]
 
 
 def _backward(architecture: Architecture, shape: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> Launch:
     rows, shift = _tensors(*shape, dtype)
-    layers, total = len(shape[1]), sum(shape[0])
-    factors = torch.empty(layers, total, -(-total // 4) * 4, device="meta")
+    num_layers, total = len(shape[1]), sum(shape[0])
+    factors = torch.empty(num_layers, total, -(-total // 4) * 4, device="meta")
     return gram.backward_launches(factors, rows, shift, [True] * len(rows), rows, architecture)[0]
 
 

@@ -83,25 +83,25 @@ def test_second_moments(precision, dtype, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("average", OPTIONS)
+@pytest.mark.parametrize("average_kind", OPTIONS)
 @pytest.mark.parametrize(("precision", "dtype"), [("ieee", F32), ("ieee", BF16), ("bf16x3", F32)], ids=str)
 @pytest.mark.parametrize("shape", ["small tiles", "chunks of large tiles", "blocks"])
-def test_matches_in_every_branch(shape, precision, dtype, average, architecture):
+def test_matches_in_every_branch(shape, precision, dtype, average_kind, architecture):
     rows, width, plan = SHAPES[shape]
-    check(partial(CovarianceMatch, rows, (width, 7), dtype, precision, average), architecture, plan)
+    check(partial(CovarianceMatch, rows, (width, 7), dtype, precision, average_kind), architecture, plan)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("average", OPTIONS)
+@pytest.mark.parametrize("average_kind", OPTIONS)
 @pytest.mark.parametrize(("update", "keep"), [(False, True), (True, False)])
-def test_matches_without_update_or_derivative(update, keep, average, architecture):
-    make = partial(CovarianceMatch, 20, (130, 8), F32, "ieee", average, update=update, keep=keep, full=(1,))
+def test_matches_without_update_or_derivative(update, keep, average_kind, architecture):
+    make = partial(CovarianceMatch, 20, (130, 8), F32, "ieee", average_kind, update=update, keep=keep, full=(1,))
     check(make, architecture)
 
 
-@pytest.mark.parametrize("average", OPTIONS)
-def test_a_loss_over_several_launches_is_one_loss(average):
-    check(partial(CovarianceMatch, 9, (8, 16, 24, 3), F32, "ieee", average), 80, {"_architectures.MAX_LAYERS": 2})
+@pytest.mark.parametrize("average_kind", OPTIONS)
+def test_a_loss_over_several_launches_is_one_loss(average_kind):
+    check(partial(CovarianceMatch, 9, (8, 16, 24, 3), F32, "ieee", average_kind), 80, {"_architectures.MAX_LAYERS": 2})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
