@@ -213,7 +213,7 @@ def run_method(
                 stack.enter_context(locked(run))
             # Before the trainer, which sets the state of the random numbers.
             judge = judges.choose(settings.judge, images.name, getattr(settings, "features", ""))
-            evaluator = Evaluator(images, judge)
+            evaluator = Evaluator(images, judges.make(judge, settings.judge_weights))
             say(f"samples are judged by: {evaluator.description}")
             if not resume:
                 runs.remove_leftovers(run)

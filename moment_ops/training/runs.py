@@ -23,11 +23,18 @@ from moment_ops.training.trainer import Trainer
 
 CHECKPOINT = "checkpoint.pt"
 # What a checkpoint contains; a change makes earlier ones unusable.
-VERSION = 2
+VERSION = 3
 METRICS = "metrics.jsonl"
 SETTINGS, QUALITY = "settings.json", "quality.json"
 CHANGEABLE = {"data", "steps", "seconds", "lr", "moment_lr", "amp"}
-CHANGEABLE |= {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+CHANGEABLE |= {
+    "judge_weights",
+    "micro_batches",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
 GRID_IMAGES = 100
 GRID_SEED = 1
 

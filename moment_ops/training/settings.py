@@ -45,9 +45,10 @@ class LoopSettings:
     judge: str = option(
         judges.AUTO,
         "network in whose features samples are judged, never one that is matched; auto is the digit classifier for"
-        " mnist, and EfficientNet-Lite2 for other data, or Lite1 where Lite2 is matched",
-        choices=judges.CHOICES,
+        " mnist, and EfficientNet-Lite2 for other data, or Lite1 where Lite2 is matched;"
+        f" {judges.EXPECTED}",
     )
+    judge_weights: str = option("", "file with the weights of the judge, for inception and timm:NAME", metavar="FILE")
     seed: int = option(0, "seed of all random numbers")
     amp: bool = option(False, "run the networks under autocast in bfloat16")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
@@ -67,6 +68,7 @@ class LoopSettings:
         for name in ("seconds", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        judges.check_name(self.judge)
         if not 0 <= self.weight_average < 1:
             raise ValueError(f"weight_average: got {self.weight_average}, expected a number in [0, 1)")
 
