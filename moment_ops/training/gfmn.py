@@ -20,8 +20,8 @@ from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.evaluator import Quality
 from moment_ops.training.extractors import CLASSIFIER, Say
+from moment_ops.training.generators import Factory
 from moment_ops.training.loop import run_method
-from moment_ops.training.networks import Generator
 from moment_ops.training.settings import MatchingSettings, option
 from moment_ops.training.trainer import Trainer
 
@@ -240,7 +240,7 @@ def new_trainer(
 ) -> Trainer:
     torch.manual_seed(settings.seed)
     device = data.device
-    generator = Generator(data.channels, settings.latent_size, image_size=settings.size).to(device)
+    generator = settings.make_generator(data.channels).to(device)
     return Trainer(generator, Matching(extractor, target, settings, covariance_target).to(device), settings)
 
 
@@ -263,6 +263,7 @@ def train(
     given: dict[str, Any],
     *,
     data: Any = None,
+    generator: Factory | None = None,
     resume: bool = False,
     extractor_files: Sequence[Path] | None = None,
     device: torch.device | str = "cpu",
@@ -292,5 +293,14 @@ def train(
         return new_trainer(data, extractor, target, settings, covariances)
 
     return run_method(
-        folder, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer, data=data
+        folder,
+        Settings,
+        given,
+        resume=resume,
+        device=device,
+        say=say,
+        new=new,
+        resumed=resumed_trainer,
+        data=data,
+        generator=generator,
     )

@@ -122,7 +122,15 @@ def _of_timm(name: str, given: dict[str, Any]) -> Named:
 
 
 def _of_factory(path: str) -> nn.Module:
-    """What ``package.module:factory`` is or returns. The working directory is searched as well, as Python does."""
+    made = imported(path)
+    net = made if isinstance(made, nn.Module) else made()
+    if not isinstance(net, nn.Module):
+        raise TrainingError(f"{path}: got {type(net).__name__}, expected a torch.nn.Module or a function returning one")
+    return net
+
+
+def imported(path: str) -> Any:
+    """What ``package.module:name`` is. The working directory is searched as well, as Python does."""
     module_name, _, attribute = path.partition(":")
     sys.path.append(os.getcwd())
     try:
@@ -133,8 +141,4 @@ def _of_factory(path: str) -> nn.Module:
         sys.path.pop()
     if not hasattr(module, attribute):
         raise TrainingError(f"{path}: the module {module_name} has no {attribute!r}")
-    made = getattr(module, attribute)
-    net = made if isinstance(made, nn.Module) else made()
-    if not isinstance(net, nn.Module):
-        raise TrainingError(f"{path}: got {type(net).__name__}, expected a torch.nn.Module or a function returning one")
-    return net
+    return getattr(module, attribute)
