@@ -43,6 +43,10 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 		print("\n".join(name for extra in extras for name in re.findall(r'"([^"]+)"', extra)))
 	PY
 	$(BIN)/python -m pip --disable-pip-version-check install -qq -c $$CONSTRAINTS -r $(VENV)/requirements.txt
+	if [ "$(TORCH)" != installed ]; then
+		PEERS=$$(sed -n '/^# Peers/,$$ s/==.*//p' constraints.txt)
+		$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps -c constraints.txt $$PEERS
+	fi
 	OLDER=$$(sed -n 's/^# triton for the compiled tests: //p' constraints.txt)
 	if [ ! -d $(VENV)/triton-$$OLDER ] && $(BIN)/python -c 'import triton' 2>/dev/null; then
 		$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --target $(VENV)/triton-$$OLDER triton==$$OLDER

@@ -67,8 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="weights of the networks of --features, in their order (default, for the classifier only:"
-        " extractor-DATA.pt next to the folder of the run, which is trained if it does not exist)",
+        help="weights of the networks of --features that come without, in their order, or random (default, for the"
+        " classifier only: extractor-DATA.pt next to the folder of the run, which is trained if it does not exist)",
     )
     add_train(
         methods, molm, "match the moments of a network that learns to tell real images from generated ones (MoLM)"
@@ -110,7 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = add_command(commands, "evaluate", evaluate_command, "measure the quality of a checkpoint's samples")
     add_run(evaluate)
-    evaluate.add_argument("--judge", choices=judges.CHOICES, help="network that judges (default: that of the run)")
+    evaluate.add_argument(
+        "--judge", metavar="NAME", help=f"network that judges (default: that of the run): {judges.EXPECTED}"
+    )
+    evaluate.add_argument("--judge-weights", metavar="FILE", help="file with its weights, for inception and timm:NAME")
     evaluate.add_argument("--data", help=f"{DATA_HELP} (default: the data of the run)")
     add_device(evaluate)
 
@@ -244,10 +247,15 @@ def evaluate_command(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     state = runs.load_checkpoint(options.run_dir)
     images = data.load(options.data or state["settings"]["data"], state["settings"]["size"])
-    judge = judges.choose(
-        options.judge or state["settings"]["judge"], images.name, state["settings"].get("features", "")
-    )
-    judging = evaluator.Evaluator(images.to(device), judge)
+    settings = state["settings"]
+    if options.judge:
+        try:
+            judges.check_name(options.judge)
+        except ValueError as error:
+            options.parser.error(f"--{error}")
+    judge = judges.choose(options.judge or settings["judge"], images.name, settings.get("features", ""))
+    weights = options.judge_weights or ("" if options.judge else settings["judge_weights"])
+    judging = evaluator.Evaluator(images.to(device), judges.make(judge, weights))
     print("\n".join(judging.measure(runs.averaged_generator(state).to(device)).lines()))
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from moment_ops.training import cache, checkpoints, judges, quality
 from moment_ops.training.data import ImageData, scale, shuffled
-from moment_ops.training.networks import Generator
 
 BATCH_SIZE = 250
 SETS = 10
@@ -104,11 +103,11 @@ class Evaluator:
         """Frechet distance between the training images and ``batches`` of images in [-1, 1]."""
         return quality.frechet(self.features(batches), self.gaussian)
 
-    def __call__(self, generator: Generator) -> float:
+    def __call__(self, generator: nn.Module) -> float:
         """Frechet distance of one set of samples of ``generator``, from the same latent vectors at every call."""
         return self.distance(sample(generator, self.samples, self.seed))
 
-    def measure(self, generator: Generator, sets: int = SETS) -> Quality:
+    def measure(self, generator: nn.Module, sets: int = SETS) -> Quality:
         """All measures, of independent sets of samples.
 
         The standard deviation over sets is an error bar. A bootstrap of one set is not: the distance of repeated
@@ -161,7 +160,7 @@ def spread(values: list[float]) -> float:
 
 
 @torch.no_grad()
-def sample(generator: Generator, count: int, seed: int) -> list[Tensor]:
+def sample(generator: nn.Module, count: int, seed: int) -> list[Tensor]:
     """``count`` images in [-1, 1], in batches, with the generator in evaluation mode."""
     device = next(generator.parameters()).device
     latent = torch.randn(count, generator.latent_size, generator=torch.Generator().manual_seed(seed))

@@ -2,55 +2,68 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import moment_ops as mo
-from moment_ops.training import checkpoints, classifiers
+from moment_ops.training import checkpoints, classifiers, named_networks
 from moment_ops.training.data import ImageData
 from moment_ops.training.errors import TrainingError
+from moment_ops.training.named_networks import RANDOM, Prepared
 from moment_ops.training.networks import Classifier, freeze
-from moment_ops.training.pretrained import VGG19, EfficientNetLite, ResNet18, load_weights
 
 CLASSIFIER = "classifier"
-LITE = {f"efficientnet-lite{number}": number for number in range(3)}
-CHOICES = (CLASSIFIER, "vgg19", "resnet18", "vgg19+resnet18", *LITE)
 CLASSIFIER_ITERATIONS, CLASSIFIER_SECONDS = 640, 60.0
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # dos Santos et al. 2019 match the first 16 of the 17 ReLUs of ResNet18.
 MATCHED_RELUS = 16
 
-_WITH_WEIGHTS: dict[str, Callable[..., nn.Module]] = {"vgg19": VGG19, "resnet18": ResNet18}
 Say = Callable[[str], None]
 
 
-class _Normalized(nn.Module):
-    """A network that takes normalized colour images, for grey or colour images in [-1, 1]."""
+class Choice(NamedTuple):
+    """Which features are matched.
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        self.register_buffer("scale", 0.5 / std)
-        self.register_buffer("shift", (0.5 - mean) / std)
+    Args:
+        networks: "classifier", or names of networks joined by "+".
+        layers: names of activations' types, or patterns of taps' names, separated by commas; "" for all activations.
+        size: height and width that images are resized to; 0 for those that a network needs, or else their own.
+    """
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images * self.scale + self.shift)
+    networks: str = CLASSIFIER
+    layers: str = ""
+    size: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be chosen."""
+        if self.networks == CLASSIFIER:
+            for name, value in (("feature_layers", self.layers), ("feature_size", self.size)):
+                if value:
+                    raise ValueError(f"{name}: got {value}, expected none with the features of the classifier")
+            return
+        names = self.networks.split("+")
+        for name in names:
+            if name == CLASSIFIER or names.count(name) > 1:
+                raise ValueError(f"features: got {self.networks!r}, expected each network once, and classifier alone")
+            named_networks.check_name(name, "features")
+        if self.size < 0:
+            raise ValueError(f"feature_size: got {self.size}, expected a positive number, or 0")
 
 
 def make_extractor(
     data: ImageData,
-    features: str,
+    choice: Choice,
     files: Sequence[Path] | None,
     folder: Path,
     *,
     iterations: int = CLASSIFIER_ITERATIONS,
     say: Say = print,
 ) -> mo.MomentExtractor:
-    """The extractor for one of ``CHOICES``, on the device of the data.
+    """The extractor of the chosen features, on the device of the data.
 
     Args:
         files: the weights of its networks; by default those of a classifier in ``folder``, which is trained with
@@ -59,49 +72,72 @@ def make_extractor(
     Raises:
         TrainingError: too few or too many files, or files that do not hold these weights.
     """
-    if features != CLASSIFIER:
-        return pretrained_extractor(features, files or [], data.size).to(data.device)
+    if choice.networks != CLASSIFIER:
+        if RANDOM in map(str, files or ()):
+            say("features of a network with random weights are matched")
+        return pretrained_extractor(choice, files or [], data.size).to(data.device)
     if files and len(files) > 1:
         raise TrainingError(f"--extractor: got {len(files)} files, expected one for the classifier")
     path = files[0] if files else folder / f"extractor-{data.name}.pt"
     return mo.MomentExtractor(load_or_train_classifier(data, path, iterations=iterations, say=say))
 
 
-def untrained_extractor(features: str, channels: int, size: int) -> mo.MomentExtractor:
-    """The extractor for one of ``CHOICES`` with initial weights, for a state to be loaded."""
-    if features == CLASSIFIER:
+def untrained_extractor(choice: Choice, channels: int, size: int) -> mo.MomentExtractor:
+    """The extractor of the chosen features with initial weights, for a state to be loaded."""
+    if choice.networks == CLASSIFIER:
         return mo.MomentExtractor(Classifier(channels))
-    return pretrained_extractor(features, None, size)
+    return pretrained_extractor(choice, None, size)
 
 
-def pretrained_extractor(features: str, weights: Sequence[Path] | None, size: int = 32) -> mo.MomentExtractor:
-    """The extractor for one of ``CHOICES`` other than the classifier.
+def pretrained_extractor(choice: Choice, weights: Sequence[Path] | None, size: int = 32) -> mo.MomentExtractor:
+    """The extractor of networks other than the classifier.
 
     Args:
-        features: names of networks, joined by "+".
-        weights: files with their weights, in this order. None leaves the initial weights, for a state to be loaded.
+        weights: files for the networks that come without weights, in their order, or "random" in the place of a file.
+            None leaves the initial weights, for a state to be loaded.
         size: height and width of the images.
 
     Raises:
-        TrainingError: too few or too many files, or files that do not hold these weights.
+        TrainingError: too few or too many files, files that do not hold these weights, or layers that are not there.
     """
-    if features in LITE:
-        if weights:
-            raise TrainingError(f"--extractor: got {len(weights)} files, expected none: {features} has its weights")
-        return mo.MomentExtractor(EfficientNetLite(LITE[features]), nn.ReLU6)
-    names = features.split("+")
-    if weights is not None and len(weights) != len(names):
-        raise TrainingError(
-            f"--extractor: got {len(weights)} files, expected {len(names)} with the weights of {features}"
-        )
-    networks = {name: _WITH_WEIGHTS[name](image_size=size) for name in names}
-    for network, path in zip(networks.values(), weights or (), strict=False):
-        load_weights(network, path)
-    normalized = {name: _Normalized(network) for name, network in networks.items()}
-    taps = mo.MomentExtractor(normalized).names
-    assert taps is not None
-    matched = [tap for name in names for tap in [t for t in taps if t.startswith(f"{name}/")][:MATCHED_RELUS]]
-    return mo.MomentExtractor(normalized, matched)
+    torch.manual_seed(0)
+    named = {name: named_networks.make(name, size) for name in choice.networks.split("+")}
+    without = [name for name, network in named.items() if not network.has_weights]
+    if weights is not None and len(weights) != len(without):
+        expected = f"{len(without)} with the weights of {'+'.join(without)}" if without else "none"
+        reason = "" if without else f": {choice.networks} has its weights"
+        raise TrainingError(f"--extractor: got {len(weights)} files, expected {expected}{reason}")
+    for name, path in zip(without, weights or (), strict=False):
+        named_networks.load(named[name].net, name, path)
+    prepared = {name: Prepared(network, choice.size) for name, network in named.items()}
+    try:
+        if choice.layers:
+            return mo.MomentExtractor(prepared, _Selection(choice.layers))
+        extractor = mo.MomentExtractor(prepared)
+    except ValueError as error:
+        raise TrainingError(f"--feature-layers: {error}") from error
+    if not set(named) & set(named_networks.OWN) or extractor.names is None:
+        return extractor
+    matched = []
+    for name in named:
+        taps = [tap for tap in extractor.names if tap.startswith(f"{name}/")]
+        matched += taps[:MATCHED_RELUS] if name in named_networks.OWN else taps
+    return mo.MomentExtractor(prepared, matched)
+
+
+class _Selection:
+    """Whether a call is of one of some types, or its name has one of some patterns."""
+
+    def __init__(self, layers: str) -> None:
+        self.layers = layers
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        own = name.rpartition("/")[2]
+        names = (name, own, own.rpartition(":")[0], type(module).__name__)
+        return any(fnmatch.fnmatchcase(text, pattern) for pattern in self.layers.split(",") for text in names)
+
+    def __repr__(self) -> str:
+        return self.layers
 
 
 def load_or_train_classifier(

@@ -15,16 +15,17 @@ from torch.nn import functional
 
 import moment_ops as mo
 from moment_ops.losses.weights import Weight, weight_number
-from moment_ops.training import cache, extractors
+from moment_ops.training import cache, extractors, named_networks
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.evaluator import Quality
 from moment_ops.training.extractors import CLASSIFIER, Say
+from moment_ops.training.generators import Factory
 from moment_ops.training.loop import run_method
-from moment_ops.training.networks import Generator
 from moment_ops.training.settings import MatchingSettings, option
 from moment_ops.training.trainer import Trainer
 
+LAYER_SCALES = ("auto", "equal", "variance")
 TARGET, TARGET_COVARIANCES = "target.npz", "target-covariances.npz"
 
 
@@ -47,15 +48,25 @@ class Settings(MatchingSettings):
     covariance_weight: float = option(0.1, "weight of the covariances in the loss")
     features: str = option(
         CLASSIFIER,
-        "networks whose features are matched; classifier is trained on the data, the others have pretrained weights",
-        choices=extractors.CHOICES,
+        "networks whose features are matched, joined by +: classifier, which is trained on the data,"
+        f" {named_networks.EXPECTED}",
+        metavar="NETWORKS",
+    )
+    feature_layers: str = option(
+        "",
+        "layers of these networks, if not all activations: types such as GELU, or patterns of names such as"
+        " 'layer[12].*', separated by commas",
+        metavar="LAYERS",
+    )
+    feature_size: int = option(
+        0, "height and width that images are resized to for these networks; 0 for what they need, or else their own"
     )
     layer_scale: str = option(
         "auto",
         "scale of the layers in the loss: equal leaves features as they are; variance divides the features of a layer"
         " by their standard deviation; auto is equal for the classifier, and variance for the others, whose layers"
         " differ by orders of magnitude",
-        choices=("auto", "equal", "variance"),
+        choices=LAYER_SCALES,
     )
     micro_batches: int = option(
         1,
@@ -78,12 +89,14 @@ class Settings(MatchingSettings):
             raise ValueError(f"covariance_pool: got {self.covariance_pool}, expected a non-negative number")
         for name in ("mean_weight", "var_weight", "covariance_weight"):
             weight_number(getattr(self, name), name)
-        for name, choices in (
-            ("features", extractors.CHOICES),
-            ("layer_scale", ("auto", "equal", "variance")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        self.choice.check()
+        if self.layer_scale not in LAYER_SCALES:
+            raise ValueError(f"layer_scale: got {self.layer_scale!r}, expected one of {', '.join(LAYER_SCALES)}")
+
+    @property
+    def choice(self) -> extractors.Choice:
+        """The features that are matched."""
+        return extractors.Choice(self.features, self.feature_layers, self.feature_size)
 
 
 class Matching(nn.Module):
@@ -227,13 +240,13 @@ def new_trainer(
 ) -> Trainer:
     torch.manual_seed(settings.seed)
     device = data.device
-    generator = Generator(data.channels, settings.latent_size, image_size=settings.size).to(device)
+    generator = settings.make_generator(data.channels).to(device)
     return Trainer(generator, Matching(extractor, target, settings, covariance_target).to(device), settings)
 
 
 def resumed_trainer(state: dict[str, Any], data: ImageData, settings: Settings) -> Trainer:
     """The trainer of a checkpoint, which holds extractor and targets as well."""
-    extractor = extractors.untrained_extractor(settings.features, data.channels, data.size).to(data.device)
+    extractor = extractors.untrained_extractor(settings.choice, data.channels, data.size).to(data.device)
     with torch.no_grad():
         shapes = extractor(scale(data.train[:2], data.device))
     saved = state["trainer"]["matching"]
@@ -250,6 +263,7 @@ def train(
     given: dict[str, Any],
     *,
     data: Any = None,
+    generator: Factory | None = None,
     resume: bool = False,
     extractor_files: Sequence[Path] | None = None,
     device: torch.device | str = "cpu",
@@ -265,7 +279,7 @@ def train(
     def new(data: ImageData, settings: Settings) -> Trainer:
         extractor = extractors.make_extractor(
             data,
-            settings.features,
+            settings.choice,
             extractor_files,
             folder.parent,
             iterations=settings.extractor_iterations,
@@ -279,5 +293,14 @@ def train(
         return new_trainer(data, extractor, target, settings, covariances)
 
     return run_method(
-        folder, Settings, given, resume=resume, device=device, say=say, new=new, resumed=resumed_trainer, data=data
+        folder,
+        Settings,
+        given,
+        resume=resume,
+        device=device,
+        say=say,
+        new=new,
+        resumed=resumed_trainer,
+        data=data,
+        generator=generator,
     )

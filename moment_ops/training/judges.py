@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moment_ops.training.errors import TrainingError
+from moment_ops.training import named_networks
+from moment_ops.training.errors import TrainingError, import_package
 from moment_ops.training.evaluator_weights import WEIGHTS
-from moment_ops.training.extractors import LITE
+from moment_ops.training.named_networks import LITE, Named, Prepared
 from moment_ops.training.networks import EvaluationClassifier, freeze
-from moment_ops.training.pretrained import EfficientNetLite
+from moment_ops.training.pretrained import EfficientNetLite, load_weights
 
-AUTO, DIGITS = "auto", "digits"
-CHOICES = (AUTO, DIGITS, *LITE)
+AUTO, DIGITS, INCEPTION = "auto", "digits", "inception"
+CHOICES = (AUTO, DIGITS, INCEPTION, *LITE)
+EXPECTED = f"{', '.join(CHOICES)}, timm:NAME or package.module:factory"
 # Smaller than in their training (224 to 260), for a fraction of the time.
 LITE_PIXELS = 128
+
+
+def check_name(judge: str) -> None:
+    """Raise ValueError for what cannot name a judge."""
+    package, colon, rest = judge.partition(":")
+    if judge not in CHOICES and (not (package and colon and rest) or package == "torchvision"):
+        raise ValueError(f"judge: got {judge!r}, expected {EXPECTED}")
 
 
 def choose(judge: str, data: str, features: str = "") -> str:
@@ -37,18 +49,73 @@ def choose(judge: str, data: str, features: str = "") -> str:
     return judge
 
 
-def make(name: str) -> nn.Module:
+def make(name: str, weights: str = "") -> nn.Module:
     """The frozen network: images ``(N, C, S, S)`` in [-1, 1] -> features ``(N, D)``.
 
+    Args:
+        weights: a file, for "inception" and "timm:NAME".
+
     Raises:
-        TrainingError: a package with its weights is missing.
+        TrainingError: a package or file with its weights is missing, or a file too many.
     """
+    takes_file = name == INCEPTION or name.startswith("timm:")
+    if bool(weights) != takes_file:
+        expected = f"a file with the weights of {name}" if takes_file else f"none, as {name} has its weights"
+        raise TrainingError(f"--judge-weights: got {weights or 'none'}, expected {expected}")
     if name == DIGITS:
         return Digits()
     try:
-        return freeze(LiteFeatures(LITE[name]))
+        if name in LITE:
+            return freeze(LiteFeatures(LITE[name]))
+        if name == INCEPTION:
+            return freeze(Inception(weights))
+        named = named_networks.make(name, **({"num_classes": 0} if takes_file else {}))
+        if takes_file:
+            load_weights(named.net, weights, without=("head.", "fc.", "classifier."))
+        return freeze(Features(name, named))
     except TrainingError as error:
-        raise TrainingError(f"the judge {name} of this data: {error}, or choose another --judge") from error
+        raise TrainingError(f"the judge {name}: {error}, or choose another --judge") from error
+
+
+class Features(nn.Module):
+    """The output of a network, which are features ``(N, D)``."""
+
+    def __init__(self, name: str, named: Named) -> None:
+        super().__init__()
+        self.prepared = Prepared(named)
+        self.description = name if self.prepared.size is None else f"{name}, {self.prepared.size} pixels"
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.prepared(images)
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise TrainingError(f"--judge: got features {got}, expected (N, D)")
+        return features
+
+
+class Inception(nn.Module):
+    """The 2,048 features of torch-fidelity's InceptionV3, which the published Frechet distances are of.
+
+    Args:
+        weights: torch-fidelity's file ``weights-inception-2015-12-05-6726825d.pth``.
+    """
+
+    description = "InceptionV3 of torch-fidelity, 2,048 features"
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        if not Path(weights).is_file():
+            raise TrainingError(f"there is no file {weights}")
+        extractors = import_package("torch_fidelity.feature_extractor_inceptionv3")
+        try:
+            self.net = extractors.FeatureExtractorInceptionV3("inception", ["2048"], weights)
+        except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{weights} holds no weights of it: {str(error).splitlines()[0]}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        (features,) = self.net(pixels.expand(-1, 3, -1, -1))
+        return features
 
 
 class Digits(nn.Module):

@@ -15,6 +15,7 @@ from moment_ops.training import judges, processes, runs
 from moment_ops.training.data import ImageData, load
 from moment_ops.training.errors import TrainingError, import_extra
 from moment_ops.training.evaluator import Evaluator, Quality
+from moment_ops.training.generators import Factory, name_of
 from moment_ops.training.interruption import Interrupted, deferred_signals
 from moment_ops.training.locks import locked
 from moment_ops.training.metrics import Metrics
@@ -167,6 +168,7 @@ def run_method(
     new: Callable[[ImageData, Settings], Trainer],
     resumed: Callable[[dict[str, Any], ImageData, Settings], Trainer],
     data: Any = None,
+    generator: Factory | None = None,
 ) -> Quality | None:
     """Train in the folder ``run``, from the start or from its checkpoint.
 
@@ -178,6 +180,7 @@ def run_method(
         say: prints a line.
         new: makes the trainer of a new run, in whose folder it may write.
         resumed: makes the trainer from the content of a checkpoint.
+        generator: a function (channels, latent_size, image_size) -> module, in the place of the setting ``generator``.
         data: a map-style Dataset of images or of (image, label), in the place of the setting ``data``.
 
     Returns:
@@ -188,6 +191,8 @@ def run_method(
         TrainingError: files or folders that cannot be used, a folder that another trainer uses, or a run that
             diverges.
     """
+    if generator is not None:
+        given = {**given, "generator": name_of(generator)}
     with contextlib.ExitStack() as stack:
         state: dict[str, Any] = {}
 
@@ -213,7 +218,7 @@ def run_method(
                 stack.enter_context(locked(run))
             # Before the trainer, which sets the state of the random numbers.
             judge = judges.choose(settings.judge, images.name, getattr(settings, "features", ""))
-            evaluator = Evaluator(images, judge)
+            evaluator = Evaluator(images, judges.make(judge, settings.judge_weights))
             say(f"samples are judged by: {evaluator.description}")
             if not resume:
                 runs.remove_leftovers(run)

@@ -18,9 +18,9 @@ from moment_ops.training.data import Batches, ImageData, scale
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.evaluator import Quality
 from moment_ops.training.finite import adam, step_if_finite
+from moment_ops.training.generators import Factory
 from moment_ops.training.loop import run_method
 from moment_ops.training.moment_networks import ConvMomentNetwork, SmallMomentNetwork
-from moment_ops.training.networks import Generator
 from moment_ops.training.settings import (
     EVALUATE_HELP,
     SECONDS_HELP,
@@ -96,7 +96,7 @@ class Matching(nn.Module):
     generator's images from real ones, the target moments are computed again, and the running average restarts.
     """
 
-    def __init__(self, net: mo.MomentNetwork, generator: Generator, data: ImageData, settings: Settings) -> None:
+    def __init__(self, net: mo.MomentNetwork, generator: nn.Module, data: ImageData, settings: Settings) -> None:
         super().__init__()
         self.net, self.settings = net, settings
         images, self.device = data.train, data.device
@@ -210,7 +210,7 @@ class MolmTrainer(Trainer):
 def new_trainer(data: ImageData, settings: Settings) -> MolmTrainer:
     torch.manual_seed(settings.seed)
     device = data.device
-    generator = Generator(data.channels, settings.latent_size, image_size=settings.size).to(device)
+    generator = settings.make_generator(data.channels).to(device)
     net = settings.make_network(data.channels).to(device)
     try:
         net.rescale(scale(data.train[:RESCALING_IMAGES], device), settings.squared_norm)
@@ -231,6 +231,7 @@ def train(
     given: dict[str, Any],
     *,
     data: Any = None,
+    generator: Factory | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
@@ -246,4 +247,5 @@ def train(
         new=new_trainer,
         resumed=resumed_trainer,
         data=data,
+        generator=generator,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moment_ops.training.errors import TrainingError, import_extra
+from moment_ops.training.errors import TrainingError, import_extra, import_package
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -90,14 +90,22 @@ class ResNet18(nn.Module):
         return self.linear(functional.avg_pool2d(x, 4).flatten(1))
 
 
-def load_weights(network: Network, path: Path | str) -> Network:
-    """Load a state dict from a file of ``torch.save``.
+def load_weights(network: Network, path: Path | str, without: tuple[str, ...] = ()) -> Network:
+    """Load a state dict from a file of ``torch.save``, or from a ``.safetensors`` file.
 
     The file holds the state dict itself, or a checkpoint with the key "state_dict", "net" or "model". A prefix
     "module." of its names, which DataParallel adds, is removed. Only tensors are unpickled.
+
+    Args:
+        without: beginnings of names that are left out, such as those of a layer that the network does not have.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            state = import_package("safetensors.torch").load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except TrainingError:
+        raise
     except OSError as error:
         raise TrainingError(f"could not read {path}: {error.strerror}") from error
     except Exception as error:  # anything may be raised for arbitrary bytes
@@ -107,8 +115,9 @@ def load_weights(network: Network, path: Path | str) -> Network:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TrainingError(f"{path} holds no state dict, a mapping from names to weights")
+    named = {name.removeprefix("module."): value for name, value in state.items()}
     try:
-        network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+        network.load_state_dict({name: value for name, value in named.items() if not name.startswith(without)})
     except RuntimeError as error:
         raise TrainingError(f"{path} holds weights of another network: {' '.join(str(error).split())}") from error
     return network

@@ -11,23 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from moment_ops.training import checkpoints, pictures, processes
+from moment_ops.training import checkpoints, generators, pictures, processes
 from moment_ops.training.data import unscale
 from moment_ops.training.errors import TrainingError
 from moment_ops.training.evaluator import sample
 from moment_ops.training.metrics import read_metrics
-from moment_ops.training.networks import Generator, freeze
+from moment_ops.training.networks import freeze
 from moment_ops.training.settings import LoopSettings
 from moment_ops.training.trainer import Trainer
 
 CHECKPOINT = "checkpoint.pt"
 # What a checkpoint contains; a change makes earlier ones unusable.
-VERSION = 2
+VERSION = 3
 METRICS = "metrics.jsonl"
 SETTINGS, QUALITY = "settings.json", "quality.json"
 CHANGEABLE = {"data", "steps", "seconds", "lr", "moment_lr", "amp"}
-CHANGEABLE |= {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+CHANGEABLE |= {
+    "judge_weights",
+    "micro_batches",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
 GRID_IMAGES = 100
 GRID_SEED = 1
 
@@ -115,10 +123,10 @@ def describe_last(run: Path) -> str:
     return f"the last checkpoint is of step {step}, which --resume continues"
 
 
-def averaged_generator(state: dict[str, Any]) -> Generator:
+def averaged_generator(state: dict[str, Any]) -> nn.Module:
     """The averaged generator of a loaded checkpoint, frozen."""
     settings = state["settings"]
-    generator = Generator(state["channels"], settings["latent_size"], image_size=settings["size"])
+    generator = generators.make(settings["generator"], state["channels"], settings["latent_size"], settings["size"])
     generator.load_state_dict(state["trainer"]["averaged"])
     return freeze(generator)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import nn
+
 import moment_ops as mo
-from moment_ops.training import judges
+from moment_ops.training import generators, judges
 from moment_ops.training.data import SIZES
 
 
@@ -35,6 +37,7 @@ class LoopSettings:
 
     data: str = option("mnist", DATA_HELP)
     size: int = option(32, "height and width of the images in pixels", choices=SIZES)
+    generator: str = option("dcgan", f"generator: {generators.EXPECTED}", metavar="NAME")
     steps: int = option(3000, "training steps")
     seconds: float = option(140.0, SECONDS_HELP)
     batch_size: int = option(32, "generated images per step")
@@ -45,9 +48,10 @@ class LoopSettings:
     judge: str = option(
         judges.AUTO,
         "network in whose features samples are judged, never one that is matched; auto is the digit classifier for"
-        " mnist, and EfficientNet-Lite2 for other data, or Lite1 where Lite2 is matched",
-        choices=judges.CHOICES,
+        " mnist, and EfficientNet-Lite2 for other data, or Lite1 where Lite2 is matched;"
+        f" {judges.EXPECTED}",
     )
+    judge_weights: str = option("", "file with the weights of the judge, for inception and timm:NAME", metavar="FILE")
     seed: int = option(0, "seed of all random numbers")
     amp: bool = option(False, "run the networks under autocast in bfloat16")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
@@ -67,8 +71,14 @@ class LoopSettings:
         for name in ("seconds", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        generators.check_name(self.generator)
+        judges.check_name(self.judge)
         if not 0 <= self.weight_average < 1:
             raise ValueError(f"weight_average: got {self.weight_average}, expected a number in [0, 1)")
+
+    def make_generator(self, channels: int) -> nn.Module:
+        """The generator with initial weights."""
+        return generators.make(self.generator, channels, self.latent_size, self.size)
 
 
 @dataclass(frozen=True)

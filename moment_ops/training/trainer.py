@@ -12,7 +12,7 @@ from moment_ops.training import processes
 from moment_ops.training.data import unscale
 from moment_ops.training.evaluator import sample
 from moment_ops.training.finite import adam, restore_if, step_if_finite
-from moment_ops.training.networks import Generator, freeze
+from moment_ops.training.networks import freeze
 from moment_ops.training.settings import LoopSettings
 
 SNAPSHOT_IMAGES = 16
@@ -28,7 +28,7 @@ class Trainer:
             All of its state must be in its ``state_dict``.
     """
 
-    def __init__(self, generator: Generator, matching: nn.Module, settings: LoopSettings) -> None:
+    def __init__(self, generator: nn.Module, matching: nn.Module, settings: LoopSettings) -> None:
         self.generator = generator
         self.averaged = freeze(copy.deepcopy(generator))
         self.matching = matching

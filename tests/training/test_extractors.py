@@ -9,8 +9,9 @@ from comparison import assert_same
 from torch import nn
 
 import moment_ops as mo
-from moment_ops.training import data, extractors, gfmn, runs
+from moment_ops.training import data, extractors, gfmn, named_networks, runs
 from moment_ops.training.errors import TrainingError
+from moment_ops.training.extractors import Choice
 from moment_ops.training.pretrained import VGG19, ResNet18
 
 TINY = {"steps": 4, "seconds": math.inf, "batch_size": 2, "latent_size": 8, "evaluate_every": 100, "judge": "digits"}
@@ -36,11 +37,11 @@ def small_vgg19(monkeypatch: pytest.MonkeyPatch) -> None:
         net[2].weight.data *= 100
         return net
 
-    monkeypatch.setitem(extractors._WITH_WEIGHTS, "vgg19", make)
+    monkeypatch.setitem(named_networks.OWN, "vgg19", make)
 
 
 def test_both_networks_of_the_paper_give_its_features(weights):
-    extractor = extractors.pretrained_extractor("vgg19+resnet18", list(weights.values()))
+    extractor = extractors.pretrained_extractor(Choice("vgg19+resnet18"), list(weights.values()))
     assert len(extractor.names) == 32
     grey = torch.rand(2, 1, 32, 32) * 2 - 1
     m = extractor(grey)
@@ -63,14 +64,14 @@ def test_both_networks_of_the_paper_give_its_features(weights):
 )
 def test_missing_and_superfluous_files_are_errors(features, files, message):
     with pytest.raises(TrainingError, match=message):
-        extractors.pretrained_extractor(features, [Path(file) for file in files])
+        extractors.pretrained_extractor(Choice(features), [Path(file) for file in files])
 
 
 @pytest.mark.usefixtures("small_vgg19")
 def test_a_run_with_pretrained_features_continues_without_their_files(tmp_path, pictures):
     file = tmp_path / "weights.pt"
     torch.manual_seed(0)
-    torch.save(extractors._WITH_WEIGHTS["vgg19"]().state_dict(), file)
+    torch.save(named_networks.OWN["vgg19"]().state_dict(), file)
     given = {"data": str(pictures), "features": "vgg19", **TINY}
     for name, steps in (("whole", 4), ("half", 2)):
         gfmn.train(tmp_path / name, {**given, "steps": steps}, extractor_files=[file], say=lambda line: None)
@@ -84,7 +85,7 @@ def test_a_run_with_pretrained_features_continues_without_their_files(tmp_path, 
 @pytest.mark.usefixtures("small_vgg19")
 def test_layers_count_by_their_features_over_their_standard_deviation(pictures):
     images = data.load(str(pictures))
-    extractor = extractors.pretrained_extractor("vgg19", None)
+    extractor = extractors.pretrained_extractor(Choice("vgg19"), None)
     target = gfmn.target_moments(images, extractor)
     settings = gfmn.Settings(features="vgg19", mean_weight=2.0)
     mean_weight, var_weight = gfmn.layer_weights(target, settings)
