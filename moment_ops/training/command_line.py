@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,20 @@ import torch
 
 import moment_ops as mo
 from moment_ops.environment import report
-from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, judges, molm, pictures, processes, runs
+from moment_ops.training import (
+    checkpoints,
+    configuration,
+    data,
+    evaluator,
+    extractors,
+    gfmn,
+    judges,
+    molm,
+    pictures,
+    presets,
+    processes,
+    runs,
+)
 from moment_ops.training.allocator import keep_freed_memory
 from moment_ops.training.devices import choose_device
 from moment_ops.training.errors import TrainingError
@@ -155,6 +167,12 @@ def add_train(methods: Any, method: Any, text: str) -> argparse.ArgumentParser:
     parser.set_defaults(method=method)
     parser.add_argument("--run-dir", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{name}-DATA)")
     parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    parser.add_argument(
+        "--preset", choices=presets.names(name), help="settings to start from, which other options override"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings in a file, .toml or the settings.json of a run"
+    )
     add_device(parser)
     add_settings(parser, method.Settings)
     return parser
@@ -177,15 +195,16 @@ def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
 
 
 def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The settings given on the command line. If `--steps` is given, `--seconds` has no default."""
+    """The settings of preset, file and command line. They are printed, unless a run is continued."""
     names = {field.name for field in dataclasses.fields(settings)}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    if "steps" in given:
-        given.setdefault("seconds", math.inf)
+    typed = {name: value for name, value in vars(options).items() if name in names}
+    given, sources = configuration.combined(settings, typed, options.config, options.preset)
     try:
-        settings(**given)
+        whole = settings(**given)
     except ValueError as error:
         options.parser.error(str(error))
+    if not options.resume and not processes.started_as():
+        print("settings", *configuration.lines(whole, sources), sep="\n", flush=True)
     return given
 
 

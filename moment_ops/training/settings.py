@@ -87,6 +87,12 @@ class MatchingSettings(LoopSettings):
 
     average: str = option("adam", "running average of the moments", choices=("adam", "moving", "none"))
     average_lr: float = option(1e-3, "learning rate of the average 'adam'")
+    average_reduction: str = option(
+        "sum",
+        "scale of the gradients that the average 'adam' sees, and with it the meaning of its eps: the sum over all"
+        " features, or their mean as in the released code of GFMN",
+        choices=("sum", "mean"),
+    )
     decay: float = option(0.99, "decay of the average 'moving', the weight of its previous value")
 
     def __post_init__(self) -> None:
@@ -95,7 +101,7 @@ class MatchingSettings(LoopSettings):
 
     def make_average(self) -> mo.AdamMovingAverage | mo.MovingAverage | None:
         if self.average == "adam":
-            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction="sum")
+            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction=self.average_reduction)
         if self.average == "moving":
             return mo.MovingAverage(self.decay)
         if self.average == "none":
