@@ -26,6 +26,9 @@ WEIGHT_AVERAGE_HELP = "decay of the moving average of the generator's weights, f
 EVALUATE_HELP = "steps between evaluations, which compute the Frechet distance and draw samples"
 
 
+AUTOCAST = ("none", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """Settings of all methods.
@@ -53,7 +56,15 @@ class LoopSettings:
     )
     judge_weights: str = option("", "file with the weights of the judge, for inception and timm:NAME", metavar="FILE")
     seed: int = option(0, "seed of all random numbers")
-    amp: bool = option(False, "run the networks under autocast in bfloat16")
+    amp: str = option(
+        "none",
+        "dtype of autocast for the networks; with float16 the loss is scaled so that gradients do not underflow",
+        choices=AUTOCAST,
+    )
+    channels_last: bool = option(False, "store feature maps with channels innermost, which convolutions may prefer")
+    compile: bool = option(
+        False, "compile the generator, and networks whose features are matched, in the first steps"
+    )
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     evaluate_every: int = option(300, EVALUATE_HELP)
     checkpoint_every: int = option(300, "steps between checkpoints")
@@ -71,6 +82,8 @@ class LoopSettings:
         for name in ("seconds", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        if self.amp not in AUTOCAST:
+            raise ValueError(f"amp: got {self.amp!r}, expected one of {', '.join(AUTOCAST)}")
         generators.check_name(self.generator)
         judges.check_name(self.judge)
         if not 0 <= self.weight_average < 1:

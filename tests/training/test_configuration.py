@@ -69,7 +69,7 @@ def test_steps_without_seconds_have_no_limit_of_time(tmp_path):
     [
         ('{"batchsize": 3}', "got 'batchsize', which is no setting of gfmn"),
         ('{"batch_size": 3.5}', "batch_size: got 3.5, expected int, such as 32"),
-        ('{"amp": 1}', "amp: got 1, expected bool, such as False"),
+        ('{"channels_last": 1}', "channels_last: got 1, expected bool, such as False"),
         ('{"lr": true}', "lr: got True, expected float"),
         ('{"betas": [0.5]}', "betas: got [0.5], expected tuple"),
         ('{"method": "molm"}', "is of molm, not of gfmn"),
