@@ -101,7 +101,7 @@ def pretrained_extractor(choice: Choice, weights: Sequence[Path] | None, size: i
         TrainingError: too few or too many files, files that do not hold these weights, or layers that are not there.
     """
     torch.manual_seed(0)
-    named = {name: named_networks.make(name, size) for name in choice.networks.split("+")}
+    named = {name: named_networks.make(name, size, choice.size) for name in choice.networks.split("+")}
     without = [name for name, network in named.items() if not network.has_weights]
     if weights is not None and len(weights) != len(without):
         expected = f"{len(without)} with the weights of {'+'.join(without)}" if without else "none"
