@@ -62,9 +62,7 @@ class LoopSettings:
         choices=AUTOCAST,
     )
     channels_last: bool = option(False, "store feature maps with channels innermost, which convolutions may prefer")
-    compile: bool = option(
-        False, "compile the generator, and networks whose features are matched, in the first steps"
-    )
+    compile: bool = option(False, "compile the generator, and networks whose features are matched, in the first steps")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     evaluate_every: int = option(300, EVALUATE_HELP)
     checkpoint_every: int = option(300, "steps between checkpoints")

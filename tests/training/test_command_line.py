@@ -122,6 +122,8 @@ def test_an_unwritable_output_is_a_one_line_error(capfd):
         ["train"],
         ["train", "gfmn", "--batch-size=1"],
         ["train", "gfmn", "--average=mean"],
+        ["train", "autoencoder", "--latent-size=0"],
+        ["train", "autoencoder", "--seconds=0"],
         ["sample", "--count=0"],
         ["sample", "--output=samples.gif"],
     ],
@@ -132,7 +134,9 @@ def test_wrong_usage_exits_with_status_2(arguments):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("command", [["train", "gfmn"], ["moments"], ["sample"], ["evaluate"], ["env"]])
+@pytest.mark.parametrize(
+    "command", [["train", "gfmn"], ["train", "autoencoder"], ["moments"], ["sample"], ["evaluate"], ["env"]]
+)
 def test_every_command_explains_itself(command, capfd):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
