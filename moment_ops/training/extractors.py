@@ -107,8 +107,8 @@ def pretrained_extractor(
         TrainingError: too few or too many files, files that do not hold these weights, or layers that are not there.
     """
     torch.manual_seed(0)
-    names = choice.networks.split("+")
-    named = {name: named_networks.make(name, size, channels, choice.latent_size) for name in names}
+    of_data = {"channels": channels, "latent_size": choice.latent_size}
+    named = {name: named_networks.make(name, size, choice.size, **of_data) for name in choice.networks.split("+")}
     without = [name for name, network in named.items() if not network.has_weights]
     if weights is not None and len(weights) != len(without):
         expected = f"{len(without)} with the weights of {'+'.join(without)}" if without else "none"

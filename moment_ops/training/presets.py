@@ -21,7 +21,8 @@ class Preset(NamedTuple):
 PRESETS = {
     "gfmn-mnist": Preset("gfmn", {}),
     "molm-mnist": Preset("molm", {}),
-    # dos Santos et al., ICCV 2019. The schedule of the learning rate, which is constant there, is ours.
+    # dos Santos et al., ICCV 2019, with the steps of their comparison of networks; the longest runs have 1.17 million.
+    # The average starts from zeros, where that of the released code starts from small random numbers.
     "gfmn-cifar10-vgg19-resnet18": Preset(
         "gfmn",
         {
@@ -31,6 +32,7 @@ PRESETS = {
             "latent_size": (100, PAPER),
             "batch_size": (64, PAPER),
             "lr": (5e-5, CODE),
+            "schedule": ("constant", CODE),
             "betas": ((0.5, 0.999), CODE),
             "average": ("adam", PAPER),
             "average_lr": (1e-5, CODE),
@@ -50,9 +52,11 @@ PRESETS = {
             "data": ("cifar10", PAPER),
             "network": ("conv", THIRD_PARTY),
             "width": (256, OURS),
+            "generator": ("molm-dcgan", THIRD_PARTY),
             "latent_size": (128, THIRD_PARTY),
             "batch_size": (200, THIRD_PARTY),
             "lr": (1e-4, THIRD_PARTY),
+            "schedule": ("constant", THIRD_PARTY),
             "betas": ((0.9, 0.999), THIRD_PARTY),
             "moment_lr": (1e-4, THIRD_PARTY),
             "first_moment_steps": (100, THIRD_PARTY),

@@ -143,14 +143,11 @@ class Encoder(nn.Module):
         self.load_state_dict(state["encoder"])
 
 
-def load_weights(network: Network, path: Path | str, without: tuple[str, ...] = ()) -> Network:
-    """Load a state dict from a file of ``torch.save``, or from a ``.safetensors`` file.
+def state_of_file(path: Path | str) -> dict[str, Tensor]:
+    """Read a state dict from a file of ``torch.save``, or from a ``.safetensors`` file.
 
     The file holds the state dict itself, or a checkpoint with the key "state_dict", "net" or "model". A prefix
     "module." of its names, which DataParallel adds, is removed. Only tensors are unpickled.
-
-    Args:
-        without: beginnings of names that are left out, such as those of a layer that the network does not have.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -168,9 +165,18 @@ def load_weights(network: Network, path: Path | str, without: tuple[str, ...] = 
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TrainingError(f"{path} holds no state dict, a mapping from names to weights")
-    named = {name.removeprefix("module."): value for name, value in state.items()}
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_weights(network: Network, path: Path | str, without: tuple[str, ...] = ()) -> Network:
+    """Load the state dict of a file into a network.
+
+    Args:
+        without: beginnings of names that are left out, such as those of a layer that the network does not have.
+    """
+    state = {name: value for name, value in state_of_file(path).items() if not name.startswith(without)}
     try:
-        network.load_state_dict({name: value for name, value in named.items() if not name.startswith(without)})
+        network.load_state_dict(state)
     except RuntimeError as error:
         raise TrainingError(f"{path} holds weights of another network: {' '.join(str(error).split())}") from error
     return network

@@ -26,15 +26,13 @@ WEIGHT_AVERAGE_HELP = "decay of the moving average of the generator's weights, f
 EVALUATE_HELP = "steps between evaluations, which compute the Frechet distance and draw samples"
 
 
+SCHEDULES = ("linear", "constant")
 AUTOCAST = ("none", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of all methods.
-
-    The learning rate is constant for the first half of the training and then falls linearly to 2 % of its value.
-    """
+    """Settings of all methods."""
 
     method: ClassVar[str]
 
@@ -45,6 +43,11 @@ class LoopSettings:
     seconds: float = option(140.0, SECONDS_HELP)
     batch_size: int = option(32, "generated images per step")
     lr: float = option(2e-3, "learning rate of the generator")
+    schedule: str = option(
+        "linear",
+        "schedule of the learning rates: linear from half of the training on, down to 2 %%, or constant",
+        choices=SCHEDULES,
+    )
     betas: tuple[float, float] = (0.5, 0.999)
     weight_average: float = option(0.999, WEIGHT_AVERAGE_HELP)
     latent_size: int = option(64, "length of the latent vectors")
@@ -80,8 +83,9 @@ class LoopSettings:
         for name in ("seconds", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
-        if self.amp not in AUTOCAST:
-            raise ValueError(f"amp: got {self.amp!r}, expected one of {', '.join(AUTOCAST)}")
+        for name, choices in (("amp", AUTOCAST), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         generators.check_name(self.generator)
         judges.check_name(self.judge)
         if not 0 <= self.weight_average < 1:

@@ -71,7 +71,9 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate: constant for the first half of the training, then linear to 2 % of its value."""
+        """The learning rate. A linear schedule is constant for the first half of the training, and ends at 2 %."""
+        if self.settings.schedule == "constant":
+            return self.settings.lr
         return self.settings.lr * min(1.0, 1 - 0.98 * (2 * self.progress - 1))
 
     def advance(self) -> Tensor:

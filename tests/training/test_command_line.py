@@ -1,5 +1,7 @@
 """The command ``moment-ops``: what it writes, and that errors are one line."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -42,10 +44,10 @@ def assert_one_line_error(capfd, status, expected, status_expected=1):
 def test_training_ends_with_both_frechet_distances_and_their_ratio(capfd, pictures):
     assert main(["train", "gfmn", "--device=cpu", "--run-dir=runs/last", f"--data={pictures}", *TINY]) == 0
     output = capfd.readouterr()
-    last = output.out.splitlines()[-1]
-    assert last.startswith("Frechet distance ")
-    assert "held-out images" in last
-    assert "ratio" in last
+    lines = output.out.splitlines()
+    number = r"\d+\.\d\d \+- \d+\.\d\d"
+    assert re.fullmatch(rf"Frechet distance +{number} +{number} +ratio \d+\.\d\d", lines[-1])
+    assert any(line.startswith("judged by: ") and "held-out images" in line for line in lines)
 
 
 def test_without_a_terminal_there_is_no_progress_bar(capfd, pictures):
@@ -135,7 +137,8 @@ def test_wrong_usage_exits_with_status_2(arguments):
 
 
 @pytest.mark.parametrize(
-    "command", [["train", "gfmn"], ["train", "autoencoder"], ["moments"], ["sample"], ["evaluate"], ["env"]]
+    "command",
+    [["train", "gfmn"], ["train", "molm"], ["train", "autoencoder"], ["moments"], ["sample"], ["evaluate"], ["env"]],
 )
 def test_every_command_explains_itself(command, capfd):
     with pytest.raises(SystemExit) as caught:
