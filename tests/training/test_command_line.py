@@ -123,6 +123,8 @@ def test_an_unwritable_output_is_a_one_line_error(capfd):
         ["train"],
         ["train", "gfmn", "--batch-size=1"],
         ["train", "gfmn", "--average=mean"],
+        ["train", "autoencoder", "--latent-size=0"],
+        ["train", "autoencoder", "--seconds=0"],
         ["sample", "--count=0"],
         ["sample", "--output=samples.gif"],
     ],
@@ -133,7 +135,10 @@ def test_wrong_usage_exits_with_status_2(arguments):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("command", [["train", "gfmn"], ["moments"], ["sample"], ["evaluate"], ["env"]])
+@pytest.mark.parametrize(
+    "command",
+    [["train", "gfmn"], ["train", "molm"], ["train", "autoencoder"], ["moments"], ["sample"], ["evaluate"], ["env"]],
+)
 def test_every_command_explains_itself(command, capfd):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
