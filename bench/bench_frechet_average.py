@@ -46,7 +46,7 @@ class FrechetAverageBench(FrechetBench):
         state = {
             "mean_0": self.past.mean,
             "cov_0": self.root @ cov @ self.root,
-            "trace_0": cov.trace(),
+            "trace_0": cov.trace().reshape(1),
             "step_0": torch.tensor(1),
         }
         loss_fn.load_state_dict(loss_fn.state_dict() | state)

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,22 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 def line(environment: dict[str, Any]) -> str:
     """The environment in one line."""
-    return (
-        f"{environment['device']}, {environment['threads']} threads, {environment['instructions']};"
-        f" Python {environment['python']}, torch {environment['torch']}, moment_ops {environment['moment_ops']}"
-        f" ({environment['backend']} backend, commit {environment['commit']}); {environment['date']},"
-        f" load before the run {environment['load']}"
-    )
+    return lines([environment])[0]
+
+
+def lines(environments: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for all that differ in the load alone."""
+    loads: dict[str, list[float]] = {}
+    for environment in environments:
+        text = (
+            f"{environment['device']}, {environment['threads']} threads, {environment['instructions']};"
+            f" Python {environment['python']}, torch {environment['torch']}, moment_ops {environment['moment_ops']}"
+            f" ({environment['backend']} backend, commit {environment['commit']}); {environment['date']}"
+        )
+        loads.setdefault(text, []).append(environment["load"])
+    return [f"{text}, load before the run {_range(found)}" for text, found in loads.items()]
+
+
+def _range(loads: Sequence[float]) -> str:
+    known = sorted({load for load in loads if load is not None})
+    return " to ".join(map(str, dict.fromkeys(known[:1] + known[-1:]))) or "unknown"

@@ -178,7 +178,7 @@ def _over_no_loss(result: dict[str, Any]) -> str:
 
 
 def environments(all_results: Sequence[dict[str, Any]]) -> str:
-    lines = dict.fromkeys(environment.line(result["environment"]) for result in all_results)
+    lines = environment.lines([result["environment"] for result in all_results])
     return "\n".join(f"Measured on: {line}." for line in lines)
 
 

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,21 @@ import torch
 
 import moment_ops as mo
 from moment_ops.environment import report
-from moment_ops.training import checkpoints, data, evaluator, extractors, gfmn, judges, molm, pictures, processes, runs
+from moment_ops.training import (
+    autoencoder,
+    checkpoints,
+    configuration,
+    data,
+    evaluator,
+    extractors,
+    gfmn,
+    judges,
+    molm,
+    pictures,
+    presets,
+    processes,
+    runs,
+)
 from moment_ops.training.allocator import keep_freed_memory
 from moment_ops.training.devices import choose_device
 from moment_ops.training.errors import TrainingError
@@ -73,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_train(
         methods, molm, "match the moments of a network that learns to tell real images from generated ones (MoLM)"
     )
+    add_autoencoder(methods)
 
     moments = add_command(
         commands,
@@ -155,9 +169,27 @@ def add_train(methods: Any, method: Any, text: str) -> argparse.ArgumentParser:
     parser.set_defaults(method=method)
     parser.add_argument("--run-dir", type=Path, metavar="FOLDER", help=f"folder of the run (default: runs/{name}-DATA)")
     parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    parser.add_argument(
+        "--preset", choices=presets.names(name), help="settings to start from, which other options override"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings in a file, .toml or the settings.json of a run"
+    )
     add_device(parser)
     add_settings(parser, method.Settings)
     return parser
+
+
+def add_autoencoder(methods: Any) -> None:
+    text = "train an autoencoder on the data, whose features --features autoencoder of GFMN matches"
+    parser = add_command(methods, "autoencoder", autoencoder_command, text)
+    parser.set_defaults(preset=None, resume=False)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="output file, a new one (default: runs/autoencoder-DATA.pt)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in a file, .toml or .json")
+    add_device(parser)
+    add_settings(parser, autoencoder.Settings)
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
@@ -177,24 +209,23 @@ def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
 
 
 def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The settings given on the command line. If `--steps` is given, `--seconds` has no default."""
+    """The settings of preset, file and command line. They are printed, unless a run is continued."""
     names = {field.name for field in dataclasses.fields(settings)}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    if "steps" in given:
-        given.setdefault("seconds", math.inf)
+    typed = {name: value for name, value in vars(options).items() if name in names}
+    given, sources = configuration.combined(settings, typed, options.config, options.preset)
     try:
-        settings(**given)
+        whole = settings(**given)
     except ValueError as error:
         options.parser.error(str(error))
+    if not options.resume and not processes.started_as():
+        print("settings", *configuration.lines(whole, sources), sep="\n", flush=True)
     return given
 
 
 def train_command(options: argparse.Namespace) -> int:
     method = options.method
     given = given_settings(options, method.Settings)
-    run = (
-        options.run_dir or Path("runs") / f"{method.Settings.method}-{Path(given.get('data', 'mnist')).resolve().name}"
-    )
+    run = options.run_dir or default_path(method.Settings, given)
     keep_freed_memory()
     try:
         with signals_raise(), processes.joined(options.device) as device:
@@ -215,6 +246,19 @@ def train_command(options: argparse.Namespace) -> int:
         print(f"results in {run}")
         print("\n".join(measured.lines()))
     return 0
+
+
+def default_path(settings: Any, given: dict[str, Any]) -> Path:
+    """Where the results of a training go by default, without a suffix."""
+    return Path("runs") / f"{settings.method}-{Path(given.get('data', settings.data)).resolve().name}"
+
+
+def autoencoder_command(options: argparse.Namespace) -> None:
+    if processes.started() > 1:
+        raise TrainingError(f"train autoencoder: got {processes.started()} processes of torchrun, expected one")
+    given = given_settings(options, autoencoder.Settings)
+    path = options.output or Path(f"{default_path(autoencoder.Settings, given)}.pt")
+    autoencoder.train(path, given, device=choose_device(options.device), say=functools.partial(print, flush=True))
 
 
 def moments_command(options: argparse.Namespace) -> None:

@@ -50,18 +50,31 @@ class Quality:
     scales: int
 
     def lines(self) -> list[str]:
-        """The measures in words, the most important one last."""
+        """The measures as a table, the most important one last."""
         ratio = self.frechet_distance / self.held_out_frechet_distance
+        rows = [
+            ("", "samples", "real images"),
+            (f"MS-SSIM of pairs, {self.scales} scales", f"{self.ms_ssim:.3f}", f"{self.real_ms_ssim:.3f}"),
+            ("precision", f"{self.precision:.3f}", f"{self.held_out_precision:.3f}"),
+            ("recall", f"{self.recall:.3f}", f"{self.held_out_recall:.3f}"),
+            (
+                "kernel distance",
+                f"{self.kernel_distance:.4g} +- {self.kernel_distance_std:.2g}",
+                f"{self.held_out_kernel_distance:.4g}",
+            ),
+            (
+                "Frechet distance",
+                f"{self.frechet_distance:.2f} +- {self.frechet_distance_std:.2f}",
+                f"{self.held_out_frechet_distance:.2f} +- {self.held_out_frechet_distance_std:.2f}",
+            ),
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return [
             f"judged by: {self.judge}; {self.sets} sets of {self.samples:,} samples, {self.samples:,} held-out images;"
             " with standard deviations",
-            f"MS-SSIM of pairs ({self.scales} scales) {self.ms_ssim:.3f}; of real images {self.real_ms_ssim:.3f}",
-            f"precision {self.precision:.3f}, recall {self.recall:.3f}; of held-out images"
-            f" {self.held_out_precision:.3f}, {self.held_out_recall:.3f}",
-            f"kernel distance {self.kernel_distance:.4g} +- {self.kernel_distance_std:.2g}; that of held-out images is"
-            f" {self.held_out_kernel_distance:.4g}",
-            f"Frechet distance {self.frechet_distance:.2f} +- {self.frechet_distance_std:.2f}; that of held-out images"
-            f" is {self.held_out_frechet_distance:.2f} +- {self.held_out_frechet_distance_std:.2f}; ratio {ratio:.2f}",
+            *table[:-1],
+            f"{table[-1]}  ratio {ratio:.2f}",
         ]
 
     def save(self, path: Path) -> None:

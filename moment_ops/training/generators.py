@@ -14,7 +14,7 @@ from moment_ops.training.networks import Generator
 
 # (channels, latent_size, image_size) -> latent vectors (N, latent_size) to images (N, channels, S, S) in [-1, 1].
 Factory = Callable[[int, int, int], nn.Module]
-EXPECTED = "dcgan, gfmn-dcgan, gfmn-resnet or package.module:factory"
+EXPECTED = "dcgan, gfmn-dcgan, gfmn-resnet, molm-dcgan or package.module:factory"
 _given: dict[str, Factory] = {}
 
 
@@ -52,6 +52,30 @@ class GfmnDcgan(_Layers):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.normal_(module.weight, 0, 0.02)
+
+
+class MolmDcgan(nn.Module):
+    """The generator of MoLM as a third party has it: ReLU before BatchNorm, weights of N(0, 0.02).
+
+    Source: the code of a third party, since that of Ravuri et al. 2018 is not published.
+    """
+
+    def __init__(self, channels: int, latent_size: int, image_size: int, width: int = 128) -> None:
+        super().__init__()
+        doublings = _doublings(image_size) - 1
+        inputs = width << doublings
+        layers: list[nn.Module] = [nn.Linear(latent_size, inputs * 16, bias=False), nn.Unflatten(1, (inputs, 4, 4))]
+        for _ in range(doublings):
+            layers += [nn.ReLU(), nn.BatchNorm2d(inputs), nn.ConvTranspose2d(inputs, inputs // 2, 4, 2, 1, bias=False)]
+            inputs //= 2
+        layers += [nn.ReLU(), nn.BatchNorm2d(inputs), nn.ConvTranspose2d(inputs, channels, 4, 2, 1), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, 0, 0.02)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.layers(latent)
 
 
 class _Upsampled(nn.Module):
@@ -99,6 +123,7 @@ _OWN: dict[str, Factory] = {
     "dcgan": lambda channels, latent_size, size: Generator(channels, latent_size, image_size=size),
     "gfmn-dcgan": GfmnDcgan,
     "gfmn-resnet": GfmnResnet,
+    "molm-dcgan": MolmDcgan,
 }
 
 

@@ -85,6 +85,10 @@ class Settings(MatchingSettings):
             raise ValueError(
                 f"micro_batches: got {self.micro_batches}, expected 1 to {self.batch_size}, the images of a batch"
             )
+        if self.micro_batches > 1 and self.amp == "float16":
+            raise ValueError(
+                "micro_batches: got float16 autocast, whose loss is scaled for the whole batch; use bfloat16"
+            )
         if self.covariance_pool < 0:
             raise ValueError(f"covariance_pool: got {self.covariance_pool}, expected a non-negative number")
         for name in ("mean_weight", "var_weight", "covariance_weight"):
@@ -96,7 +100,7 @@ class Settings(MatchingSettings):
     @property
     def choice(self) -> extractors.Choice:
         """The features that are matched."""
-        return extractors.Choice(self.features, self.feature_layers, self.feature_size)
+        return extractors.Choice(self.features, self.feature_layers, self.feature_size, self.latent_size)
 
 
 class Matching(nn.Module):
@@ -112,6 +116,8 @@ class Matching(nn.Module):
     ) -> None:
         super().__init__()
         self.extractor = extractor
+        if settings.compile:
+            extractor.compile()
         mean_weight, var_weight = layer_weights(target, settings)
         self.moment_loss = mo.MomentLoss(
             target,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
+import io
 
 import numpy as np
 import torch
@@ -13,9 +12,9 @@ from torch.nn import functional
 from moment_ops.training import named_networks
 from moment_ops.training.errors import TrainingError, import_package
 from moment_ops.training.evaluator_weights import WEIGHTS
-from moment_ops.training.named_networks import LITE, Named, Prepared
+from moment_ops.training.named_networks import LITE, Named, Prepared, architecture
 from moment_ops.training.networks import EvaluationClassifier, freeze
-from moment_ops.training.pretrained import EfficientNetLite, load_weights
+from moment_ops.training.pretrained import EfficientNetLite, load_weights, state_of_file
 
 AUTO, DIGITS, INCEPTION = "auto", "digits", "inception"
 CHOICES = (AUTO, DIGITS, INCEPTION, *LITE)
@@ -44,7 +43,7 @@ def choose(judge: str, data: str, features: str = "") -> str:
     matched = features.split("+")
     if judge == AUTO:
         return DIGITS if data == "mnist" else next(name for name in reversed(LITE) if name not in matched)
-    if judge in matched:
+    if architecture(judge) in map(architecture, matched):
         raise TrainingError(f"--judge: got {judge}, whose features are matched; expected another network")
     return judge
 
@@ -104,12 +103,14 @@ class Inception(nn.Module):
 
     def __init__(self, weights: str) -> None:
         super().__init__()
-        if not Path(weights).is_file():
-            raise TrainingError(f"there is no file {weights}")
-        extractors = import_package("torch_fidelity.feature_extractor_inceptionv3")
+        module = import_package("torch_fidelity.feature_extractor_inceptionv3")
+        # torch-fidelity would unpickle anything: it gets a copy of the tensors of the file.
+        copy = io.BytesIO()
+        torch.save(state_of_file(weights), copy)
+        copy.seek(0)
         try:
-            self.net = extractors.FeatureExtractorInceptionV3("inception", ["2048"], weights)
-        except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            self.net = module.FeatureExtractorInceptionV3("inception", ["2048"], copy)
+        except (RuntimeError, KeyError) as error:
             raise TrainingError(f"{weights} holds no weights of it: {str(error).splitlines()[0]}") from error
 
     def forward(self, images: Tensor) -> Tensor:

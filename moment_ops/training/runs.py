@@ -27,7 +27,7 @@ CHECKPOINT = "checkpoint.pt"
 VERSION = 3
 METRICS = "metrics.jsonl"
 SETTINGS, QUALITY = "settings.json", "quality.json"
-CHANGEABLE = {"data", "steps", "seconds", "lr", "moment_lr", "amp"}
+CHANGEABLE = {"data", "steps", "seconds", "lr", "moment_lr"}
 CHANGEABLE |= {
     "judge_weights",
     "micro_batches",

@@ -26,12 +26,13 @@ WEIGHT_AVERAGE_HELP = "decay of the moving average of the generator's weights, f
 EVALUATE_HELP = "steps between evaluations, which compute the Frechet distance and draw samples"
 
 
+SCHEDULES = ("linear", "constant")
+AUTOCAST = ("none", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of all methods.
-
-    The learning rate is constant for the first half of the training and then falls linearly to 2 % of its value.
-    """
+    """Settings of all methods."""
 
     method: ClassVar[str]
 
@@ -42,6 +43,11 @@ class LoopSettings:
     seconds: float = option(140.0, SECONDS_HELP)
     batch_size: int = option(32, "generated images per step")
     lr: float = option(2e-3, "learning rate of the generator")
+    schedule: str = option(
+        "linear",
+        "schedule of the learning rates: linear from half of the training on, down to a fiftieth, or constant",
+        choices=SCHEDULES,
+    )
     betas: tuple[float, float] = (0.5, 0.999)
     weight_average: float = option(0.999, WEIGHT_AVERAGE_HELP)
     latent_size: int = option(64, "length of the latent vectors")
@@ -53,7 +59,13 @@ class LoopSettings:
     )
     judge_weights: str = option("", "file with the weights of the judge, for inception and timm:NAME", metavar="FILE")
     seed: int = option(0, "seed of all random numbers")
-    amp: bool = option(False, "run the networks under autocast in bfloat16")
+    amp: str = option(
+        "none",
+        "dtype of autocast for the networks; with float16 the loss is scaled so that gradients do not underflow",
+        choices=AUTOCAST,
+    )
+    channels_last: bool = option(False, "store feature maps with channels innermost, which convolutions may prefer")
+    compile: bool = option(False, "compile the generator, and networks whose features are matched, in the first steps")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     evaluate_every: int = option(300, EVALUATE_HELP)
     checkpoint_every: int = option(300, "steps between checkpoints")
@@ -71,6 +83,9 @@ class LoopSettings:
         for name in ("seconds", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        for name, choices in (("amp", AUTOCAST), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         generators.check_name(self.generator)
         judges.check_name(self.judge)
         if not 0 <= self.weight_average < 1:
@@ -87,6 +102,12 @@ class MatchingSettings(LoopSettings):
 
     average: str = option("adam", "running average of the moments", choices=("adam", "moving", "none"))
     average_lr: float = option(1e-3, "learning rate of the average 'adam'")
+    average_reduction: str = option(
+        "sum",
+        "scale of the gradients that the average 'adam' sees, and with it the meaning of its eps: the sum over all"
+        " features, or their mean as in the released code of GFMN",
+        choices=("sum", "mean"),
+    )
     decay: float = option(0.99, "decay of the average 'moving', the weight of its previous value")
 
     def __post_init__(self) -> None:
@@ -95,7 +116,7 @@ class MatchingSettings(LoopSettings):
 
     def make_average(self) -> mo.AdamMovingAverage | mo.MovingAverage | None:
         if self.average == "adam":
-            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction="sum")
+            return mo.AdamMovingAverage(lr=self.average_lr, betas=(0.5, 0.999), reduction=self.average_reduction)
         if self.average == "moving":
             return mo.MovingAverage(self.decay)
         if self.average == "none":

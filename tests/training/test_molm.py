@@ -195,7 +195,7 @@ def test_a_moment_network_that_diverges_is_a_one_line_error(train):
 
 
 def test_in_bfloat16_a_run_goes_through(train):
-    assert all(np.isfinite(line["loss"]) for line in metrics_of(train("run", amp=True)))
+    assert all(np.isfinite(line["loss"]) for line in metrics_of(train("run", amp="bfloat16")))
 
 
 def test_images_of_64_pixels(train):

@@ -95,6 +95,44 @@ def test_layers_are_chosen_by_type_and_by_pattern(own_module, layers, expected):
     assert names == tuple(f"{own_module}:layers/net.{index}:0" for index in expected)
 
 
+def test_a_run_with_features_of_resized_images_is_trained(own_module, pictures, tmp_path):
+    given = {"data": str(pictures), "features": f"{own_module}:features", "feature_size": 16, **TINY}
+    gfmn.train(tmp_path / "run", given, say=lambda line: None)
+    names = extractors.pretrained_extractor(Choice(given["features"], size=16), []).names
+    assert names is not None
+
+
+def test_images_of_torchvision_are_large_enough_for_its_network(torchvision):
+    named = named_networks.make("torchvision:vit_b_16", 32)
+    assert named.size == 224
+    assert named_networks.make("torchvision:squeezenet1_1", 32).size is None
+
+
+def test_a_network_of_timm_is_made_for_the_size_of_the_features(timm):
+    assert named_networks.make("timm:test_vit", 32, 96).size == 96
+
+
+@pytest.mark.parametrize(
+    ("judge", "features"),
+    [
+        ("timm:resnet18.a1_in1k", "timm:resnet18"),
+        ("timm:tf_efficientnet_lite0", "efficientnet-lite0"),
+        ("timm:resnet18", "vgg19+torchvision:resnet18"),
+        ("inception", "torchvision:inception_v3"),
+    ],
+)
+def test_a_network_under_another_name_does_not_judge_itself(judge, features):
+    with pytest.raises(TrainingError, match=r"--judge: got .*, whose features are matched"):
+        judges.choose(judge, "photographs", features)
+
+
+def test_weights_of_inception_are_not_unpickled(torchvision, tmp_path):
+    pytest.importorskip("torch_fidelity")
+    torch.save({"weight": print}, tmp_path / "inception.pth")
+    with pytest.raises(TrainingError, match="is not a file of weights"):
+        judges.make("inception", str(tmp_path / "inception.pth"))
+
+
 def test_layers_that_are_not_there_are_an_error(own_module):
     with pytest.raises(TrainingError, match=r"--feature-layers: .*Sigmoid"):
         extractors.pretrained_extractor(Choice(f"{own_module}:layers", "Sigmoid"), [])
@@ -150,7 +188,7 @@ def test_inception_of_torch_fidelity_judges(torchvision, tmp_path):
         (lambda: named_networks.make("my_networks:number"), "my_networks:number: got int, expected a torch.nn.Module"),
         (lambda: judges.make("timm:test_resnet"), "--judge-weights: got none, expected a file with the weights of"),
         (lambda: judges.make("digits", "a.pt"), "--judge-weights: got a.pt, expected none, as digits has its weights"),
-        (lambda: judges.make("inception", "a.pt"), "there is no file a.pt"),
+        (lambda: judges.make("inception", "a.pt"), "could not read a.pt: No such file"),
     ],
 )
 def test_what_does_not_exist_is_named(timm, own_module, call, message):
@@ -163,10 +201,14 @@ def test_what_does_not_exist_is_named(timm, own_module, call, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"features": "vgg"}, "features: got 'vgg', expected vgg19, resnet18, "),
+        ({"features": "vgg"}, "features: got 'vgg', expected autoencoder, vgg19, resnet18, "),
         ({"features": "vgg19+classifier"}, "features: got 'vgg19+classifier', expected each network once"),
         ({"features": "vgg19+vgg19"}, "expected each network once"),
         ({"feature_layers": "ReLU"}, "feature_layers: got ReLU, expected none with the features of the classifier"),
+        (
+            {"features": "autoencoder", "feature_size": 64},
+            "feature_size: got 64, expected none with the features of the",
+        ),
         ({"features": "vgg19", "feature_size": -1}, "feature_size: got -1, expected a positive number, or 0"),
         ({"judge": "vgg"}, "judge: got 'vgg', expected auto, digits, inception, "),
         ({"micro_batches": 0}, "micro_batches: got 0, expected 1 to 32, the images of a batch"),
