@@ -1,7 +1,9 @@
-"""Training of the two classifiers: one extracts features, the other evaluates samples."""
+"""Training of networks in one loop, and of the two classifiers: one extracts features, the other evaluates samples."""
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,26 +49,28 @@ class Task:
         return scale(turned), turns.to(self.device)
 
 
-def train_classifier(
+def train_network(
     network: nn.Module,
-    task: Task,
+    loss_fn: Callable[[Tensor], Tensor],
+    count: int,
     *,
     iterations: int,
-    strength: float,
     batch_size: int = 64,
     lr: float = 2e-3,
     seconds: float = math.inf,
     seed: int = 0,
     description: str = "classifier",
 ) -> None:
-    """Train ``network`` in place, with Adam, a cosine schedule and random affine transforms of the images.
+    """Train ``network`` in place, with Adam and a cosine schedule, and leave it in evaluation mode.
 
     Training ends after ``iterations`` or after ``seconds``, whichever comes first.
+
+    Args:
+        loss_fn: the loss of a batch, of which it gets the indices, below ``count``.
     """
     progress_bar = import_extra("tqdm").tqdm(total=iterations, desc=description, unit="it", leave=False, disable=None)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    batches = Batches(len(task), min(batch_size, len(task)), seed)
-    generator = torch.Generator().manual_seed(seed)
+    batches = Batches(count, min(batch_size, count), seed)
     start = time.monotonic()
     network.train()
     with progress_bar:
@@ -75,14 +79,25 @@ def train_classifier(
             if progress >= 1:
                 break
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * progress)) / 2
-            images, labels = task.batch(next(batches))
-            logits = network(random_affine(images, strength, generator))
-            loss = functional.cross_entropy(logits, labels)
+            loss = loss_fn(next(batches))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             progress_bar.update()
     network.eval()
+
+
+def train_classifier(
+    network: nn.Module, task: Task, *, iterations: int, strength: float, seed: int = 0, **given: Any
+) -> None:
+    """Train ``network`` in place on random affine transforms of the images. ``given`` is as for ``train_network``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss_fn(indices: Tensor) -> Tensor:
+        images, labels = task.batch(indices)
+        return functional.cross_entropy(network(random_affine(images, strength, generator)), labels)
+
+    train_network(network, loss_fn, len(task), iterations=iterations, seed=seed, **given)
 
 
 @torch.no_grad()

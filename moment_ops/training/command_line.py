@@ -19,6 +19,7 @@ import torch
 import moment_ops as mo
 from moment_ops.environment import report
 from moment_ops.training import (
+    autoencoder,
     checkpoints,
     configuration,
     data,
@@ -85,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_train(
         methods, molm, "match the moments of a network that learns to tell real images from generated ones (MoLM)"
     )
+    add_autoencoder(methods)
 
     moments = add_command(
         commands,
@@ -178,6 +180,18 @@ def add_train(methods: Any, method: Any, text: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_autoencoder(methods: Any) -> None:
+    text = "train an autoencoder on the data, whose features --features autoencoder of GFMN matches"
+    parser = add_command(methods, "autoencoder", autoencoder_command, text)
+    parser.set_defaults(preset=None, resume=False)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="output file, a new one (default: runs/autoencoder-DATA.pt)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in a file, .toml or .json")
+    add_device(parser)
+    add_settings(parser, autoencoder.Settings)
+
+
 def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
     """One option for every field with a help text. Only options that are given appear in the result."""
     for field in dataclasses.fields(settings):
@@ -211,9 +225,7 @@ def given_settings(options: argparse.Namespace, settings: Any) -> dict[str, Any]
 def train_command(options: argparse.Namespace) -> int:
     method = options.method
     given = given_settings(options, method.Settings)
-    run = (
-        options.run_dir or Path("runs") / f"{method.Settings.method}-{Path(given.get('data', 'mnist')).resolve().name}"
-    )
+    run = options.run_dir or default_path(method.Settings, given)
     keep_freed_memory()
     try:
         with signals_raise(), processes.joined(options.device) as device:
@@ -234,6 +246,19 @@ def train_command(options: argparse.Namespace) -> int:
         print(f"results in {run}")
         print("\n".join(measured.lines()))
     return 0
+
+
+def default_path(settings: Any, given: dict[str, Any]) -> Path:
+    """Where the results of a training go by default, without a suffix."""
+    return Path("runs") / f"{settings.method}-{Path(given.get('data', settings.data)).resolve().name}"
+
+
+def autoencoder_command(options: argparse.Namespace) -> None:
+    if processes.started() > 1:
+        raise TrainingError(f"train autoencoder: got {processes.started()} processes of torchrun, expected one")
+    given = given_settings(options, autoencoder.Settings)
+    path = options.output or Path(f"{default_path(autoencoder.Settings, given)}.pt")
+    autoencoder.train(path, given, device=choose_device(options.device), say=functools.partial(print, flush=True))
 
 
 def moments_command(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from moment_ops.training.presets import PRESETS, preset
 COMMAND_LINE = "command line"
 
 
-def read(path: Path, method: type) -> tuple[str | None, dict[str, Any]]:
+def read(path: Path, method: Any) -> tuple[str | None, dict[str, Any]]:
     """(preset, settings) of a file: TOML, or the ``settings.json`` of a run.
 
     Args:
@@ -73,7 +73,7 @@ def _converted(label: str, value: Any, default: Any) -> Any:
 
 
 def combined(
-    method: type, given: dict[str, Any], file: Path | None = None, preset_name: str | None = None
+    method: Any, given: dict[str, Any], file: Path | None = None, preset_name: str | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(settings, the source of each) from a preset, a file and what is given otherwise.
 

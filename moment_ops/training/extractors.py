@@ -14,7 +14,7 @@ import moment_ops as mo
 from moment_ops.training import checkpoints, classifiers, named_networks
 from moment_ops.training.data import ImageData
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.named_networks import RANDOM, Prepared
+from moment_ops.training.named_networks import AUTOENCODER, RANDOM, Prepared
 from moment_ops.training.networks import Classifier, freeze
 
 CLASSIFIER = "classifier"
@@ -32,11 +32,13 @@ class Choice(NamedTuple):
         networks: "classifier", or names of networks joined by "+".
         layers: names of activations' types, or patterns of taps' names, separated by commas; "" for all activations.
         size: height and width that images are resized to; 0 for those that a network needs, or else their own.
+        latent_size: length of the codes of the autoencoder.
     """
 
     networks: str = CLASSIFIER
     layers: str = ""
     size: int = 0
+    latent_size: int = 64
 
     def check(self) -> None:
         """Raise ValueError for what cannot be chosen."""
@@ -52,6 +54,8 @@ class Choice(NamedTuple):
             named_networks.check_name(name, "features")
         if self.size < 0:
             raise ValueError(f"feature_size: got {self.size}, expected a positive number, or 0")
+        if self.size and AUTOENCODER in names:
+            raise ValueError(f"feature_size: got {self.size}, expected none with the features of the autoencoder")
 
 
 def make_extractor(
@@ -75,7 +79,7 @@ def make_extractor(
     if choice.networks != CLASSIFIER:
         if RANDOM in map(str, files or ()):
             say("features of a network with random weights are matched")
-        return pretrained_extractor(choice, files or [], data.size).to(data.device)
+        return pretrained_extractor(choice, files or [], data.size, data.channels).to(data.device)
     if files and len(files) > 1:
         raise TrainingError(f"--extractor: got {len(files)} files, expected one for the classifier")
     path = files[0] if files else folder / f"extractor-{data.name}.pt"
@@ -86,22 +90,25 @@ def untrained_extractor(choice: Choice, channels: int, size: int) -> mo.MomentEx
     """The extractor of the chosen features with initial weights, for a state to be loaded."""
     if choice.networks == CLASSIFIER:
         return mo.MomentExtractor(Classifier(channels))
-    return pretrained_extractor(choice, None, size)
+    return pretrained_extractor(choice, None, size, channels)
 
 
-def pretrained_extractor(choice: Choice, weights: Sequence[Path] | None, size: int = 32) -> mo.MomentExtractor:
+def pretrained_extractor(
+    choice: Choice, weights: Sequence[Path] | None, size: int = 32, channels: int = 3
+) -> mo.MomentExtractor:
     """The extractor of networks other than the classifier.
 
     Args:
         weights: files for the networks that come without weights, in their order, or "random" in the place of a file.
             None leaves the initial weights, for a state to be loaded.
-        size: height and width of the images.
+        size, channels: height, width and channels of the images.
 
     Raises:
         TrainingError: too few or too many files, files that do not hold these weights, or layers that are not there.
     """
     torch.manual_seed(0)
-    named = {name: named_networks.make(name, size, choice.size) for name in choice.networks.split("+")}
+    of_data = {"channels": channels, "latent_size": choice.latent_size}
+    named = {name: named_networks.make(name, size, choice.size, **of_data) for name in choice.networks.split("+")}
     without = [name for name, network in named.items() if not network.has_weights]
     if weights is not None and len(weights) != len(without):
         expected = f"{len(without)} with the weights of {'+'.join(without)}" if without else "none"
@@ -116,12 +123,15 @@ def pretrained_extractor(choice: Choice, weights: Sequence[Path] | None, size: i
         extractor = mo.MomentExtractor(prepared)
     except ValueError as error:
         raise TrainingError(f"--feature-layers: {error}") from error
-    if not set(named) & set(named_networks.OWN) or extractor.names is None:
+    if not set(named) & {AUTOENCODER, *named_networks.OWN} or extractor.names is None:
         return extractor
     matched = []
     for name in named:
         taps = [tap for tap in extractor.names if tap.startswith(f"{name}/")]
         matched += taps[:MATCHED_RELUS] if name in named_networks.OWN else taps
+        if name == AUTOENCODER:
+            # Its activation is tanh, which is no feature of other networks.
+            matched.append(f"{name}/net.code")
     return mo.MomentExtractor(prepared, matched)
 
 

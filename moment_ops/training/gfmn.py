@@ -100,7 +100,7 @@ class Settings(MatchingSettings):
     @property
     def choice(self) -> extractors.Choice:
         """The features that are matched."""
-        return extractors.Choice(self.features, self.feature_layers, self.feature_size)
+        return extractors.Choice(self.features, self.feature_layers, self.feature_size, self.latent_size)
 
 
 class Matching(nn.Module):

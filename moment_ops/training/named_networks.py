@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moment_ops.training.errors import TrainingError, import_package
-from moment_ops.training.pretrained import VGG19, EfficientNetLite, ResNet18, load_weights
+from moment_ops.training.pretrained import VGG19, EfficientNetLite, Encoder, ResNet18, load_weights
 
 OWN: dict[str, Callable[..., nn.Module]] = {"vgg19": VGG19, "resnet18": ResNet18}
 LITE = {f"efficientnet-lite{number}": number for number in range(3)}
-EXPECTED = f"{', '.join((*OWN, *LITE))}, timm:NAME, torchvision:NAME or package.module:factory"
+AUTOENCODER = "autoencoder"
+EXPECTED = f"{', '.join((AUTOENCODER, *OWN, *LITE))}, timm:NAME, torchvision:NAME or package.module:factory"
 # In the place of a file of weights.
 RANDOM = "random"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,21 +75,26 @@ def architecture(name: str) -> str:
 def check_name(name: str, option: str) -> None:
     """Raise ValueError for what cannot name a network."""
     package, colon, rest = name.partition(":")
-    if name not in OWN and name not in LITE and not (package and colon and rest):
+    if name not in (AUTOENCODER, *OWN, *LITE) and not (package and colon and rest):
         raise ValueError(f"{option}: got {name!r}, expected {EXPECTED}")
 
 
-def make(name: str, image_size: int = 32, feature_size: int = 0, **given: Any) -> Named:
+def make(
+    name: str, image_size: int = 32, feature_size: int = 0, *, channels: int = 3, latent_size: int = 64, **given: Any
+) -> Named:
     """The network of a name, with its initial weights unless it comes with others.
 
     Args:
         image_size: height and width of the images.
         feature_size: those that they are resized to, or 0, for networks that are made for one size.
+        channels, latent_size: channels of the images and length of the codes, for the autoencoder.
         given: further arguments of timm's ``create_model``.
 
     Raises:
         TrainingError: a package that is not installed, or that has no such network.
     """
+    if name == AUTOENCODER:
+        return Named(Encoder(channels, latent_size, image_size), None, None, None, False)
     if name in OWN:
         return Named(OWN[name](image_size=image_size), IMAGENET_MEAN, IMAGENET_STD, None, False)
     if name in LITE:
@@ -103,7 +109,11 @@ def make(name: str, image_size: int = 32, feature_size: int = 0, **given: Any) -
 
 def load(network: nn.Module, name: str, path: Path) -> None:
     """Load a file of weights. The word "random" in its place keeps the initial weights."""
-    if str(path) != RANDOM:
+    if str(path) == RANDOM:
+        return
+    if isinstance(network, Encoder):
+        network.load(path)
+    else:
         load_weights(network, path)
 
 

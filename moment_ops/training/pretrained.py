@@ -1,4 +1,4 @@
-"""Networks with pretrained weights, whose features are matched: VGG19, ResNet18 and EfficientNet-Lite."""
+"""Networks with weights from files, whose features are matched: VGG19, ResNet18, EfficientNet-Lite and the encoder."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moment_ops.training import checkpoints
 from moment_ops.training.errors import TrainingError, import_extra, import_package
 
 Network = TypeVar("Network", bound=nn.Module)
 
+# What a file of an autoencoder is.
+AUTOENCODER_KIND = "feature autoencoder"
 _VGG19: tuple[tuple[int, int], ...] = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))
 
 
@@ -88,6 +91,56 @@ class ResNet18(nn.Module):
         x = functional.relu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(functional.avg_pool2d(x, 4).flatten(1))
+
+
+class Encoder(nn.Module):
+    """The encoder of GFMN's autoencoder. Its ReLUs and its code are the features.
+
+    For images of 32 x 32 and 128 latent values there are 61,568 of them.
+
+    Args:
+        latent_size: length of the code.
+        image_size: height and width of the images, a power of two from 16 on.
+        width: channels of the first feature map, which has half the height and width of the images.
+
+    Source: dos Santos et al. 2019 and their code: like DCGAN's discriminator, of which two more convolutions keep the
+    size; BatchNorm and ReLU after all convolutions but the last, whose activation is tanh; weights of N(0, 0.02).
+    """
+
+    def __init__(self, channels: int, latent_size: int, image_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.sizes = {"channels": channels, "latent_size": latent_size, "size": image_size}
+        convolutions = [nn.Conv2d(channels, width, 4, stride=2, padding=1, bias=False)]
+        convolutions += [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)]
+        # The last map has 4 x 4 positions.
+        for _ in range(image_size.bit_length() - 4):
+            convolutions.append(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False))
+            width *= 2
+        layers: list[nn.Module] = []
+        for convolution in convolutions:
+            layers += [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, latent_size, 4, bias=False))
+        self.code = nn.Tanh()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, channels, image_size, image_size)`` in [-1, 1] -> codes ``(N, latent_size)`` in [-1, 1]."""
+        return self.code(self.layers(images)).flatten(1)
+
+    def load(self, path: Path) -> None:
+        """Load the weights of an autoencoder that ``moment-ops train autoencoder`` saved.
+
+        Raises:
+            TrainingError: a file of something else, or of an autoencoder for other images or another length of codes.
+        """
+        state = checkpoints.load(path, AUTOENCODER_KIND)
+        for name, expected in self.sizes.items():
+            if state["sizes"][name] != expected:
+                got = f"{name} {state['sizes'][name]}"
+                raise TrainingError(f"--extractor: {path} is of an autoencoder with {got}, expected {name} {expected}")
+        self.load_state_dict(state["encoder"])
 
 
 def state_of_file(path: Path | str) -> dict[str, Tensor]:

@@ -41,9 +41,14 @@ def is_first() -> bool:
     return size() == 1 or dist.get_rank() == 0
 
 
+def started() -> int:
+    """How many processes torchrun started; 1 for a process alone."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def started_as() -> int:
     """The rank that torchrun gave to this process, before the processes know each other; 0 for a process alone."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    return int(os.environ.get("RANK", 0)) if started() > 1 else 0
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def joined(device_name: str) -> Iterator[torch.device]:
     Raises:
         TrainingError: the device cannot be used, or the processes do not find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if started() == 1:
         yield choose_device(device_name)
         return
     try:

@@ -45,7 +45,7 @@ class LoopSettings:
     lr: float = option(2e-3, "learning rate of the generator")
     schedule: str = option(
         "linear",
-        "schedule of the learning rates: linear from half of the training on, down to 2 %, or constant",
+        "schedule of the learning rates: linear from half of the training on, down to a fiftieth, or constant",
         choices=SCHEDULES,
     )
     betas: tuple[float, float] = (0.5, 0.999)

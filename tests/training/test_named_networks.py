@@ -201,10 +201,14 @@ def test_what_does_not_exist_is_named(timm, own_module, call, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"features": "vgg"}, "features: got 'vgg', expected vgg19, resnet18, "),
+        ({"features": "vgg"}, "features: got 'vgg', expected autoencoder, vgg19, resnet18, "),
         ({"features": "vgg19+classifier"}, "features: got 'vgg19+classifier', expected each network once"),
         ({"features": "vgg19+vgg19"}, "expected each network once"),
         ({"feature_layers": "ReLU"}, "feature_layers: got ReLU, expected none with the features of the classifier"),
+        (
+            {"features": "autoencoder", "feature_size": 64},
+            "feature_size: got 64, expected none with the features of the",
+        ),
         ({"features": "vgg19", "feature_size": -1}, "feature_size: got -1, expected a positive number, or 0"),
         ({"judge": "vgg"}, "judge: got 'vgg', expected auto, digits, inception, "),
         ({"micro_batches": 0}, "micro_batches: got 0, expected 1 to 32, the images of a batch"),
