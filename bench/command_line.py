@@ -15,7 +15,17 @@ from bench.isolation import isolated
 from bench.machine import MACHINES
 from bench.workloads import DTYPES, WORKLOADS
 
-OPERATORS = ("moments", "match", "relu_moments", "covariance", "gram", "frechet", "frechet_average", "moment_network")
+OPERATORS = (
+    "moments",
+    "match",
+    "relu_moments",
+    "covariance",
+    "gram",
+    "frechet",
+    "frechet_average",
+    "moment_network",
+    "step",
+)
 SECONDS, QUICK_SECONDS = 6.0, 0.5
 # Load beyond which a warning is printed.
 BUSY = 0.5

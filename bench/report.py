@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import environment, results
-from bench.results import BOTH, COMPILED, FORWARD, NO_LOSS, OURS
+from bench.results import BOTH, COMPILED, EXTRACTOR, FORWARD, GENERATOR, NO_LOSS, OPTIMIZER, OURS
 
 # Operators that do little else than move bytes; the others multiply matrices, or whole networks.
 MEMORY_BOUND = ("moments", "match")
@@ -128,8 +129,37 @@ def _parts(result: dict[str, Any]) -> list[str]:
     cells = [["parts, ms", *names]]
     for part in parts:
         contestants = result["directions"][part]["contestants"]
-        cells.append([part, *(milliseconds(contestants[name]["median_ms"]) for name in names)])
-    return [_rows(cells)]
+        found = (contestants.get(name) for name in names)
+        cells.append([part, *(milliseconds(entry["median_ms"]) if entry else "" for entry in found)])
+    return [_rows(cells), *([_split(result)] if result["operator"] == "step" else [])]
+
+
+def _split(result: dict[str, Any]) -> str:
+    """Where the time of a training step goes, and how many images it makes. Networks alone ran in the same rounds."""
+    whole = median(result, OURS)
+
+    def beyond_networks(direction: str) -> float:
+        contestants = result["directions"][direction]["contestants"]
+        pairs = zip(*(contestants[name]["samples_ms"] for name in (OURS, NO_LOSS)), strict=True)
+        return statistics.median(ours - networks for ours, networks in pairs)
+
+    generator, optimizer = (median(result, OURS, part) for part in (GENERATOR, OPTIMIZER))
+    extractor, loss = median(result, NO_LOSS, EXTRACTOR), beyond_networks(EXTRACTOR)
+    shares = {
+        "generator": generator,
+        "extractor": extractor,
+        "moments and loss": loss,
+        "optimizer": optimizer,
+        "rest": whole - generator - extractor - loss - optimizer,
+    }
+    split = ", ".join(f"{name} {100 * share / whole:.1f} %" for name, share in shares.items())
+    rates = ", ".join(
+        f"{name} {1e3 * result['batch'] / median(result, name):.1f}" for name in order(result) if name != NO_LOSS
+    )
+    return (
+        f"Of a step of ours: {split}; all beyond the networks alone {100 * beyond_networks(BOTH) / whole:.1f} %."
+        f" Images per second: {rates}."
+    )
 
 
 def fastest(result: dict[str, Any], names: Sequence[str]) -> str | None:

@@ -14,10 +14,22 @@ COMPILED = "torch.compile: "
 # The contestant that matches nothing: what it takes is the least.
 NO_LOSS = "the network without matching"
 FORWARD, BOTH = "forward", "forward + backward"
+# Parts of a whole training step.
+GENERATOR, EXTRACTOR, OPTIMIZER = "generator", "extractor, moments and loss", "optimizer"
 
 FOLDER = Path(__file__).parent / "results"
 # Of operators in tables; others follow by name.
-ORDER = ("match", "moments", "relu_moments", "covariance", "gram", "frechet", "frechet_average", "moment_network")
+ORDER = (
+    "match",
+    "moments",
+    "relu_moments",
+    "covariance",
+    "gram",
+    "frechet",
+    "frechet_average",
+    "moment_network",
+    "step",
+)
 
 
 def device_folder(environment: dict[str, Any], root: Path = FOLDER) -> Path:

@@ -69,12 +69,10 @@ def assert_equal(state, expected):
 @pytest.mark.parametrize(
     ("size", "given"),
     [
-        (2, {"average": "adam", "batch_size": 6}),
         (3, {"average": "adam", "batch_size": 32}),
         (3, {"average": "moving", "batch_size": 8}),
         (3, {"average": "none", "batch_size": 8}),
         (2, {"average": "adam", "batch_size": 6, "covariance": "2"}),
-        (3, {"average": "moving", "batch_size": 8, "covariance": "2"}),
         (3, {"average": "adam", "batch_size": 8, "covariance": "2", "micro_batches": 2}),
     ],
 )

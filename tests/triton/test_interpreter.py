@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreter"
 # Each takes about a minute. Every run executes the same kernels as compiled code in the emulator.
-LONG = {path.name for path in FOLDER.glob("test_*.py")} - {"test_kernels.py", "test_launch.py"}
+LONG = {path.name for path in FOLDER.glob("test_*.py")} - {"test_launch.py"}
 SKIPPED = set() if os.environ.get("MOMENT_OPS_TEST") == "emulated" else LONG
 
 
