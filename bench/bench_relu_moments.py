@@ -11,7 +11,7 @@ from bench import agreement, baselines
 from bench.harness import BOTH, COMPILED, FORWARD, OURS, Bench, Entry
 from bench.machine import Traffic
 from bench.results import NO_LOSS
-from bench.workloads import make_vectors
+from bench.workloads import Workload, make_vectors
 from moment_ops.taps.functions import FEATURES
 from moment_ops.training.networks import Classifier
 from moment_ops.training.pretrained import VGG19, ResNet18
@@ -27,6 +27,12 @@ EAGER = "eager: mean, var"
 
 def _squared_distance(moments: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
     return sum(((value - wanted) ** 2).mean() for value, wanted in zip(moments, target, strict=True))
+
+
+def traffic_of_taps(workload: Workload, dtype: torch.dtype) -> dict[str, Traffic]:
+    """What taps of all features, and the loss of their moments, move."""
+    features, vector = workload.bytes(dtype), 4 * workload.columns
+    return {FORWARD: Traffic(2 * vector, 2 * features + 2 * vector), BOTH: Traffic(5 * vector, 5 * features)}
 
 
 class ReluMomentsBench(Bench):
@@ -78,8 +84,7 @@ class ReluMomentsBench(Bench):
 
     @property
     def traffic(self) -> dict[str, Traffic]:
-        features, vector = self.workload.bytes(self.dtype), 4 * self.workload.columns
-        return {FORWARD: Traffic(2 * vector, 2 * features + 2 * vector), BOTH: Traffic(5 * vector, 5 * features)}
+        return traffic_of_taps(self.workload, self.dtype)
 
     def _loss(self, contestant: str) -> Callable[[Tensor], Tensor]:
         ours = mo.MomentLoss(mo.Moments(*self.target, shapes=self.workload.shapes), process_group=False)

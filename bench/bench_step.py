@@ -11,12 +11,13 @@ from torch.nn import functional
 import moment_ops as mo
 from bench import agreement, baselines
 from bench.bench_moment_network import EagerMoments
+from bench.bench_relu_moments import traffic_of_taps
 from bench.harness import BOTH, COMPILED, FORWARD, OURS, Bench, Entry
 from bench.machine import Traffic
 from bench.results import EXTRACTOR, GENERATOR, NO_LOSS, OPTIMIZER
 from bench.workloads import Workload
 from moment_ops.taps.functions import FEATURES
-from moment_ops.training import extractors, gfmn, molm
+from moment_ops.training import extractors, gfmn, molm, named_networks
 from moment_ops.training.data import ImageData, scale
 from moment_ops.training.finite import step_if_finite
 from moment_ops.training.networks import Classifier, freeze
@@ -230,7 +231,7 @@ class StepBench(Bench):
 
     @cached_property
     def prepared(self) -> nn.Module:
-        return extractors.Prepared(extractors.named_networks.make("vgg19")).to(self.device)
+        return named_networks.Prepared(named_networks.make("vgg19")).to(self.device)
 
     @cached_property
     def target(self) -> mo.Moments:
@@ -279,9 +280,7 @@ class StepBench(Bench):
 
     @property
     def traffic(self) -> dict[str, Traffic]:
-        features, vector = self.workload.bytes(self.dtype), 4 * self.workload.columns
-        whole = {FORWARD: Traffic(2 * vector, 2 * features + 2 * vector), BOTH: Traffic(5 * vector, 5 * features)}
-        return whole | dict.fromkeys(PARTS, Traffic(0))
+        return traffic_of_taps(self.workload, self.dtype) | dict.fromkeys(PARTS, Traffic(0))
 
     def entry(self, contestant: str) -> Entry:
         if contestant in (EAGER, ORIGINAL):
@@ -289,13 +288,17 @@ class StepBench(Bench):
         return self._own_entry(contestant, self.trainer(contestant))
 
     def _parts(
-        self, generator: nn.Module, latent: Tensor, gradient: Callable[[Tensor], Tensor], optimizer: Callable
+        self,
+        generate: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        latent: Tensor,
+        gradient: Callable[[Tensor], Tensor],
+        optimizer: Callable[[], object],
     ) -> dict[str, Callable[[], object]]:
-        images = generator(latent).detach().requires_grad_()
+        images = generate(latent).detach().requires_grad_()
         slope = torch.randn_like(images)
-        parameters = list(generator.parameters())
         calls = (
-            lambda: torch.autograd.grad(generator(latent), parameters, slope),
+            lambda: torch.autograd.grad(generate(latent), parameters, slope),
             lambda: gradient(images),
             optimizer,
         )
@@ -307,7 +310,7 @@ class StepBench(Bench):
             return agreement.relative_error([p.grad for p in step.parameters], self.exact_gradients)
 
         latent = torch.randn(self.workload.batch, step.settings.latent_size, device=self.device)
-        parts = self._parts(step.generator, latent, step.gradient, step.optimizer.step)
+        parts = self._parts(step.generator, step.parameters, latent, step.gradient, step.optimizer.step)
         return Entry({FORWARD: step.forward, BOTH: step.advance} | parts, error)
 
     def _own_entry(self, contestant: str, trainer: Trainer) -> Entry:
@@ -344,15 +347,11 @@ class StepBench(Bench):
             with autocast:
                 return trainer.generator(latent)
 
-        images = generate(latent).detach().requires_grad_()
-        slope = torch.randn_like(images)
-        parts = {
-            GENERATOR: lambda: torch.autograd.grad(generate(latent), parameters, slope),
-            EXTRACTOR: lambda: gradient(images),
-        }
+        parts = self._parts(generate, parameters, latent, gradient, optimizer)
         if contestant == NO_LOSS:
+            del parts[OPTIMIZER]
             return Entry({FORWARD: forward, BOTH: without_matching} | parts, error)
-        return Entry({FORWARD: forward, BOTH: trainer.advance} | parts | {OPTIMIZER: optimizer}, error)
+        return Entry({FORWARD: forward, BOTH: trainer.advance} | parts, error)
 
     def _networks(self, trainer: Trainer) -> Callable[[Tensor], Tensor]:
         """The extractor without moments; of MoLM the moment network with its double backward."""

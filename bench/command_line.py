@@ -15,17 +15,7 @@ from bench.isolation import isolated
 from bench.machine import MACHINES
 from bench.workloads import DTYPES, WORKLOADS
 
-OPERATORS = (
-    "moments",
-    "match",
-    "relu_moments",
-    "covariance",
-    "gram",
-    "frechet",
-    "frechet_average",
-    "moment_network",
-    "step",
-)
+OPERATORS = results.ORDER
 SECONDS, QUICK_SECONDS = 6.0, 0.5
 # Load beyond which a warning is printed.
 BUSY = 0.5

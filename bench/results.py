@@ -18,7 +18,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 GENERATOR, EXTRACTOR, OPTIMIZER = "generator", "extractor, moments and loss", "optimizer"
 
 FOLDER = Path(__file__).parent / "results"
-# Of operators in tables; others follow by name.
+# Of operators, in runs and in tables; others follow by name.
 ORDER = (
     "match",
     "moments",

@@ -12,29 +12,30 @@ from torch import nn
 RANKS = 2
 
 
-class Ranks:
-    """Two processes that run the functions they are sent."""
+class Processes:
+    """Processes that serve tasks from a pipe, the last argument of their function.
 
-    def __init__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    Args:
+        seconds: the longest that a task may take.
+    """
+
+    def __init__(self, serve, arguments, seconds):
         context = mp.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(RANKS):
+        self.seconds, self.pipes, self.processes = seconds, [], []
+        for given in arguments:
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(target=serve, args=(*given, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def __call__(self, function, *arguments):
-        """`function(rank, *arguments)` on every process; the results, by rank."""
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
+    def run(self, task, size):
+        """The results of a task on the first processes, by rank."""
+        for pipe in self.pipes[:size]:
+            pipe.send(task)
         results = []
-        for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(60), f"rank {rank} does not answer"
+        for rank, pipe in enumerate(self.pipes[:size]):
+            assert pipe.poll(self.seconds), f"rank {rank} does not answer"
             failed, result = pipe.recv()
             assert not failed, f"rank {rank}:\n{result}"
             results.append(result)
@@ -47,6 +48,20 @@ class Ranks:
             process.join(10)
             if process.is_alive():
                 process.kill()
+
+
+class Ranks(Processes):
+    """Two processes that run the functions they are sent."""
+
+    def __init__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        super().__init__(serve, [(rank, port) for rank in range(RANKS)], 60)
+
+    def __call__(self, function, *arguments):
+        """`function(rank, *arguments)` on every process; the results, by rank."""
+        return self.run((function, arguments), RANKS)
 
 
 def serve(rank, port, pipe):

@@ -115,7 +115,7 @@ def pretrained_extractor(
         reason = "" if without else f": {choice.networks} has its weights"
         raise TrainingError(f"--extractor: got {len(weights)} files, expected {expected}{reason}")
     for name, path in zip(without, weights or (), strict=False):
-        named_networks.load(named[name].net, name, path)
+        named_networks.load(named[name].net, path)
     prepared = {name: Prepared(network, choice.size) for name, network in named.items()}
     try:
         if choice.layers:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moment_ops.training.errors import TrainingError
-from moment_ops.training.named_networks import imported
+from moment_ops.training.named_networks import imported, is_path
 from moment_ops.training.networks import Generator
 
 # (channels, latent_size, image_size) -> latent vectors (N, latent_size) to images (N, channels, S, S) in [-1, 1].
@@ -129,8 +129,7 @@ _OWN: dict[str, Factory] = {
 
 def check_name(name: str) -> None:
     """Raise ValueError for what cannot name a generator."""
-    module, colon, factory = name.partition(":")
-    if name not in _OWN and not (module and colon and factory):
+    if name not in _OWN and not is_path(name):
         raise ValueError(f"generator: got {name!r}, expected {EXPECTED}")
 
 

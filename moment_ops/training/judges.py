@@ -12,7 +12,7 @@ from torch.nn import functional
 from moment_ops.training import named_networks
 from moment_ops.training.errors import TrainingError, import_package
 from moment_ops.training.evaluator_weights import WEIGHTS
-from moment_ops.training.named_networks import LITE, Named, Prepared, architecture
+from moment_ops.training.named_networks import LITE, Named, Prepared, architecture, is_path
 from moment_ops.training.networks import EvaluationClassifier, freeze
 from moment_ops.training.pretrained import EfficientNetLite, load_weights, state_of_file
 
@@ -25,8 +25,7 @@ LITE_PIXELS = 128
 
 def check_name(judge: str) -> None:
     """Raise ValueError for what cannot name a judge."""
-    package, colon, rest = judge.partition(":")
-    if judge not in CHOICES and (not (package and colon and rest) or package == "torchvision"):
+    if judge not in CHOICES and (not is_path(judge) or judge.startswith("torchvision:")):
         raise ValueError(f"judge: got {judge!r}, expected {EXPECTED}")
 
 

@@ -72,10 +72,14 @@ def architecture(name: str) -> str:
     return "inception_v3" if own == "inception" else own
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is like ``package.module:factory`` or ``timm:NAME``."""
+    return all(name.partition(":"))
+
+
 def check_name(name: str, option: str) -> None:
     """Raise ValueError for what cannot name a network."""
-    package, colon, rest = name.partition(":")
-    if name not in (AUTOENCODER, *OWN, *LITE) and not (package and colon and rest):
+    if name not in (AUTOENCODER, *OWN, *LITE) and not is_path(name):
         raise ValueError(f"{option}: got {name!r}, expected {EXPECTED}")
 
 
@@ -107,7 +111,7 @@ def make(
     return Named(_of_factory(name), None, None, None, True)
 
 
-def load(network: nn.Module, name: str, path: Path) -> None:
+def load(network: nn.Module, path: Path) -> None:
     """Load a file of weights. The word "random" in its place keeps the initial weights."""
     if str(path) == RANDOM:
         return
